@@ -1,0 +1,11 @@
+// Package logging makes the one log of the process: a slog handler to which
+// klog (Kubernetes), logrus (containerd) and zap (etcd) are bridged, each line
+// with the component it comes from.
+//
+// An idle, healthy node is nearly silent at the default level: what the
+// embedded components call "info" is mostly progress of their own internals and
+// becomes debug here; their warnings and errors keep their level.
+//
+// It is not for metrics or events. Only package main calls [Setup]; any package
+// may use the key constants and [Zap].
+package logging

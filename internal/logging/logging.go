@@ -1,0 +1,130 @@
+package logging
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+
+	"k8s.io/klog/v2"
+)
+
+// Component is the key under which every line names the part it comes from.
+const Component = "component"
+
+// Config says what the log looks like.
+type Config struct {
+	Level  slog.Level
+	Format Format
+}
+
+// Format is how a line is written.
+type Format string
+
+// The formats of a line.
+const (
+	Text Format = "text" // key=value
+	JSON Format = "json" // one object a line
+)
+
+// ParseLevel reads trace, debug, info, warn (or warning) and error.
+func ParseLevel(s string) (slog.Level, error) {
+	switch strings.ToLower(s) {
+	case "trace":
+		return LevelTrace, nil
+	case "debug":
+		return slog.LevelDebug, nil
+	case "info", "":
+		return slog.LevelInfo, nil
+	case "warn", "warning":
+		return slog.LevelWarn, nil
+	case "error":
+		return slog.LevelError, nil
+	}
+	return 0, fmt.Errorf("log level %q is none of trace, debug, info, warn, error", s)
+}
+
+// LevelTrace is below debug: the verbose lines of the embedded components.
+const LevelTrace = slog.LevelDebug - 4
+
+// New makes a logger that writes to w. It changes nothing global.
+func New(w io.Writer, cfg Config) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.Level}
+	if cfg.Format == JSON {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// Setup sends the global loggers of the embedded components to log: slog's own
+// default, klog and logrus. It must run before any of them is used and only
+// once in a process.
+func Setup(log *slog.Logger) {
+	slog.SetDefault(log)
+	setupKlog(log)
+	setupLogrus(log)
+}
+
+// setupKlog gives klog our handler. exit is not changed: nothing that kedge uses
+// of Kubernetes logs at klog's fatal level while it runs.
+func setupKlog(log *slog.Logger) {
+	h := &quieter{next: log.Handler(), component: "kubernetes"}
+	klog.SetSlogLogger(slog.New(h))
+}
+
+// quieter lowers what an embedded component calls info to debug, and its
+// verbose lines to trace, so that an idle node is silent at our info level.
+// It also names the component on lines that do not do so themselves.
+type quieter struct {
+	next      slog.Handler
+	component string
+	named     bool // an attribute already names the component
+}
+
+func lower(l slog.Level) slog.Level {
+	switch {
+	case l >= slog.LevelWarn:
+		return l
+	case l >= slog.LevelInfo:
+		return slog.LevelDebug
+	}
+	return LevelTrace
+}
+
+func (q *quieter) Enabled(ctx context.Context, l slog.Level) bool {
+	return q.next.Enabled(ctx, lower(l))
+}
+
+func (q *quieter) Handle(ctx context.Context, r slog.Record) error {
+	out := slog.NewRecord(r.Time, lower(r.Level), strings.TrimSpace(r.Message), r.PC)
+	if !q.named {
+		out.AddAttrs(slog.String(Component, q.component))
+	}
+	r.Attrs(func(a slog.Attr) bool {
+		out.AddAttrs(a)
+		return true
+	})
+	return q.next.Handle(ctx, out)
+}
+
+func (q *quieter) WithAttrs(attrs []slog.Attr) slog.Handler {
+	c := *q
+	for _, a := range attrs {
+		c.named = c.named || a.Key == Component
+	}
+	c.next = q.next.WithAttrs(attrs)
+	return &c
+}
+
+func (q *quieter) WithGroup(name string) slog.Handler {
+	c := *q
+	c.next = q.next.WithGroup(name)
+	return &c
+}
+
+// Embedded returns the logger for an embedded component that takes an
+// [slog.Handler] of its own: its lines are lowered as klog's are.
+func Embedded(log *slog.Logger, component string) *slog.Logger {
+	return slog.New(&quieter{next: log.Handler(), component: component})
+}
