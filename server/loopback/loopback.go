@@ -1,0 +1,286 @@
+// Package loopback is the way to the API for code in the API server's process: a
+// client transport that calls the server's handler, with no socket and no TLS.
+//
+// It is not for code in another process, nor a way around authorization: every
+// request acts as a named user. It may be imported by server and main, which
+// hand out client configurations.
+package loopback
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"sync/atomic"
+
+	"k8s.io/apiserver/pkg/authentication/authenticator"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/rest"
+)
+
+// ErrAPINotServing is what requests get before the API server is assembled.
+var ErrAPINotServing = errors.New("the API server is not serving yet")
+
+// Loopback is the way to the API for code in this process: requests are handed
+// to the API server's handler by a function call. They pass the same
+// authorization, admission, and priority and fairness as any other request;
+// only the socket, TLS and the proof of identity are left out.
+//
+// The identity travels in the request's context under a private key, which
+// nothing that comes over the network can set.
+type Loopback struct {
+	handler atomic.Pointer[http.Handler]
+}
+
+// New makes a loopback that answers [ErrAPINotServing] until the API
+// component serves.
+func New() *Loopback { return &Loopback{} }
+
+// Serve sets the handler that answers from now on.
+func (l *Loopback) Serve(h http.Handler) { l.handler.Store(&h) }
+
+// Config returns a client configuration that acts as the named user with groups
+// (system:authenticated is added). Objects are exchanged as protobuf where the
+// type allows it. There is no client-side rate limit: the API server's priority
+// and fairness sees these requests too.
+func (l *Loopback) Config(name string, groups ...string) *rest.Config {
+	who := &user.DefaultInfo{Name: name, Groups: append([]string{user.AllAuthenticated}, groups...)}
+	return &rest.Config{
+		Host:      "http://kedge.internal",
+		Transport: &memoryTransport{loopback: l, user: who},
+		QPS:       -1,
+		UserAgent: "kedge/" + name,
+		ContentConfig: rest.ContentConfig{
+			AcceptContentTypes: "application/vnd.kubernetes.protobuf,application/json",
+			ContentType:        "application/vnd.kubernetes.protobuf",
+		},
+	}
+}
+
+// Admin is the configuration of kedge's own code on the server.
+func (l *Loopback) Admin() *rest.Config { return l.Config("system:kedge", user.SystemPrivilegedGroup) }
+
+type identityKey struct{}
+
+// Authenticator recognises requests that came through a Loopback.
+func Authenticator() authenticator.Request {
+	return authenticator.RequestFunc(func(r *http.Request) (*authenticator.Response, bool, error) {
+		who, ok := r.Context().Value(identityKey{}).(user.Info)
+		if !ok {
+			return nil, false, nil
+		}
+		return &authenticator.Response{User: who}, true, nil
+	})
+}
+
+type memoryTransport struct {
+	loopback *Loopback
+	user     user.Info
+}
+
+// RoundTrip implements [http.RoundTripper]. It returns when the handler has
+// sent the header, and the body streams from then on.
+func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	h := t.loopback.handler.Load()
+	if h == nil {
+		return nil, ErrAPINotServing
+	}
+	ctx, cancel := context.WithCancel(context.WithValue(req.Context(), identityKey{}, t.user))
+	in := req.Clone(ctx)
+	in.RequestURI = req.URL.RequestURI()
+	in.RemoteAddr = "127.0.0.1:0"
+	in.Proto, in.ProtoMajor, in.ProtoMinor = "HTTP/2.0", 2, 0
+	if in.Host == "" {
+		in.Host = req.URL.Host
+	}
+	if in.Body == nil {
+		in.Body = http.NoBody
+	}
+	w := newMemoryWriter(ctx, cancel)
+	go func() {
+		defer func() {
+			err := io.EOF
+			if p := recover(); p != nil {
+				// http.ErrAbortHandler is how handlers cut a response short;
+				// other panics were logged by the API server's own filter.
+				err = fmt.Errorf("the API server aborted the response: %v", p)
+			}
+			w.finish(err)
+			in.Body.Close()
+		}()
+		(*h).ServeHTTP(w, in)
+	}()
+	select {
+	case <-w.headerSent:
+	case <-ctx.Done():
+		err := context.Cause(req.Context())
+		w.Close()
+		return nil, err
+	}
+	if err := w.early(); err != nil {
+		return nil, err
+	}
+	return &http.Response{
+		Status:        fmt.Sprintf("%d %s", w.status, http.StatusText(w.status)),
+		StatusCode:    w.status,
+		Proto:         "HTTP/2.0",
+		ProtoMajor:    2,
+		Header:        w.sent,
+		Body:          w,
+		ContentLength: -1,
+		Request:       req,
+	}, nil
+}
+
+// maxBuffered is how many bytes of a response body wait for a slow reader
+// before the handler's Write blocks.
+const maxBuffered = 256 << 10
+
+// memoryWriter is both ends of a response: the handler's ResponseWriter and the
+// client's Body.
+type memoryWriter struct {
+	ctx    context.Context // the handler's; ended by Close
+	cancel context.CancelFunc
+
+	header     http.Header   // the handler's, until it is sent
+	headerSent chan struct{} // closed when status and sent are final
+	status     int
+	sent       http.Header
+
+	mu     sync.Mutex
+	cond   *sync.Cond
+	wrote  bool // header was sent
+	buf    bytes.Buffer
+	err    error // what Read returns after buf is empty; io.EOF after a normal end
+	closed bool  // the client has closed the body
+}
+
+func newMemoryWriter(ctx context.Context, cancel context.CancelFunc) *memoryWriter {
+	w := &memoryWriter{ctx: ctx, cancel: cancel, header: http.Header{}, headerSent: make(chan struct{})}
+	w.cond = sync.NewCond(&w.mu)
+	// A reader or writer that waits must also notice that the request ended.
+	context.AfterFunc(ctx, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.err == nil {
+			w.err = context.Cause(ctx)
+		}
+		w.cond.Broadcast()
+	})
+	return w
+}
+
+// Header implements [http.ResponseWriter].
+func (w *memoryWriter) Header() http.Header { return w.header }
+
+// WriteHeader implements [http.ResponseWriter].
+func (w *memoryWriter) WriteHeader(status int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writeHeader(status)
+}
+
+func (w *memoryWriter) writeHeader(status int) {
+	if w.wrote || status < 200 { // informational responses have no reader here
+		return
+	}
+	w.wrote = true
+	w.status = status
+	w.sent = w.header.Clone()
+	close(w.headerSent)
+}
+
+// Write implements [http.ResponseWriter]. It blocks while the reader is more
+// than maxBuffered bytes behind.
+func (w *memoryWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writeHeader(http.StatusOK)
+	for w.buf.Len() >= maxBuffered && w.err == nil && !w.closed {
+		w.cond.Wait()
+	}
+	switch {
+	case w.closed:
+		return 0, io.ErrClosedPipe
+	case w.err != nil:
+		return 0, w.err
+	}
+	w.cond.Broadcast()
+	return w.buf.Write(p)
+}
+
+// Flush implements [http.Flusher]: what is written can be read at once.
+func (w *memoryWriter) Flush() { w.WriteHeader(http.StatusOK) }
+
+// CloseNotify implements the deprecated http.CloseNotifier, by which the API
+// server recognises a writer that can stream.
+func (w *memoryWriter) CloseNotify() <-chan bool {
+	c := make(chan bool, 1)
+	context.AfterFunc(w.ctx, func() { c <- true })
+	return c
+}
+
+// finish is called when the handler has returned.
+func (w *memoryWriter) finish(err error) {
+	w.mu.Lock()
+	if !w.wrote && err == io.EOF {
+		w.writeHeader(http.StatusOK)
+	}
+	if w.err == nil {
+		if w.ctx.Err() != nil { // the handler ended because the request did
+			err = context.Cause(w.ctx)
+		}
+		w.err = err
+	}
+	if !w.wrote {
+		w.wrote = true
+		close(w.headerSent)
+	}
+	drained := w.buf.Len() == 0
+	w.cond.Broadcast()
+	w.mu.Unlock()
+	if drained {
+		w.cancel()
+	}
+}
+
+// early returns the error of a handler that ended without sending a header.
+func (w *memoryWriter) early() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.sent == nil {
+		return w.err
+	}
+	return nil
+}
+
+// Read implements [io.Reader] for the client.
+func (w *memoryWriter) Read(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.buf.Len() == 0 && w.err == nil && !w.closed {
+		w.cond.Wait()
+	}
+	if w.closed {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	if w.buf.Len() > 0 {
+		n, _ := w.buf.Read(p)
+		w.cond.Broadcast()
+		return n, nil
+	}
+	return 0, w.err
+}
+
+// Close implements [io.Closer] for the client. It ends the handler's context.
+func (w *memoryWriter) Close() error {
+	w.mu.Lock()
+	w.closed = true
+	w.cond.Broadcast()
+	w.mu.Unlock()
+	w.cancel()
+	return nil
+}
