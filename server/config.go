@@ -1,0 +1,103 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+)
+
+// Config is everything the control plane is told. Package main composes it once;
+// it is passed by value and not changed afterwards.
+type Config struct {
+	Dir      string // <data-dir>/server: keys, certificates, tokens
+	NodeName string // of the node on this machine, for its credentials
+
+	BindAddress      netip.Addr   // the zero Addr means all addresses
+	HTTPSPort        int          // of the API
+	AdvertiseAddress netip.Addr   // the address by which other machines reach the API
+	NodeIPs          []netip.Addr // go into the serving certificates
+	TLSSANs          []string     // further names and addresses for the API's serving certificate
+
+	ClusterCIDRs  []netip.Prefix // of pods: one, or one of each family
+	ServiceCIDRs  []netip.Prefix // of services: one, or one of each family
+	ClusterDomain string
+
+	NodePortRange string // "30000-32767"
+
+	Kubeconfig     string // where the administrator's kubeconfig is written
+	KubeconfigMode uint32
+	Token          Secret // for joining nodes; empty means: make one
+
+	APIServerArgs  []string // user's, NAME=VALUE
+	ControllerArgs []string
+	SchedulerArgs  []string
+}
+
+// Secret is a string that does not show in logs and errors.
+type Secret string
+
+// String implements [fmt.Stringer].
+func (Secret) String() string { return "***" }
+
+// GoString implements [fmt.GoStringer].
+func (Secret) GoString() string { return "***" }
+
+// DefaultConfig returns k3s's well-known ranges and names. The caller fills in
+// Dir, NodeName and the addresses.
+func DefaultConfig() Config {
+	return Config{
+		HTTPSPort:      6443,
+		ClusterCIDRs:   []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+		ServiceCIDRs:   []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
+		ClusterDomain:  "cluster.local",
+		NodePortRange:  "30000-32767",
+		Kubeconfig:     "/etc/kedge/kedge.yaml",
+		KubeconfigMode: 0o600,
+	}
+}
+
+// Validate reports everything that is wrong with c, joined.
+func (c Config) Validate() error {
+	var errs []error
+	if !filepath.IsAbs(c.Dir) {
+		errs = append(errs, fmt.Errorf("server directory %q is not an absolute path", c.Dir))
+	}
+	if c.NodeName == "" {
+		errs = append(errs, errors.New("the node has no name; give one with --node-name"))
+	}
+	if c.HTTPSPort < 1 || c.HTTPSPort > 65535 {
+		errs = append(errs, fmt.Errorf("--https-listen-port %d is not between 1 and 65535", c.HTTPSPort))
+	}
+	if !c.AdvertiseAddress.IsValid() {
+		errs = append(errs, errors.New("no address to advertise; give one with --node-ip"))
+	}
+	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
+	for _, p := range c.ClusterCIDRs {
+		for _, s := range c.ServiceCIDRs {
+			if p.Overlaps(s) {
+				errs = append(errs, fmt.Errorf("--cluster-cidr %s and --service-cidr %s overlap; choose ranges that do not", p, s))
+			}
+		}
+	}
+	if len(c.ClusterCIDRs) != len(c.ServiceCIDRs) {
+		errs = append(errs, errors.New("--cluster-cidr and --service-cidr must have the same address families"))
+	}
+	return errors.Join(errs...)
+}
+
+func validRanges(flag string, ranges []netip.Prefix) error {
+	switch {
+	case len(ranges) == 0:
+		return fmt.Errorf("%s is empty", flag)
+	case len(ranges) > 2, len(ranges) == 2 && ranges[0].Addr().Is4() == ranges[1].Addr().Is4():
+		return fmt.Errorf("%s wants one range, or one of IPv4 and one of IPv6", flag)
+	}
+	return nil
+}
+
+// tlsDir is where keys and certificates are.
+func (c Config) tlsDir() string { return filepath.Join(c.Dir, "tls") }
+
+// APIServiceIP is the address of the service "kubernetes": the first of the range.
+func (c Config) APIServiceIP() netip.Addr { return c.ServiceCIDRs[0].Masked().Addr().Next() }

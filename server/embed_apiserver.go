@@ -1,0 +1,272 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/apiserver/pkg/authentication/request/union"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
+
+	"kedge/internal/componentflags"
+	"kedge/server/loopback"
+)
+
+// ErrPortTaken is wrapped when the API's port is in use.
+var ErrPortTaken = errors.New("port is taken")
+
+// StoreEndpoint is what the API server is told of its store. The datastore's
+// client factory does not dial it.
+const StoreEndpoint = "http://kedge.datastore"
+
+// APIServer is the component that runs kube-apiserver, with the aggregator and
+// custom resources.
+type APIServer struct {
+	cfg      Config
+	id       *Identity
+	loopback *loopback.Loopback
+	log      *slog.Logger
+	opts     *options.ServerRunOptions
+}
+
+// NewAPIServer parses the component's flags and keeps the rest. The store's
+// client factory must be installed before Run.
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) (*APIServer, error) {
+	s := &APIServer{cfg: cfg, id: id, loopback: lb, log: log, opts: options.NewServerRunOptions()}
+	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
+	for _, f := range s.opts.Flags().FlagSets {
+		fs.AddFlagSet(f)
+	}
+	args, err := componentflags.Merge(s.defaults(), cfg.APIServerArgs, "--kube-apiserver-arg")
+	if err != nil {
+		return nil, err
+	}
+	if err := fs.Parse(args); err != nil {
+		return nil, fmt.Errorf("--kube-apiserver-arg: %w", err)
+	}
+	return s, nil
+}
+
+// defaults are the flags that kedge gives. Users can replace each of them.
+func (s *APIServer) defaults() map[string]string {
+	d := map[string]string{
+		"advertise-address":                  s.cfg.AdvertiseAddress.String(),
+		"allow-privileged":                   "true",
+		"authentication-config":              s.id.AuthnConfig,
+		"authorization-mode":                 "Node,RBAC",
+		"client-ca-file":                     s.id.ClientCA.CertFile(),
+		"enable-admission-plugins":           "NodeRestriction",
+		"enable-aggregator-routing":          "true", // webhooks and extension APIs are reached at their pods
+		"encryption-provider-config":         s.id.EncryptionConfig,
+		"endpoint-reconciler-type":           "none", // one server: see publishEndpoints
+		"etcd-servers":                       StoreEndpoint,
+		"kubelet-certificate-authority":      s.id.ServerCA.CertFile(),
+		"kubelet-client-certificate":         s.id.KubeletClient.CertFile,
+		"kubelet-client-key":                 s.id.KubeletClient.KeyFile,
+		"kubelet-preferred-address-types":    "InternalIP,ExternalIP,Hostname",
+		"profiling":                          "false",
+		"proxy-client-cert-file":             s.id.ProxyClient.CertFile,
+		"proxy-client-key-file":              s.id.ProxyClient.KeyFile,
+		"requestheader-allowed-names":        proxyUser,
+		"requestheader-client-ca-file":       s.id.ProxyCA.CertFile(),
+		"requestheader-extra-headers-prefix": "X-Remote-Extra-",
+		"requestheader-group-headers":        "X-Remote-Group",
+		"requestheader-username-headers":     "X-Remote-User",
+		"secure-port":                        strconv.Itoa(s.cfg.HTTPSPort),
+		"service-account-issuer":             "https://kubernetes.default.svc." + s.cfg.ClusterDomain,
+		"service-account-key-file":           s.id.ServiceAccountKey,
+		"service-account-signing-key-file":   s.id.ServiceAccountKey,
+		"service-cluster-ip-range":           joinPrefixes(s.cfg.ServiceCIDRs),
+		"service-node-port-range":            s.cfg.NodePortRange,
+		"tls-cert-file":                      s.id.Serving.CertFile,
+		"tls-cipher-suites":                  strings.Join(cipherSuites, ","),
+		"tls-min-version":                    "VersionTLS12",
+		"tls-private-key-file":               s.id.Serving.KeyFile,
+	}
+	if s.cfg.BindAddress.IsValid() {
+		d["bind-address"] = s.cfg.BindAddress.String()
+	}
+	if componentflags.Has(s.cfg.APIServerArgs, "anonymous-auth") {
+		delete(d, "authentication-config") // the two exclude each other
+	}
+	return d
+}
+
+// cipherSuites for TLS 1.2: forward secrecy and authenticated encryption only.
+// TLS 1.3 has no others.
+var cipherSuites = []string{
+	"TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
+	"TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256",
+}
+
+func joinPrefixes(ps []netip.Prefix) string {
+	var out []string
+	for _, p := range ps {
+		out = append(out, p.String())
+	}
+	return strings.Join(out, ",")
+}
+
+// Name implements lifecycle.Component.
+func (s *APIServer) Name() string { return "api" }
+
+// StopTimeout implements lifecycle.StopTimeouter: requests in flight are
+// drained before the store goes.
+func (s *APIServer) StopTimeout() time.Duration { return 6 * time.Second }
+
+// Run implements lifecycle.Component. It is ready when /readyz is.
+func (s *APIServer) Run(ctx context.Context, ready func()) error {
+	listener, err := s.listen(ctx)
+	if err != nil {
+		return err
+	}
+	defer listener.Close() // harmless after the server has closed it
+	server, err := s.assemble(ctx, listener)
+	if err != nil {
+		return err
+	}
+	stop, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- server.run(stop) }()
+	s.loopback.Serve(server.handler)
+	if err := s.waitReady(ctx, done); err != nil {
+		return err
+	}
+	if err := ensureBootstrapObjects(ctx, s.loopback.Admin(), s.cfg); err != nil && ctx.Err() == nil {
+		cancel()
+		return errors.Join(err, <-done)
+	}
+	ready()
+	return <-done
+}
+
+// listen opens the API's port, so that a port that is taken is found before
+// anything else is built.
+func (s *APIServer) listen(ctx context.Context) (net.Listener, error) {
+	host := ""
+	if s.opts.SecureServing.BindAddress != nil && !s.opts.SecureServing.BindAddress.IsUnspecified() {
+		host = s.opts.SecureServing.BindAddress.String()
+	}
+	addr := net.JoinHostPort(host, strconv.Itoa(s.opts.SecureServing.BindPort))
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w: another program listens on %s; stop it, or choose another port with --https-listen-port", ErrPortTaken, addr)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	return l, nil
+}
+
+// assembled is the API server, ready to run.
+type assembled struct {
+	handler http.Handler
+	run     func(context.Context) error
+}
+
+func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assembled, error) {
+	// The API server calls itself and pods; its warnings are not for our log.
+	rest.SetDefaultWarningHandler(rest.NoWarnings{})
+	s.opts.SecureServing.Listener = listener
+	name, err := cache.NewInformerName("kube-apiserver")
+	if err != nil {
+		return nil, fmt.Errorf("assemble the API server: %w", err)
+	}
+	s.opts.InformerName = name
+	completed, err := s.opts.Complete(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("complete the API server's options: %w", err)
+	}
+	if errs := completed.Validate(); len(errs) != 0 {
+		return nil, fmt.Errorf("--kube-apiserver-arg: %w", errors.Join(errs...))
+	}
+	config, err := app.NewConfig(completed)
+	if err != nil {
+		return nil, fmt.Errorf("configure the API server: %w", err)
+	}
+	// The aggregator is the outermost of the three servers and the only one
+	// whose handler chain authenticates.
+	authn := &config.Aggregator.GenericConfig.Config.Authentication
+	authn.Authenticator = union.New(loopback.Authenticator(), authn.Authenticator)
+	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
+
+	complete, err := config.Complete()
+	if err != nil {
+		return nil, fmt.Errorf("configure the API server: %w", err)
+	}
+	chain, err := app.CreateServerChain(complete)
+	if err != nil {
+		return nil, fmt.Errorf("assemble the API server: %w", err)
+	}
+	prepared, err := chain.PrepareRun()
+	if err != nil {
+		return nil, fmt.Errorf("prepare the API server: %w", err)
+	}
+	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
+}
+
+// waitReady returns nil when /readyz answers ok, or why it never will.
+func (s *APIServer) waitReady(ctx context.Context, done <-chan error) error {
+	client, err := rest.HTTPClientFor(s.loopback.Admin())
+	if err != nil {
+		return err
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kedge.internal/readyz", nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := client.Do(req); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case err := <-done:
+			if err == nil {
+				err = errors.New("the API server ended before it was ready")
+			}
+			return err
+		case <-ctx.Done():
+			return <-done
+		case <-tick.C:
+		}
+	}
+}
+
+// Check implements lifecycle.Checker.
+func (s *APIServer) Check(ctx context.Context) error {
+	client, err := rest.HTTPClientFor(s.loopback.Admin())
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kedge.internal/readyz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("/readyz answers %s", resp.Status)
+	}
+	return nil
+}

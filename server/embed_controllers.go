@@ -1,0 +1,215 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/client-go/discovery"
+	"k8s.io/client-go/kubernetes"
+	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/keyutil"
+	genericcontrollermanager "k8s.io/controller-manager/app"
+	"k8s.io/controller-manager/pkg/clientbuilder"
+	controllerhealthz "k8s.io/controller-manager/pkg/healthz"
+	"k8s.io/klog/v2"
+	"k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	"k8s.io/kubernetes/cmd/kube-controller-manager/app/config"
+	"k8s.io/kubernetes/cmd/kube-controller-manager/app/options"
+	"k8s.io/kubernetes/cmd/kube-controller-manager/names"
+	serviceaccountcontroller "k8s.io/kubernetes/pkg/controller/serviceaccount"
+	"k8s.io/kubernetes/pkg/serviceaccount"
+
+	"kedge/internal/componentflags"
+	"kedge/server/loopback"
+)
+
+// Controllers is the component that runs the controllers of
+// kube-controller-manager.
+type Controllers struct {
+	cfg      Config
+	id       *Identity
+	loopback *loopback.Loopback
+	log      *slog.Logger
+	opts     *options.KubeControllerManagerOptions
+}
+
+// NewControllers parses the component's flags and keeps the rest.
+func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) (*Controllers, error) {
+	opts, err := options.NewKubeControllerManagerOptions()
+	if err != nil {
+		return nil, fmt.Errorf("make the controllers' options: %w", err)
+	}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, log: log, opts: opts}
+	flags := opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
+	fs := pflag.NewFlagSet("kube-controller-manager", pflag.ContinueOnError)
+	for _, f := range flags.FlagSets {
+		fs.AddFlagSet(f)
+	}
+	args, err := componentflags.Merge(c.defaults(), cfg.ControllerArgs, "--kube-controller-manager-arg")
+	if err != nil {
+		return nil, err
+	}
+	if err := fs.Parse(args); err != nil {
+		return nil, fmt.Errorf("--kube-controller-manager-arg: %w", err)
+	}
+	return c, nil
+}
+
+func (c *Controllers) defaults() map[string]string {
+	return map[string]string{
+		"allocate-node-cidrs": "true",
+		"cluster-cidr":        joinPrefixes(c.cfg.ClusterCIDRs),
+		"cluster-signing-kube-apiserver-client-cert-file": c.id.ClientCA.CertFile(),
+		"cluster-signing-kube-apiserver-client-key-file":  c.id.ClientCA.KeyFile(),
+		"cluster-signing-kubelet-client-cert-file":        c.id.ClientCA.CertFile(),
+		"cluster-signing-kubelet-client-key-file":         c.id.ClientCA.KeyFile(),
+		"cluster-signing-kubelet-serving-cert-file":       c.id.ServerCA.CertFile(),
+		"cluster-signing-kubelet-serving-key-file":        c.id.ServerCA.KeyFile(),
+		"cluster-signing-legacy-unknown-cert-file":        c.id.ServerCA.CertFile(),
+		"cluster-signing-legacy-unknown-key-file":         c.id.ServerCA.KeyFile(),
+		"leader-elect":                     "false",
+		"master":                           "http://kedge.internal", // satisfies the option; the clients are replaced
+		"profiling":                        "false",
+		"root-ca-file":                     c.id.ServerCA.CertFile(),
+		"secure-port":                      "0", // metrics and health are the API server's
+		"service-account-private-key-file": c.id.ServiceAccountKey,
+		"service-cluster-ip-range":         joinPrefixes(c.cfg.ServiceCIDRs),
+		"use-service-account-credentials":  "true",
+	}
+}
+
+// Name implements lifecycle.Component.
+func (c *Controllers) Name() string { return "controllers" }
+
+// Run implements lifecycle.Component. It is ready when all controllers are built.
+func (c *Controllers) Run(ctx context.Context, ready func()) error {
+	cfg, err := c.configure(ctx)
+	if err != nil {
+		return err
+	}
+	completed := cfg.Complete()
+	cfg.EventBroadcaster.StartStructuredLogging(0)
+	cfg.EventBroadcaster.StartRecordingToSink(&v1core.EventSinkImpl{Interface: cfg.Client.CoreV1().Events("")})
+	defer cfg.EventBroadcaster.Shutdown()
+
+	health := controllerhealthz.NewMutableHealthzHandler()
+	mux := genericcontrollermanager.NewBaseHandler(&completed.ComponentConfig.Generic.Debugging, health)
+	if completed.SecureServing != nil { // only with a secure-port of the user's
+		handler := genericcontrollermanager.BuildHandlerChain(mux, &completed.Authorization, &completed.Authentication)
+		if _, _, err := completed.SecureServing.Serve(handler, 0, ctx.Done()); err != nil {
+			return fmt.Errorf("serve the controllers' port: %w", err)
+		}
+	}
+
+	clients := controllerClients{c.loopback}
+	cc, err := app.CreateControllerContext(ctx, completed, clients.root(), clients)
+	if err != nil {
+		return fmt.Errorf("make the controllers' context: %w", err)
+	}
+	descriptors := app.NewControllerDescriptors()
+	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
+	controllers, err := app.BuildControllers(ctx, cc, descriptors, mux, health)
+	if err != nil {
+		return fmt.Errorf("build the controllers: %w", err)
+	}
+	tokens, err := c.tokens(ctx, cc, clients)
+	if err != nil {
+		return err
+	}
+	cc.InformerFactory.Start(ctx.Done())
+	defer cc.InformerFactory.Shutdown()
+	cc.ObjectOrMetadataInformerFactory.Start(ctx.Done())
+	close(cc.InformersStarted)
+	go tokens(ctx)
+	ready()
+	// Upstream spreads the start of controllers over a second, to spare an API
+	// server that many others use. Ours is in this process.
+	if !app.RunControllers(ctx, cc, controllers, 0, completed.ControllerShutdownTimeout) {
+		return errors.New("some controllers did not stop in time")
+	}
+	return nil
+}
+
+// configure makes the component's configuration with clients that use the loopback.
+func (c *Controllers) configure(ctx context.Context) (*config.Config, error) {
+	cfg, err := c.opts.Config(ctx, app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
+	if err != nil {
+		return nil, fmt.Errorf("--kube-controller-manager-arg: %w", err)
+	}
+	if cfg.ComponentConfig.Generic.LeaderElection.LeaderElect {
+		return nil, errors.New("--kube-controller-manager-arg: leader-elect is decided by kedge; leave it out")
+	}
+	cfg.Kubeconfig = c.loopback.Config("system:kube-controller-manager")
+	if cfg.Client, err = kubernetes.NewForConfig(cfg.Kubeconfig); err != nil {
+		return nil, fmt.Errorf("make the controllers' client: %w", err)
+	}
+	return cfg, nil
+}
+
+// tokens returns the controller that fills secrets of type service-account-token.
+// Upstream's descriptor for it can be given a client only from inside its package.
+func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clients controllerClients) (func(context.Context), error) {
+	key, err := keyutil.PrivateKeyFromFile(cc.ComponentConfig.SAController.ServiceAccountKeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("read the service account key: %w", err)
+	}
+	generator, err := serviceaccount.JWTTokenGenerator(serviceaccount.LegacyIssuer, key)
+	if err != nil {
+		return nil, fmt.Errorf("make the token generator: %w", err)
+	}
+	client, err := clients.root().Client("tokens-controller")
+	if err != nil {
+		return nil, err
+	}
+	t, err := serviceaccountcontroller.NewTokensController(klog.FromContext(ctx),
+		cc.InformerFactory.Core().V1().ServiceAccounts(), cc.InformerFactory.Core().V1().Secrets(), client,
+		serviceaccountcontroller.TokensControllerOptions{TokenGenerator: generator, RootCA: c.id.ServerCA.PEM()})
+	if err != nil {
+		return nil, fmt.Errorf("make the token controller: %w", err)
+	}
+	return func(ctx context.Context) { t.Run(ctx, int(cc.ComponentConfig.SAController.ConcurrentSATokenSyncs)) }, nil
+}
+
+// controllerClients gives each controller a client that acts as its own service
+// account, as upstream does with tokens; here no token is needed.
+type controllerClients struct{ loopback *loopback.Loopback }
+
+var _ clientbuilder.ControllerClientBuilder = controllerClients{}
+
+// root acts as kube-controller-manager itself: for informers that all share.
+func (c controllerClients) root() clientbuilder.ControllerClientBuilder {
+	return clientbuilder.SimpleControllerClientBuilder{ClientConfig: c.loopback.Config("system:kube-controller-manager")}
+}
+
+func (c controllerClients) Config(name string) (*rest.Config, error) {
+	return c.loopback.Config("system:serviceaccount:kube-system:"+name, "system:serviceaccounts", "system:serviceaccounts:kube-system"), nil
+}
+
+func (c controllerClients) ConfigOrDie(name string) *rest.Config {
+	cfg, _ := c.Config(name) // cannot fail
+	return cfg
+}
+
+func (c controllerClients) Client(name string) (kubernetes.Interface, error) {
+	return kubernetes.NewForConfig(c.ConfigOrDie(name))
+}
+
+func (c controllerClients) ClientOrDie(name string) kubernetes.Interface {
+	return kubernetes.NewForConfigOrDie(c.ConfigOrDie(name))
+}
+
+func (c controllerClients) DiscoveryClient(name string) (discovery.DiscoveryInterface, error) {
+	return discovery.NewDiscoveryClientForConfig(c.ConfigOrDie(name))
+}
+
+func (c controllerClients) DiscoveryClientOrDie(name string) discovery.DiscoveryInterface {
+	return discovery.NewDiscoveryClientForConfigOrDie(c.ConfigOrDie(name))
+}
+
+// StopTimeout implements lifecycle.StopTimeouter.
+func (c *Controllers) StopTimeout() time.Duration { return 5 * time.Second }

@@ -1,0 +1,220 @@
+package server
+
+import (
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"kedge/internal/atomicfile"
+	"kedge/internal/pki"
+)
+
+// Identity is the credentials of a control plane: made at the first boot, kept
+// from then on. It holds paths, not secrets.
+type Identity struct {
+	ServerCA *pki.Authority // signs what serves: the API and the kubelets
+	ClientCA *pki.Authority // signs who calls: administrators, nodes, the API server itself
+	ProxyCA  *pki.Authority // signs the aggregator's front proxy
+
+	Serving        pki.Pair // the API's certificate
+	KubeletClient  pki.Pair // the API server's when it calls kubelets
+	ProxyClient    pki.Pair // the aggregator's when it calls extension API servers
+	Admin          pki.Pair // cluster-admin, for the kubeconfig
+	KubeletServing pki.Pair // the certificate of this machine's kubelet
+
+	ServiceAccountKey string // signs service account tokens
+	EncryptionConfig  string // names the key that encrypts secrets at rest
+	AuthnConfig       string // anonymous access to the health endpoints only
+	TokenFile         string // the join token
+
+	URL string // of the API, for the kubeconfig
+}
+
+// Prepare makes whatever of the identity does not exist yet, renews leaf
+// certificates that need it, and writes the administrator's kubeconfig. It is
+// idempotent, and safe to run again after a crash at any point: no file is seen
+// half-written, and nothing that other files rest on is ever replaced.
+func Prepare(cfg Config, now time.Time) (*Identity, error) {
+	dir := cfg.tlsDir()
+	for _, d := range []string{cfg.Dir, dir} {
+		if err := atomicfile.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("prepare the server directory: %w", err)
+		}
+	}
+	id := &Identity{
+		ServiceAccountKey: filepath.Join(dir, "service-account.key"),
+		EncryptionConfig:  filepath.Join(cfg.Dir, "encryption-config.yaml"),
+		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
+		TokenFile:         filepath.Join(cfg.Dir, "token"),
+		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
+	}
+	for name, ca := range map[string]**pki.Authority{"server-ca": &id.ServerCA, "client-ca": &id.ClientCA, "request-header-ca": &id.ProxyCA} {
+		var err error
+		if *ca, err = pki.EnsureAuthority(dir, name, now); err != nil {
+			return nil, err
+		}
+	}
+	if _, err := pki.EnsureKey(id.ServiceAccountKey); err != nil {
+		return nil, err
+	}
+	if err := id.leaves(cfg, now); err != nil {
+		return nil, err
+	}
+	if err := ensureEncryptionConfig(id.EncryptionConfig); err != nil {
+		return nil, err
+	}
+	if _, err := atomicfile.WriteIfChanged(id.AuthnConfig, []byte(authnConfig), 0o600); err != nil {
+		return nil, err
+	}
+	if err := ensureToken(id.TokenFile, cfg.Token, id.ServerCA.Hash()); err != nil {
+		return nil, err
+	}
+	return id, id.writeKubeconfig(cfg)
+}
+
+// leaves makes the leaf certificates.
+func (id *Identity) leaves(cfg Config, now time.Time) error {
+	names := []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc",
+		"kubernetes.default.svc." + cfg.ClusterDomain, cfg.NodeName}
+	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback, cfg.APIServiceIP().AsSlice(), cfg.AdvertiseAddress.AsSlice()}
+	var nodeIPs []net.IP
+	for _, a := range cfg.NodeIPs {
+		nodeIPs = append(nodeIPs, a.AsSlice())
+	}
+	ips = append(ips, nodeIPs...)
+	for _, san := range cfg.TLSSANs {
+		if ip := net.ParseIP(san); ip != nil {
+			ips = append(ips, ip)
+		} else {
+			names = append(names, san)
+		}
+	}
+	slices.Sort(names)
+	names = slices.Compact(names)
+	ips = slices.CompactFunc(slices.SortedFunc(slices.Values(ips), func(a, b net.IP) int { return strings.Compare(a.String(), b.String()) }), net.IP.Equal)
+	for _, l := range []struct {
+		ca   *pki.Authority
+		name string
+		leaf pki.Leaf
+		into *pki.Pair
+	}{
+		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
+		{id.ServerCA, "serving-kubelet", pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
+			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1)}, nodeIPs...), Server: true}, &id.KubeletServing},
+		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
+		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
+		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},
+	} {
+		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
+		if err != nil {
+			return err
+		}
+		*l.into = pair
+	}
+	return nil
+}
+
+// kubeletClientUser is who the API server is when it calls a kubelet. It is
+// bound to the role system:kubelet-api-admin, nothing more.
+const kubeletClientUser = "kube-apiserver-kubelet-client"
+
+// proxyUser is who the aggregator is when it calls an extension API server.
+const proxyUser = "system:auth-proxy"
+
+// authnConfig allows anonymous requests to the health endpoints and nowhere else.
+const authnConfig = `apiVersion: apiserver.config.k8s.io/v1
+kind: AuthenticationConfiguration
+anonymous:
+  enabled: true
+  conditions:
+  - path: /livez
+  - path: /readyz
+  - path: /healthz
+`
+
+// ensureEncryptionConfig makes the key for secrets at rest at the first boot.
+// An existing file is never replaced: its key is the only one that opens what is
+// stored. "identity" comes last so that a store from before encryption stays
+// readable; it is never used to write.
+func ensureEncryptionConfig(path string) error {
+	if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	key := make([]byte, 32)
+	rand.Read(key) // never fails (crypto/rand)
+	return atomicfile.Write(path, fmt.Appendf(nil, `apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+- resources: [secrets]
+  providers:
+  - secretbox:
+      keys:
+      - name: key1
+        secret: %s
+  - identity: {}
+`, base64.StdEncoding.EncodeToString(key)), 0o600)
+}
+
+// ensureToken writes the join token: the CA's hash, which a joining machine
+// checks before it sends anything, and the secret.
+func ensureToken(path string, given Secret, caHash string) error {
+	secret := string(given)
+	if secret == "" {
+		if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		raw := make([]byte, 16)
+		rand.Read(raw)
+		secret = hex.EncodeToString(raw)
+	}
+	_, err := atomicfile.WriteIfChanged(path, []byte("K10"+caHash+"::server:"+secret+"\n"), 0o600)
+	return err
+}
+
+// loopbackHost is the address by which this machine reaches its own API.
+func loopbackHost(cfg Config) string {
+	if cfg.BindAddress.IsValid() && !cfg.BindAddress.IsUnspecified() {
+		return cfg.BindAddress.String()
+	}
+	return "127.0.0.1"
+}
+
+func (id *Identity) writeKubeconfig(cfg Config) error {
+	cert, err := os.ReadFile(id.Admin.CertFile)
+	if err != nil {
+		return err
+	}
+	key, err := os.ReadFile(id.Admin.KeyFile)
+	if err != nil {
+		return err
+	}
+	c := clientcmdapi.NewConfig()
+	c.Clusters["default"] = &clientcmdapi.Cluster{Server: id.URL, CertificateAuthorityData: id.ServerCA.PEM()}
+	c.AuthInfos["default"] = &clientcmdapi.AuthInfo{ClientCertificateData: cert, ClientKeyData: key}
+	c.Contexts["default"] = &clientcmdapi.Context{Cluster: "default", AuthInfo: "default"}
+	c.CurrentContext = "default"
+	data, err := clientcmd.Write(*c)
+	if err != nil {
+		return fmt.Errorf("encode the kubeconfig: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(cfg.Kubeconfig), 0o755); err != nil {
+		return fmt.Errorf("write the kubeconfig: %w", err)
+	}
+	if _, err := atomicfile.WriteIfChanged(cfg.Kubeconfig, data, fs.FileMode(cfg.KubeconfigMode)); err != nil {
+		return fmt.Errorf("write the kubeconfig: %w", err)
+	}
+	return nil
+}
