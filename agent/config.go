@@ -1,0 +1,74 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+
+	"k8s.io/client-go/rest"
+)
+
+// Config is everything the node is told. Package main composes it once; it is
+// passed by value and not changed afterwards.
+type Config struct {
+	DataDir string // the kubelet's directory and logs are below it
+	RunDir  string
+
+	NodeName   string
+	NodeIPs    []netip.Addr // one, or one of each family
+	NodeLabels []string     // KEY=VALUE, set at registration
+	NodeTaints []string     // KEY=VALUE:EFFECT, set at registration
+
+	ClusterDNS    []netip.Addr
+	ClusterDomain string
+	ResolvConf    string // for pods with dnsPolicy Default; empty means: find one
+
+	RuntimeEndpoint string // containerd's socket
+	CgroupRoot      string // below which all pods are; carries the node's name
+
+	// The kubelet's serving certificate and whom it lets in.
+	ServingCert string
+	ServingKey  string
+	ClientCA    string
+
+	KubeletPort int
+	KubeletArgs []string // user's, NAME=VALUE
+
+	// Client is how the kubelet reaches the API: in memory on a server.
+	Client *rest.Config
+}
+
+// DefaultConfig returns the settings that do not depend on the machine.
+func DefaultConfig() Config {
+	return Config{ClusterDomain: "cluster.local", KubeletPort: 10250}
+}
+
+// Validate reports everything that is wrong with c, joined.
+func (c Config) Validate() error {
+	var errs []error
+	for name, dir := range map[string]string{"data": c.DataDir, "run": c.RunDir} {
+		if !filepath.IsAbs(dir) {
+			errs = append(errs, fmt.Errorf("%s directory %q is not an absolute path", name, dir))
+		}
+	}
+	if c.NodeName == "" {
+		errs = append(errs, errors.New("the node has no name; give one with --node-name"))
+	}
+	if len(c.NodeIPs) == 0 {
+		errs = append(errs, errors.New("the node has no address; give one with --node-ip"))
+	}
+	if c.KubeletPort < 1 || c.KubeletPort > 65535 {
+		errs = append(errs, fmt.Errorf("the kubelet's port %d is not between 1 and 65535", c.KubeletPort))
+	}
+	return errors.Join(errs...)
+}
+
+// kubeletDir is the kubelet's root directory.
+func (c Config) kubeletDir() string { return filepath.Join(c.DataDir, "kubelet") }
+
+// logDir is where the logs of containers are.
+func (c Config) logDir() string { return filepath.Join(c.DataDir, "log") }
+
+// StaticPodDir is the folder whose manifests the kubelet runs without the API.
+func (c Config) StaticPodDir() string { return filepath.Join(c.DataDir, "pod-manifests") }

@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/mount-utils"
+)
+
+// mounter implements the kubelet's mount interface with system calls. Listing
+// and checking mount points are upstream's, which read /proc; mounting is ours,
+// where upstream runs mount(8) and umount(8).
+//
+// Filesystems whose mount(8) helper does more than the system call (nfs, cifs,
+// ceph) work as far as the kernel understands the options that are given.
+type mounter struct{ mount.Mounter }
+
+var _ mount.MounterForceUnmounter = (*mounter)(nil)
+
+// mountFlags are the options of mount(8) that are flags of mount(2). The
+// negative ones clear the flag.
+var mountFlags = map[string]struct {
+	clear bool
+	flag  uintptr
+}{
+	"async": {true, unix.MS_SYNCHRONOUS}, "atime": {true, unix.MS_NOATIME}, "bind": {false, unix.MS_BIND},
+	"defaults": {}, "dev": {true, unix.MS_NODEV}, "diratime": {true, unix.MS_NODIRATIME},
+	"dirsync": {false, unix.MS_DIRSYNC}, "exec": {true, unix.MS_NOEXEC}, "lazytime": {false, unix.MS_LAZYTIME},
+	"mand": {false, unix.MS_MANDLOCK}, "noatime": {false, unix.MS_NOATIME}, "nodev": {false, unix.MS_NODEV},
+	"nodiratime": {false, unix.MS_NODIRATIME}, "noexec": {false, unix.MS_NOEXEC}, "nomand": {true, unix.MS_MANDLOCK},
+	"norelatime": {true, unix.MS_RELATIME}, "nostrictatime": {true, unix.MS_STRICTATIME}, "nosuid": {false, unix.MS_NOSUID},
+	"rbind": {false, unix.MS_BIND | unix.MS_REC}, "relatime": {false, unix.MS_RELATIME}, "remount": {false, unix.MS_REMOUNT},
+	"ro": {false, unix.MS_RDONLY}, "rw": {true, unix.MS_RDONLY}, "strictatime": {false, unix.MS_STRICTATIME},
+	"suid": {true, unix.MS_NOSUID}, "sync": {false, unix.MS_SYNCHRONOUS},
+}
+
+// ignoredOptions mean something to mount(8) only.
+var ignoredOptions = map[string]bool{"auto": true, "noauto": true, "user": true, "nouser": true, "_netdev": true, "nofail": true}
+
+// propagation are the options that need a call of their own.
+var propagation = map[string]uintptr{
+	"private": unix.MS_PRIVATE, "rprivate": unix.MS_PRIVATE | unix.MS_REC,
+	"shared": unix.MS_SHARED, "rshared": unix.MS_SHARED | unix.MS_REC,
+	"slave": unix.MS_SLAVE, "rslave": unix.MS_SLAVE | unix.MS_REC,
+	"unbindable": unix.MS_UNBINDABLE, "runbindable": unix.MS_UNBINDABLE | unix.MS_REC,
+}
+
+// mountOptions is a list of options, sorted by what mount(2) wants of them.
+type mountOptions struct {
+	flags     uintptr
+	propagate []uintptr
+	data      string // for the filesystem
+}
+
+func parseMountOptions(options []string) mountOptions {
+	var o mountOptions
+	var data []string
+	for _, list := range options {
+		for opt := range strings.SplitSeq(list, ",") {
+			opt = strings.TrimSpace(opt)
+			if f, ok := mountFlags[opt]; ok {
+				if f.clear {
+					o.flags &^= f.flag
+				} else {
+					o.flags |= f.flag
+				}
+				continue
+			}
+			if p, ok := propagation[opt]; ok {
+				o.propagate = append(o.propagate, p)
+				continue
+			}
+			if opt != "" && !ignoredOptions[opt] {
+				data = append(data, opt)
+			}
+		}
+	}
+	o.data = strings.Join(data, ",")
+	return o
+}
+
+// Mount implements mount.Interface.
+func (m *mounter) Mount(source, target, fstype string, options []string) error {
+	return m.MountSensitive(source, target, fstype, options, nil)
+}
+
+// MountSensitive implements mount.Interface. Errors never contain sensitiveOptions.
+func (m *mounter) MountSensitive(source, target, fstype string, options, sensitiveOptions []string) error {
+	o := parseMountOptions(append(append([]string(nil), options...), sensitiveOptions...))
+	if o.flags&unix.MS_BIND != 0 && o.flags&unix.MS_REMOUNT == 0 {
+		return m.bind(source, target, o)
+	}
+	if fstype == "" && o.flags&unix.MS_REMOUNT == 0 {
+		return fmt.Errorf("mount %s at %s: no filesystem type is given", source, target)
+	}
+	if err := unix.Mount(source, target, fstype, o.flags, o.data); err != nil {
+		return fmt.Errorf("mount %s at %s (%s, %s): %w", source, target, fstype, strings.Join(options, ","), err)
+	}
+	return propagate(target, o.propagate)
+}
+
+// MountSensitiveWithoutSystemd implements mount.Interface.
+func (m *mounter) MountSensitiveWithoutSystemd(source, target, fstype string, options, sensitiveOptions []string) error {
+	return m.MountSensitive(source, target, fstype, options, sensitiveOptions)
+}
+
+// MountSensitiveWithoutSystemdWithMountFlags implements mount.Interface.
+// Arguments of mount(8) in flags have no counterpart in mount(2), except
+// --no-canonicalize, which is what the system call does anyway.
+func (m *mounter) MountSensitiveWithoutSystemdWithMountFlags(source, target, fstype string, options, sensitiveOptions, flags []string) error {
+	for _, f := range flags {
+		if f != "--no-canonicalize" {
+			return fmt.Errorf("mount %s at %s: %q is not supported without mount(8)", source, target, f)
+		}
+	}
+	return m.MountSensitive(source, target, fstype, options, sensitiveOptions)
+}
+
+// lockedFlags are those that a bind mount must keep of its source: the kernel
+// would otherwise refuse the remount, or silently drop a restriction.
+const lockedFlags = unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOSUID | unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_RELATIME | unix.MS_RDONLY
+
+// bind makes a bind mount, and where flags are wanted a second call, since the
+// first takes none.
+func (m *mounter) bind(source, target string, o mountOptions) error {
+	recursive := o.flags & unix.MS_REC
+	if err := unix.Mount(source, target, "", unix.MS_BIND|recursive, ""); err != nil {
+		return fmt.Errorf("bind %s to %s: %w", source, target, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(source, &st); err != nil {
+		return errors.Join(fmt.Errorf("bind %s to %s: %w", source, target, err), unix.Unmount(target, unix.MNT_DETACH))
+	}
+	flags := o.flags&^(unix.MS_BIND|unix.MS_REC) | uintptr(st.Flags)&lockedFlags
+	if flags != 0 {
+		if err := unix.Mount("", target, "", unix.MS_BIND|unix.MS_REMOUNT|flags, ""); err != nil {
+			return errors.Join(fmt.Errorf("bind %s to %s with its flags: %w", source, target, err), unix.Unmount(target, unix.MNT_DETACH))
+		}
+	}
+	return propagate(target, o.propagate)
+}
+
+func propagate(target string, flags []uintptr) error {
+	for _, f := range flags {
+		if err := unix.Mount("", target, "", f, ""); err != nil {
+			return fmt.Errorf("change the propagation of %s: %w", target, err)
+		}
+	}
+	return nil
+}
+
+// Unmount implements mount.Interface. A target that is no mount point, or gone,
+// is what the caller wants.
+func (m *mounter) Unmount(target string) error {
+	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return fmt.Errorf("unmount %s: %w", target, err)
+}
+
+// UnmountWithForce implements mount.MounterForceUnmounter.
+func (m *mounter) UnmountWithForce(target string, timeout time.Duration) error {
+	done := make(chan error, 1)
+	go func() { done <- m.Unmount(target) }()
+	select {
+	case err := <-done:
+		if err == nil {
+			return nil
+		}
+	case <-time.After(timeout):
+	}
+	if err := unix.Unmount(target, unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("unmount %s by force: %w", target, err)
+	}
+	return nil
+}
+
+// CanSafelySkipMountPointCheck implements mount.Interface: Unmount above answers
+// correctly for what is no mount point.
+func (m *mounter) CanSafelySkipMountPointCheck() bool { return true }
