@@ -1,0 +1,62 @@
+package datastore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/kubernetes"
+	"google.golang.org/grpc"
+)
+
+// Endpoint is the address by which clients know the store in this process, and what to give the API server
+// as its etcd server. It leads nowhere: nothing is ever dialled.
+const Endpoint = "http://datastore.kedge.invalid:2379"
+
+// keepAliveTimeout is how long a lease's first keep-alive may stay without an answer.
+const keepAliveTimeout = time.Second
+
+// NewClient returns a client of the store, good from when the store is ready until it stops. The caller closes
+// it.
+//
+// Each call returns a client that shares nothing with the others. The API server closes the client of a
+// resource type when the type goes away, which ends all watches and leases of that client; and it wraps the
+// client's KV in place. Close returns an error, as it does for every client whose connection is gone before
+// it; callers ignore it.
+func (s *Store) NewClient() (*kubernetes.Client, error) {
+	t := s.transport.Load()
+	if t == nil {
+		return nil, ErrNotServing
+	}
+	// Built the long way because only clientv3.New sets endpoints. Without them the API server takes the
+	// store for one that cannot report watch progress, and stops serving consistent lists from its caches.
+	c, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{Endpoint},
+		Logger:    s.zap,
+		DialOptions: []grpc.DialOption{
+			grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return nil, errNoNetwork }),
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("new client: %w", err)
+	}
+	// The connection that came with it is not used. Closed at once it keeps no goroutine and half the memory,
+	// and if a method should ever be missed below, its calls fail instead of waiting.
+	_ = c.ActiveConnection().Close()
+
+	c.KV = clientv3.NewKVFromKVClient(kvClient{t}, c)
+	c.Lease = clientv3.NewLeaseFromLeaseClient(leaseClient{t}, c, keepAliveTimeout)
+	c.Watcher = clientv3.NewWatchFromWatchClient(watchClient{t}, c)
+	c.Cluster = clientv3.NewClusterFromClusterClient(clusterClient{t}, c)
+	c.Maintenance = clientv3.NewMaintenanceFromMaintenanceClient(maintenanceClient{t}, c)
+	// Auth keeps its dead connection: the store has one client, this process, and no users.
+
+	k := &kubernetes.Client{Client: c}
+	k.Kubernetes = k
+	return k, nil
+}
+
+var errNoNetwork = errors.New("the datastore is not on a network")

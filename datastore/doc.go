@@ -1,0 +1,15 @@
+// Package datastore is the store behind the Kubernetes API: etcd's own server, running in this process,
+// reached by the API server through function calls instead of gRPC.
+//
+// It is for the control plane of one kedge server. A [Store] is a component: [Store.Run] opens the data
+// directory and serves until its context ends, [Store.NewClient] gives a client of it, and [Store.Install]
+// makes the API server in this process take all of its etcd clients from there.
+//
+// It is not a general key-value library, it is not for nodes, and it has no network port. What Kubernetes
+// requires of its storage (conflicts, watches, paging, encryption) is Kubernetes' own etcd3 package above it,
+// unchanged; raft, the write-ahead log and the revisions are etcd's below it, unchanged. What is here is the
+// joint between them, and what keeps the store healthy with nobody looking.
+//
+// Package server may import it, and package main to configure it; nothing else. DESIGN.md beside this file
+// has the states, the settings with their reasons, and the traps.
+package datastore
