@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+)
+
+// completions ask the executable itself, so that they never fall behind it.
+var completions = map[string]string{
+	"bash": `_kedge() {
+  local cur="${COMP_WORDS[COMP_CWORD]}"
+  if [[ "${COMP_WORDS[1]}" == kubectl ]]; then
+    local out; out=$("${COMP_WORDS[0]}" kubectl __completeNoDesc "${COMP_WORDS[@]:2:COMP_CWORD-2}" "$cur" 2>/dev/null | sed '$d')
+    COMPREPLY=($(compgen -W "$out" -- "$cur")); return
+  fi
+  local out
+  if [[ "$cur" == -* ]]; then
+    out=$("${COMP_WORDS[@]:0:COMP_CWORD}" "$cur" --generate-bash-completion 2>/dev/null)
+  else
+    out=$("${COMP_WORDS[@]:0:COMP_CWORD}" --generate-bash-completion 2>/dev/null)
+  fi
+  COMPREPLY=($(compgen -W "$out" -- "$cur"))
+}
+complete -o default -F _kedge kedge
+`,
+	"zsh": `#compdef kedge
+autoload -U compinit bashcompinit
+_kedge() {
+  local -a opts
+  if [[ "${words[2]}" == kubectl ]]; then
+    opts=("${(@f)$(${words[1]} kubectl __completeNoDesc ${words[3,CURRENT]} 2>/dev/null | sed '$d')}")
+  elif [[ "${words[CURRENT]}" == -* ]]; then
+    opts=("${(@f)$(${words[1,CURRENT]} --generate-bash-completion 2>/dev/null)}")
+  else
+    opts=("${(@f)$(${words[1,CURRENT-1]} --generate-bash-completion 2>/dev/null)}")
+  fi
+  compadd -- "${opts[@]}"
+}
+compdef _kedge kedge
+`,
+	"fish": `function __kedge_complete
+  set -l words (commandline -opc)
+  set -l cur (commandline -ct)
+  if test (count $words) -gt 1; and test $words[2] = kubectl
+    $words[1] kubectl __completeNoDesc $words[3..-1] "$cur" 2>/dev/null | string match -v ':*'
+  else if string match -q -- '-*' "$cur"
+    $words "$cur" --generate-bash-completion 2>/dev/null
+  else
+    $words --generate-bash-completion 2>/dev/null
+  end
+end
+complete -c kedge -f -a '(__kedge_complete)'
+`,
+}
+
+func completionCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "completion",
+		Usage:     "Print a script that completes commands and flags in bash, zsh or fish",
+		ArgsUsage: "bash|zsh|fish",
+		Action: func(c *cli.Context) error {
+			script, ok := completions[c.Args().First()]
+			if !ok {
+				return fmt.Errorf("completion for %q: want bash, zsh or fish", c.Args().First())
+			}
+			_, err := fmt.Fprint(c.App.Writer, script)
+			return err
+		},
+	}
+}

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"k8s.io/apiserver/pkg/authentication/user"
+
+	"kedge/agent"
+	"kedge/datastore"
+	"kedge/internal/control"
+	"kedge/internal/datadir"
+	"kedge/internal/lifecycle"
+	"kedge/internal/logging"
+	"kedge/server"
+	"kedge/server/loopback"
+)
+
+func serverCommand() *cli.Command {
+	flags := serverFlags()
+	return &cli.Command{
+		Name:  "server",
+		Usage: "Run the control plane and a node",
+		Flags: flags,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return fmt.Errorf("\"kedge server\" takes flags only, not %q", c.Args().First())
+			}
+			if err := applyConfigFiles(c, flags); err != nil {
+				return err
+			}
+			s, err := compose(c)
+			if err != nil {
+				return err
+			}
+			return runServer(c.Context, s)
+		},
+	}
+}
+
+// runServer prepares what is done once, wires the components, and runs them
+// until a signal comes or one of them fails.
+func runServer(ctx context.Context, s settings) error {
+	notify := lifecycle.TakeNotifier()
+	log := logging.New(os.Stderr, s.log)
+	logging.Setup(log)
+	if os.Geteuid() != 0 {
+		return errNotRoot
+	}
+	if err := os.MkdirAll(s.runDir, 0o755); err != nil {
+		return fmt.Errorf("make the run directory: %w", err)
+	}
+	dir, err := datadir.Open(s.dataDir, s.nodeName, version, time.Now())
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	log.Info("kedge starts", "version", version, "node", s.nodeName, "data", s.dataDir)
+
+	identity, err := server.Prepare(s.server, time.Now())
+	if err != nil {
+		return err
+	}
+	ctx, hurry, stop := signals(ctx, log)
+	defer stop()
+	var group *lifecycle.Group
+	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group) }))
+	if err := wire(group, s, identity, log); err != nil {
+		return err
+	}
+	go func() {
+		<-ctx.Done()
+		_ = notify.Stopping()
+	}()
+	return group.Run(ctx)
+}
+
+// wire is the whole graph: which parts there are and what each comes after.
+func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
+	lb := loopback.New()
+	store := datastore.New(s.datastore, component(log, "datastore"))
+	api, err := server.NewAPIServer(s.server, id, lb, component(log, "api"))
+	if err != nil {
+		return err
+	}
+	controllers, err := server.NewControllers(s.server, id, lb, component(log, "controllers"))
+	if err != nil {
+		return err
+	}
+	scheduler, err := server.NewScheduler(s.server, lb, component(log, "scheduler"))
+	if err != nil {
+		return err
+	}
+	if err := server.ApplyFeatureGates(); err != nil {
+		return err
+	}
+	store.Install()
+
+	group.Add(control.NewServer(s.runDir, reporter(group, s.nodeName)))
+	hStore := group.Add(store)
+	hAPI := group.Add(api, hStore)
+	group.Add(controllers, hAPI)
+	group.Add(scheduler, hAPI)
+	if s.disableAgent {
+		return nil
+	}
+
+	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
+	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
+	s.agent.ClientCA = id.ClientCA.CertFile()
+	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
+	if err != nil {
+		return err
+	}
+	group.Add(kubelet, hAPI)
+	return nil
+}
+
+func component(log *slog.Logger, name string) *slog.Logger { return log.With(logging.Component, name) }
+
+// signals returns a context that the first signal ends, and a channel that the
+// second one closes.
+func signals(ctx context.Context, log *slog.Logger) (stopping context.Context, hurry <-chan struct{}, release func()) {
+	stopping, cancel := context.WithCancelCause(ctx)
+	second := make(chan struct{})
+	c := make(chan os.Signal, 2)
+	signal.Notify(c, syscall.SIGTERM, syscall.SIGINT)
+	go func() {
+		for n := 0; ; n++ {
+			sig, ok := <-c
+			switch {
+			case !ok:
+				return
+			case n == 0:
+				log.Info("stopping; containers go on running", "signal", sig)
+				cancel(errors.New("signal: " + sig.String()))
+			case n == 1:
+				log.Warn("stopping at once", "signal", sig)
+				close(second)
+			}
+		}
+	}()
+	return stopping, second, func() {
+		signal.Stop(c)
+		close(c)
+		cancel(nil)
+	}
+}
+
+// announce tells the log and the service manager that start-up is complete.
+func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group) {
+	var table strings.Builder
+	_ = lifecycle.WriteTable(&table, group.Status(nil)) //nolint:staticcheck // nil: do not ask checkers
+	fmt.Fprint(os.Stderr, table.String())
+	if err := notify.Ready(); err != nil {
+		log.Warn("the service manager was not told", "err", err)
+	}
+}
+
+// reporter answers "kedge status".
+func reporter(group *lifecycle.Group, node string) func(context.Context) control.Report {
+	started := time.Now()
+	return func(ctx context.Context) control.Report {
+		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+		defer cancel()
+		return control.Report{
+			Version: version, Node: node, PID: os.Getpid(), Started: started,
+			Memory: control.OwnMemory(), Components: group.Status(ctx),
+		}
+	}
+}

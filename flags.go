@@ -1,0 +1,185 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"kedge/internal/config"
+)
+
+// Defaults of the paths, for flags, help and kubectl.
+const (
+	defaultDataDir    = "/var/lib/kedge"
+	defaultRunDir     = "/run/kedge"
+	defaultConfigFile = "/etc/kedge/config.yaml"
+	defaultKubeconfig = "/etc/kedge/kedge.yaml"
+)
+
+// Categories of flags in help and reference.
+const (
+	catGeneral = "General"
+	catNode    = "Node"
+	catNetwork = "Network"
+	catAPI     = "API"
+	catArgs    = "Upstream components"
+)
+
+func runDirFlag() cli.Flag {
+	return &cli.StringFlag{Name: "run-dir", Category: catGeneral, Value: defaultRunDir, EnvVars: env("run-dir"),
+		Usage: "Folder for everything that need not survive a reboot"}
+}
+
+func env(flag string) []string {
+	return []string{"KEDGE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))}
+}
+
+// serverFlags are the flags of "kedge server". Each is also an environment
+// variable and, but for --config, a key of the configuration file.
+func serverFlags() []cli.Flag {
+	str := func(category, name, value, usage string) cli.Flag {
+		return &cli.StringFlag{Name: name, Category: category, Value: value, Usage: usage, EnvVars: env(name)}
+	}
+	list := func(category, name, usage string) cli.Flag {
+		return &cli.StringSliceFlag{Name: name, Category: category, Usage: usage, EnvVars: env(name)}
+	}
+	boolean := func(category, name, usage string) cli.Flag {
+		return &cli.BoolFlag{Name: name, Category: category, Usage: usage, EnvVars: env(name)}
+	}
+	return []cli.Flag{
+		str(catGeneral, "config", defaultConfigFile, "Configuration `FILE`; files in FILE.d are read after it"),
+		str(catGeneral, "data-dir", defaultDataDir, "`DIR` for everything durable"),
+		runDirFlag(),
+		str(catGeneral, "log-level", "info", "`LEVEL`: trace, debug, info, warn or error"),
+		str(catGeneral, "log-format", "text", "`FORMAT`: text or json"),
+		boolean(catGeneral, "debug", "The same as --log-level=debug"),
+		boolean(catGeneral, "disable-agent", "Run the control plane only, no node"),
+		list(catGeneral, "disable", "Part to leave out (can be repeated)"),
+
+		str(catNode, "node-name", "", "`NAME` of the node (default: the hostname)"),
+		list(catNode, "node-label", "`KEY=VALUE` to register the node with (can be repeated)"),
+		list(catNode, "node-taint", "`KEY=VALUE:EFFECT` to register the node with (can be repeated)"),
+		list(catNode, "node-ip", "`ADDRESS` of the node, at most one IPv4 and one IPv6 (default: that of the default route)"),
+		str(catNode, "resolv-conf", "", "`FILE` with the name servers for pods with dnsPolicy Default (default: the host's)"),
+		&cli.IntFlag{Name: "kubelet-port", Category: catNode, Value: 10250, Usage: "`PORT` of the kubelet", EnvVars: env("kubelet-port")},
+		str(catNode, "snapshotter", "", "How image layers are stacked: overlayfs or native (default: overlayfs where it works)"),
+		str(catNode, "private-registry", "/etc/kedge/registries.yaml", "`FILE` with registry mirrors and credentials"),
+
+		list(catNetwork, "cluster-cidr", "`RANGE` of pod addresses, one of each family (default: 10.42.0.0/16)"),
+		list(catNetwork, "service-cidr", "`RANGE` of service addresses, one of each family (default: 10.43.0.0/16)"),
+		list(catNetwork, "cluster-dns", "`ADDRESS` of the cluster's DNS (default: the tenth of the service range)"),
+		str(catNetwork, "cluster-domain", "cluster.local", "`DOMAIN` of the cluster"),
+		str(catNetwork, "service-node-port-range", "30000-32767", "`RANGE` of node ports"),
+
+		str(catAPI, "bind-address", "", "`ADDRESS` that the API listens on (default: all)"),
+		&cli.IntFlag{Name: "https-listen-port", Category: catAPI, Value: 6443, Usage: "`PORT` of the API", EnvVars: env("https-listen-port")},
+		str(catAPI, "advertise-address", "", "`ADDRESS` by which others reach the API (default: the node's)"),
+		list(catAPI, "tls-san", "Further name or address for the API's certificate (can be repeated)"),
+		str(catAPI, "write-kubeconfig", defaultKubeconfig, "`FILE` for the administrator's kubeconfig"),
+		str(catAPI, "write-kubeconfig-mode", "600", "`MODE` of that file, octal"),
+		str(catAPI, "token", "", "Secret by which machines may join (default: one is made)"),
+
+		list(catArgs, "kube-apiserver-arg", "`NAME=VALUE` for kube-apiserver (can be repeated)"),
+		list(catArgs, "kube-controller-manager-arg", "`NAME=VALUE` for kube-controller-manager (can be repeated)"),
+		list(catArgs, "kube-scheduler-arg", "`NAME=VALUE` for kube-scheduler (can be repeated)"),
+		list(catArgs, "kubelet-arg", "`NAME=VALUE` for the kubelet (can be repeated)"),
+	}
+}
+
+// configKeys are the flags as the configuration file knows them.
+func configKeys(flags []cli.Flag) []config.Key {
+	var keys []config.Key
+	for _, f := range flags {
+		k := config.Key{Name: f.Names()[0]}
+		switch f.(type) {
+		case *cli.BoolFlag:
+			k.Kind = config.Bool
+		case *cli.IntFlag:
+			k.Kind = config.Int
+		case *cli.DurationFlag:
+			k.Kind = config.Duration
+		case *cli.StringSliceFlag:
+			k.Kind = config.List
+		}
+		if k.Name != "config" {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+// applyConfigFiles sets every flag that neither the command line nor the
+// environment has set to what the configuration files say.
+func applyConfigFiles(c *cli.Context, flags []cli.Flag) error {
+	files, err := config.Files(c.String("config"), c.IsSet("config"))
+	if err != nil {
+		return err
+	}
+	values, err := config.Load(files, configKeys(flags))
+	if err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		if c.IsSet(name) {
+			continue
+		}
+		v := values[name]
+		for _, item := range v.Items {
+			if err := c.Set(name, item); err != nil {
+				return fmt.Errorf("%s: %s: %w", v.Source, name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// usageError makes one sentence of what the flag parser says, with the nearest
+// name for an unknown flag.
+func usageError(c *cli.Context, err error, _ bool) error {
+	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
+	if !unknown {
+		return fmt.Errorf("%w; see %q", err, "kedge help")
+	}
+	name = strings.TrimLeft(name, "-")
+	var names []string
+	if c.Command != nil {
+		for _, f := range c.Command.Flags {
+			names = append(names, f.Names()...)
+		}
+	}
+	if best := config.Nearest(name, names); best != "" {
+		return fmt.Errorf("unknown flag --%s; did you mean --%s?", name, best)
+	}
+	return fmt.Errorf("unknown flag --%s; see %q", name, "kedge help")
+}
+
+func unknownCommand(app *cli.App, name string) error {
+	var names []string
+	for _, cmd := range app.Commands {
+		names = append(names, cmd.Name)
+	}
+	if best := config.Nearest(name, names); best != "" {
+		return fmt.Errorf("unknown command %q; did you mean %q?", name, best)
+	}
+	return fmt.Errorf("unknown command %q; see %q", name, "kedge help")
+}
+
+// splitList splits the values of a flag whose items cannot contain commas, so
+// that "a,b" and two flags mean the same.
+func splitList(values []string) []string {
+	var out []string
+	for _, v := range values {
+		for item := range strings.SplitSeq(v, ",") {
+			if item = strings.TrimSpace(item); item != "" {
+				out = append(out, item)
+			}
+		}
+	}
+	return out
+}
+
+var errNotRoot = errors.New("kedge needs root to run containers; start it as root, for example with sudo")

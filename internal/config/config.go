@@ -1,0 +1,223 @@
+// Package config reads kedge's configuration files: YAML whose keys are the
+// names of command line flags.
+//
+//	node-name: edge-1
+//	node-label: [zone=a, disk=ssd]
+//	kubelet-arg+: [max-pods=20]   # "+" appends to what earlier files gave
+//
+// Files are read in order, a later value replaces an earlier one. Flags and
+// environment variables win over files, which is for the caller to see to.
+// Mistakes are reported with file and line, and an unknown key with the nearest
+// name that exists.
+//
+// It knows no flag by itself; only package main imports it.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Kind is what a flag takes.
+type Kind int
+
+// The kinds of flags.
+const (
+	String Kind = iota
+	Bool
+	Int
+	Duration
+	List // of strings
+)
+
+// Key is a flag that may be set in a file.
+type Key struct {
+	Name string
+	Kind Kind
+}
+
+// Value is what the files say about one key.
+type Value struct {
+	Items  []string // one, or any number for a List
+	Source string   // FILE:LINE of the last one that counted
+}
+
+// Files returns path, if it exists, and then the *.yaml files of path's drop-in
+// folder (config.yaml.d for config.yaml) in the order of their names. A path that
+// the user named must exist.
+func Files(path string, named bool) ([]string, error) {
+	var files []string
+	switch _, err := os.Stat(path); {
+	case err == nil:
+		files = append(files, path)
+	case named || !errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("configuration file %s: %w", path, errors.Unwrap(err))
+	}
+	dropins, err := filepath.Glob(filepath.Join(path+".d", "*.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(dropins)
+	return append(files, dropins...), nil
+}
+
+// Load reads files and returns what they say, by key.
+func Load(files []string, keys []Key) (map[string]Value, error) {
+	values := map[string]Value{}
+	var errs []error
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("configuration file: %w", err))
+			continue
+		}
+		if err := load(file, data, keys, values); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return values, errors.Join(errs...)
+}
+
+func load(file string, data []byte, keys []Key, into map[string]Value) error {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(data, &doc); err != nil {
+		return fmt.Errorf("%s: not valid YAML: %s", file, strings.TrimPrefix(err.Error(), "yaml: "))
+	}
+	if len(doc.Content) == 0 {
+		return nil // empty, or only comments
+	}
+	root := doc.Content[0]
+	if root.Kind != yaml.MappingNode {
+		return fmt.Errorf("%s:%d: want lines of the form \"flag: value\"", file, root.Line)
+	}
+	var errs []error
+	for i := 0; i+1 < len(root.Content); i += 2 {
+		k, v := root.Content[i], root.Content[i+1]
+		name, add := strings.CutSuffix(k.Value, "+")
+		at := fmt.Sprintf("%s:%d", file, k.Line)
+		idx := slices.IndexFunc(keys, func(key Key) bool { return key.Name == name })
+		if idx < 0 {
+			errs = append(errs, fmt.Errorf("%s: unknown key %q%s", at, name, didYouMean(name, keys)))
+			continue
+		}
+		key := keys[idx]
+		if add && key.Kind != List {
+			errs = append(errs, fmt.Errorf("%s: %q takes one value, so \"+\" cannot append to it", at, name))
+			continue
+		}
+		items, err := key.items(v)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %s: %w", at, name, err))
+			continue
+		}
+		if add {
+			items = append(slices.Clone(into[name].Items), items...)
+		}
+		into[name] = Value{Items: items, Source: at}
+	}
+	return errors.Join(errs...)
+}
+
+// items reads a YAML value as what the key takes.
+func (k Key) items(v *yaml.Node) ([]string, error) {
+	if v.Kind == yaml.AliasNode {
+		v = v.Alias
+	}
+	if k.Kind == List {
+		switch v.Kind {
+		case yaml.ScalarNode:
+			return []string{v.Value}, nil
+		case yaml.SequenceNode:
+			var out []string
+			for _, e := range v.Content {
+				if e.Kind != yaml.ScalarNode {
+					return nil, errors.New("want a list of plain values")
+				}
+				out = append(out, e.Value)
+			}
+			return out, nil
+		}
+		return nil, errors.New("want a value or a list of values")
+	}
+	if v.Kind != yaml.ScalarNode {
+		return nil, errors.New("want one value")
+	}
+	return []string{v.Value}, k.check(v.Value)
+}
+
+func (k Key) check(s string) error {
+	var err error
+	switch k.Kind {
+	case Bool:
+		if _, err = strconv.ParseBool(s); err != nil {
+			return fmt.Errorf("%q is neither true nor false", s)
+		}
+	case Int:
+		if _, err = strconv.Atoi(s); err != nil {
+			return fmt.Errorf("%q is not a whole number", s)
+		}
+	case Duration:
+		if _, err = time.ParseDuration(s); err != nil {
+			return fmt.Errorf("%q is not a duration such as 30s or 5m", s)
+		}
+	}
+	return nil
+}
+
+func didYouMean(name string, keys []Key) string {
+	names := make([]string, len(keys))
+	for i, k := range keys {
+		names[i] = k.Name
+	}
+	if best := Nearest(name, names); best != "" {
+		return fmt.Sprintf("; did you mean %q?", best)
+	}
+	return ""
+}
+
+// Nearest returns the one of names that is most likely meant by name, or "" when
+// none is close.
+func Nearest(name string, names []string) string {
+	name = strings.ToLower(strings.ReplaceAll(name, "_", "-"))
+	best, bestDistance := "", max(2, len(name)/3)+1
+	for _, n := range names {
+		if d := distance(name, n); d < bestDistance {
+			best, bestDistance = n, d
+		}
+	}
+	return best
+}
+
+// distance is the number of letters to insert, delete, replace or swap with
+// their neighbour to make a out of b (optimal string alignment).
+func distance(a, b string) int {
+	before, last := make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range last {
+		last[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		row := make([]int, len(b)+1)
+		row[0] = i
+		for j := 1; j <= len(b); j++ {
+			cost := 1
+			if a[i-1] == b[j-1] {
+				cost = 0
+			}
+			row[j] = min(last[j]+1, row[j-1]+1, last[j-1]+cost)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				row[j] = min(row[j], before[j-2]+1)
+			}
+		}
+		before, last = last, row
+	}
+	return last[len(b)]
+}

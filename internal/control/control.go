@@ -1,0 +1,121 @@
+// Package control is how other kedge commands ask the running process: HTTP on
+// a unix socket that only root can open.
+//
+// It is not an API for users or other machines. Only package main imports it.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"kedge/internal/lifecycle"
+)
+
+// ErrNotRunning is wrapped when no kedge answers on the socket.
+var ErrNotRunning = errors.New("kedge is not running")
+
+// Report is what the process says of itself.
+type Report struct {
+	Version    string             `json:"version"`
+	Node       string             `json:"node"`
+	PID        int                `json:"pid"`
+	Started    time.Time          `json:"started"`
+	Memory     Memory             `json:"memory"`
+	Components []lifecycle.Status `json:"components"`
+}
+
+// Memory is the process's resident memory in bytes.
+type Memory struct {
+	Resident  int64 `json:"resident"`
+	Anonymous int64 `json:"anonymous"` // the part that is not pages of files
+}
+
+// Socket is the path of the socket in a run directory.
+func Socket(runDir string) string { return filepath.Join(runDir, "kedge.sock") }
+
+// Server is the component that answers. It comes after nothing, so that it can
+// tell what the others wait for.
+type Server struct {
+	socket string
+	report func(context.Context) Report
+}
+
+// NewServer makes a server; report is called for each question.
+func NewServer(runDir string, report func(context.Context) Report) *Server {
+	return &Server{socket: Socket(runDir), report: report}
+}
+
+// Name implements lifecycle.Component.
+func (s *Server) Name() string { return "control" }
+
+// Run implements lifecycle.Component.
+func (s *Server) Run(ctx context.Context, ready func()) error {
+	// A crash leaves the socket behind. The data directory's lock says that no
+	// other kedge is alive to whom it could belong.
+	if err := os.Remove(s.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove an old socket: %w", err)
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", s.socket)
+	if err != nil {
+		return fmt.Errorf("listen for kedge's own commands: %w", err)
+	}
+	if err := os.Chmod(s.socket, 0o600); err != nil {
+		l.Close()
+		return fmt.Errorf("restrict the control socket: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(s.report(r.Context()))
+	})
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	ready()
+	select {
+	case err := <-done:
+		return fmt.Errorf("serve kedge's own commands: %w", err)
+	case <-ctx.Done():
+		srv.Close()
+		<-done
+		return nil
+	}
+}
+
+// Ask returns the report of the process that runs with runDir.
+func Ask(ctx context.Context, runDir string) (Report, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", Socket(runDir))
+		},
+	}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kedge/status", nil)
+	if err != nil {
+		return Report{}, err
+	}
+	resp, err := client.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return Report{}, fmt.Errorf("%w with run directory %s; start it with \"kedge server\", or name another with --run-dir", ErrNotRunning, runDir)
+	case errors.Is(err, fs.ErrPermission):
+		return Report{}, fmt.Errorf("%w: ask as root", err)
+	case err != nil:
+		return Report{}, err
+	}
+	defer resp.Body.Close()
+	var r Report
+	if err := json.NewDecoder(resp.Body).Decode(&r); err != nil {
+		return Report{}, fmt.Errorf("read kedge's answer: %w", err)
+	}
+	return r, nil
+}

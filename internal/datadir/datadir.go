@@ -1,0 +1,153 @@
+// Package datadir guards the data directory: one running kedge at a time, of
+// the same node, and not of an older version than the one that wrote it. It also
+// keeps the latest time that was ever seen, so that a clock that is years behind
+// is noticed.
+//
+// It is not for what is in the directory: each part has a folder of its own.
+// Only package main imports it.
+package datadir
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/internal/atomicfile"
+)
+
+// Format is the version of the directory's layout. It grows when an older kedge
+// could not work with what a newer one wrote.
+const Format = 1
+
+// What can be wrong with a data directory. Each is wrapped with a sentence that
+// says what to do.
+var (
+	ErrInUse     = errors.New("the data directory is in use")
+	ErrOtherNode = errors.New("the data directory belongs to another node")
+	ErrNewer     = errors.New("the data directory was written by a newer kedge")
+	ErrReadOnly  = errors.New("the data directory cannot be written")
+	ErrDamaged   = errors.New("the data directory's description cannot be read")
+)
+
+// Description is kept in the file kedge.json of the directory.
+type Description struct {
+	Format   int       `json:"format"`
+	Version  string    `json:"version"`  // of the kedge that wrote last
+	NodeName string    `json:"nodeName"` // whose directory it is
+	LastSeen time.Time `json:"lastSeen"` // the latest time that was seen
+}
+
+// Dir is an open data directory. Close it when everything that uses it has stopped.
+type Dir struct {
+	path string
+	lock *os.File
+	desc Description
+}
+
+const descriptionFile = "kedge.json"
+
+// Open makes the directory if need be, takes its lock and checks that it is ours.
+// version is this kedge's own, for the description.
+func Open(path, nodeName, version string, now time.Time) (*Dir, error) {
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		return nil, unwritable(path, err)
+	}
+	lock, err := os.OpenFile(filepath.Join(path, "kedge.lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, unwritable(path, err)
+	}
+	d := &Dir{path: path, lock: lock}
+	if err := d.take(nodeName, version, now); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func unwritable(path string, err error) error {
+	if errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("%w: %s: the disk is full; free some space", ErrReadOnly, path)
+	}
+	return fmt.Errorf("%w: %w; make it writable, or choose another with --data-dir", ErrReadOnly, err)
+}
+
+func (d *Dir) take(nodeName, version string, now time.Time) error {
+	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("%w: another kedge (process %s) runs with %s; stop it, or choose another with --data-dir", ErrInUse, d.holder(), d.path)
+		}
+		return fmt.Errorf("lock %s: %w", d.path, err)
+	}
+	if err := d.read(); err != nil {
+		return err
+	}
+	switch {
+	case d.desc.Format > Format:
+		return fmt.Errorf("%w: %s was written by %s; run that version or a later one, or choose another with --data-dir", ErrNewer, d.path, d.desc.Version)
+	case d.desc.NodeName != "" && d.desc.NodeName != nodeName:
+		return fmt.Errorf("%w: %s is of node %q and this is %q; use --node-name %s, or choose another with --data-dir", ErrOtherNode, d.path, d.desc.NodeName, nodeName, d.desc.NodeName)
+	}
+	d.desc.Format, d.desc.Version, d.desc.NodeName = Format, version, nodeName
+	if err := d.Saw(now); err != nil {
+		return err
+	}
+	// Only for the message above, so that it can name us.
+	if err := d.lock.Truncate(0); err != nil {
+		return unwritable(d.path, err)
+	}
+	_, err := d.lock.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
+	return err
+}
+
+// holder is the process that has the lock, as far as it is known.
+func (d *Dir) holder() string {
+	b := make([]byte, 20)
+	n, _ := d.lock.ReadAt(b, 0)
+	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
+		return pid
+	}
+	return "unknown"
+}
+
+func (d *Dir) read() error {
+	data, err := os.ReadFile(filepath.Join(d.path, descriptionFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // first boot
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err := json.Unmarshal(data, &d.desc); err != nil {
+		return fmt.Errorf("%w: %s: %w; remove that file if the directory is of this node", ErrDamaged, filepath.Join(d.path, descriptionFile), err)
+	}
+	return nil
+}
+
+// LastSeen is the latest time that was ever seen on this node; zero at first boot.
+func (d *Dir) LastSeen() time.Time { return d.desc.LastSeen }
+
+// Saw notes that it is now at least this late, if that is news.
+func (d *Dir) Saw(now time.Time) error {
+	if now.After(d.desc.LastSeen) {
+		d.desc.LastSeen = now.UTC().Truncate(time.Second)
+	}
+	data, err := json.Marshal(d.desc)
+	if err != nil {
+		return err
+	}
+	if _, err := atomicfile.WriteIfChanged(filepath.Join(d.path, descriptionFile), append(data, '\n'), 0o644); err != nil {
+		return unwritable(d.path, err)
+	}
+	return nil
+}
+
+// Close gives the lock back.
+func (d *Dir) Close() error { return d.lock.Close() }

@@ -1,0 +1,81 @@
+// Package hostaddr finds the addresses by which a machine is reached, when its
+// administrator has not named them.
+//
+// It sends nothing. Only package main imports it.
+package hostaddr
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"slices"
+)
+
+// ErrNone means that the machine has no address that another machine could use.
+var ErrNone = errors.New("this machine has no network address besides loopback; connect it, or give it an address and name it with --node-ip")
+
+// Find returns the address that the default route would use, for each of the
+// wanted families, or where there is no such route the first global address of
+// an interface that is up.
+func Find(ipv4, ipv6 bool) ([]netip.Addr, error) {
+	var out []netip.Addr
+	if ipv4 {
+		if a, ok := find(true); ok {
+			out = append(out, a)
+		}
+	}
+	if ipv6 {
+		if a, ok := find(false); ok {
+			out = append(out, a)
+		}
+	}
+	if len(out) == 0 {
+		return nil, ErrNone
+	}
+	return out, nil
+}
+
+func find(ipv4 bool) (netip.Addr, bool) {
+	// Connecting a datagram socket only asks the routing table. The addresses
+	// are from the ranges for documentation.
+	network, far := "udp6", "[2001:db8::1]:9"
+	if ipv4 {
+		network, far = "udp4", "192.0.2.1:9"
+	}
+	if c, err := net.Dial(network, far); err == nil {
+		defer c.Close()
+		if u, ok := c.LocalAddr().(*net.UDPAddr); ok {
+			if a := u.AddrPort().Addr().Unmap(); usable(a) {
+				return a, true
+			}
+		}
+	}
+	links, err := net.Interfaces()
+	if err != nil {
+		return netip.Addr{}, false
+	}
+	// The order of indexes is the order in which links were made: the machine's
+	// own come before those of containers.
+	slices.SortFunc(links, func(a, b net.Interface) int { return a.Index - b.Index })
+	for _, l := range links {
+		if l.Flags&net.FlagUp == 0 || l.Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		addrs, err := l.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, addr := range addrs {
+			n, ok := addr.(*net.IPNet)
+			if !ok {
+				continue
+			}
+			if a, ok := netip.AddrFromSlice(n.IP); ok && a.Unmap().Is4() == ipv4 && usable(a.Unmap()) {
+				return a.Unmap(), true
+			}
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func usable(a netip.Addr) bool { return a.IsGlobalUnicast() && !a.IsLoopback() }
