@@ -20,16 +20,13 @@ import (
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
 
+	"kedge/datastore"
 	"kedge/internal/componentflags"
 	"kedge/server/loopback"
 )
 
 // ErrPortTaken is wrapped when the API's port is in use.
 var ErrPortTaken = errors.New("port is taken")
-
-// StoreEndpoint is what the API server is told of its store. The datastore's
-// client factory does not dial it.
-const StoreEndpoint = "http://kedge.datastore"
 
 // APIServer is the component that runs kube-apiserver, with the aggregator and
 // custom resources.
@@ -71,7 +68,7 @@ func (s *APIServer) defaults() map[string]string {
 		"enable-aggregator-routing":          "true", // webhooks and extension APIs are reached at their pods
 		"encryption-provider-config":         s.id.EncryptionConfig,
 		"endpoint-reconciler-type":           "none", // one server: see publishEndpoints
-		"etcd-servers":                       StoreEndpoint,
+		"etcd-servers":                       datastore.Endpoint,
 		"kubelet-certificate-authority":      s.id.ServerCA.CertFile(),
 		"kubelet-client-certificate":         s.id.KubeletClient.CertFile,
 		"kubelet-client-key":                 s.id.KubeletClient.KeyFile,

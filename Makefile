@@ -1,0 +1,63 @@
+# kedge: `make help` lists what there is to make.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+ARCH ?= $(shell go env GOARCH 2>/dev/null || echo amd64)
+HOSTARCH := $(shell go env GOARCH 2>/dev/null || echo amd64)
+BIN := bin/kedge$(if $(filter-out $(HOSTARCH),$(ARCH)),-$(ARCH))
+
+# One set of flags for everything, so that builds and tests share one cache.
+export GOFLAGS := -trimpath -buildvcs=false
+export CGO_ENABLED := 0
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+COMMIT := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+DATE := $(shell TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)
+KUBE_VERSION = $(shell go list -m -f '{{.Version}}' k8s.io/kubernetes)
+RUNC_VERSION = $(shell go list -m -f '{{.Version}}' github.com/opencontainers/runc)
+CONTAINERD_VERSION = $(shell go list -m -f '{{.Version}}' github.com/containerd/containerd/v2)
+KUBE_MINOR = $(word 2,$(subst ., ,$(KUBE_VERSION)))
+LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buildDate=$(DATE) -X main.runcVersion=$(RUNC_VERSION) \
+	$(foreach p,k8s.io/component-base/version k8s.io/client-go/pkg/version,-X $(p).gitVersion=$(KUBE_VERSION)+kedge -X $(p).gitMajor=1 -X $(p).gitMinor=$(KUBE_MINOR) -X $(p).gitCommit=$(COMMIT) -X $(p).gitTreeState=clean -X $(p).buildDate=$(DATE)) \
+	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
+
+# Packages whose tests do not link the Kubernetes components: small binaries.
+UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts')
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-22s %s\n", $$1, $$2}'
+
+.PHONY: deps
+deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
+	@scripts/deps.sh
+
+.PHONY: payload
+payload: ## build shim, runc and pause, compressed, for ARCH
+	@scripts/build-payload.sh $(ARCH)
+
+.PHONY: build
+build: deps payload ## build the executable for ARCH (amd64 or arm64)
+	GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o $(BIN) .
+	@ls -l $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
+
+.PHONY: run
+run: build ## boot a cluster on this machine and run an application on it
+	@scripts/run.sh
+
+.PHONY: fmt
+fmt: ## format the source
+	gofmt -w $$(git ls-files '*.go')
+
+.PHONY: check
+check: deps ## format, vet, house rules and unit tests with the race detector
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo 'not formatted (run make fmt):'; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	CGO_ENABLED=1 go test -race $(UNIT)
+
+.PHONY: test
+test: check build test-upstream-storage e2e ## run all tests
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin build
