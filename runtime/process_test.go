@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -107,11 +108,37 @@ func newNode(t *testing.T) *node {
 		if err := unmountBelow(dir); err != nil {
 			t.Error(err)
 		}
+		n.removeCgroup()
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
 		}
 	})
 	return n
+}
+
+// cgroup is the parent of the pods' cgroups, which the kubelet makes and removes
+// where there is one.
+func (n *node) cgroup() string { return "/kedge-test-" + filepath.Base(filepath.Dir(n.cfg.DataDir)) }
+
+func (n *node) removeCgroup() {
+	for _, pattern := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+		found, _ := filepath.Glob(pattern + n.cgroup())
+		for _, dir := range found {
+			var dirs []string
+			filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+				if err == nil && d.IsDir() {
+					dirs = append(dirs, path)
+				}
+				return nil
+			})
+			slices.Reverse(dirs)
+			for _, d := range dirs {
+				if err := os.Remove(d); err != nil && !errors.Is(err, os.ErrNotExist) {
+					n.t.Errorf("left behind: %v", err)
+				}
+			}
+		}
+	}
 }
 
 // start runs the process with an empty PATH and returns when it has said ready.

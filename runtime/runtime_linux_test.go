@@ -45,7 +45,7 @@ func (n *node) runPod(ctx context.Context, c criClient, name, image string, comm
 		Metadata:     &cri.PodSandboxMetadata{Name: name, Namespace: "default", Uid: name},
 		LogDirectory: filepath.Join(n.cfg.RunDir, "logs"),
 		Linux: &cri.LinuxPodSandboxConfig{
-			CgroupParent:    "/kedge-test-" + filepath.Base(filepath.Dir(n.cfg.DataDir)),
+			CgroupParent:    n.cgroup(),
 			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: namespaces},
 		},
 	}
