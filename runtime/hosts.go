@@ -1,0 +1,110 @@
+package runtime
+
+import (
+	"fmt"
+	"strings"
+)
+
+// hostFiles renders hosts.toml for every registry that needs one, by the name of
+// the folder it goes to. address gives the URL under which an endpoint is served
+// with the rewrites of a mirror; it is called only for mirrors that have some.
+func hostFiles(r Registries, noDefault bool, address func(mirror, endpoint string) string) map[string]string {
+	registries := map[string]bool{}
+	for host := range r.Mirrors {
+		registries[host] = true
+	}
+	for host := range r.Configs {
+		registries[host] = true
+	}
+	files := map[string]string{}
+	for host := range registries {
+		if text := hostFile(r, host, noDefault, address); text != "" {
+			files[hostFolder(host)] = text
+		}
+	}
+	return files
+}
+
+// hostFolder is the name containerd looks under: it has no colons.
+func hostFolder(host string) string {
+	if host == allRegistries {
+		return "_default"
+	}
+	if i := strings.LastIndex(host, ":"); i > 0 {
+		return host[:i] + "_" + host[i+1:] + "_"
+	}
+	return host
+}
+
+// hostFile renders one file, or nothing where containerd's defaults would do.
+func hostFile(r Registries, host string, noDefault bool, address func(mirror, endpoint string) string) string {
+	mirror := r.Mirrors[host]
+	lastResort := "" // the registry itself
+	if host != allRegistries {
+		e, err := parseEndpoint(host)
+		if err != nil {
+			return "" // a folder of that name is never looked for
+		}
+		lastResort = e.String()
+	}
+
+	type block struct {
+		url      string
+		override bool
+		config   RegistryConfig
+	}
+	var blocks []block
+	seen := map[string]bool{}
+	for _, text := range mirror.Endpoints {
+		e, err := parseEndpoint(text)
+		if err != nil || seen[e.String()] {
+			continue // validate has reported the first, and the second does nothing
+		}
+		seen[e.String()] = true
+		if len(mirror.Rewrites) > 0 {
+			blocks = append(blocks, block{url: address(host, text), override: true})
+			continue
+		}
+		blocks = append(blocks, block{url: e.String(), override: e.overridePath, config: r.configFor(e.Host)})
+	}
+
+	last := block{url: lastResort, config: r.configFor(host)}
+	if n := len(blocks); n > 0 && (noDefault || blocks[n-1].url == lastResort) {
+		// containerd always ends with a server: without our saying so, the registry.
+		last, blocks = blocks[n-1], blocks[:n-1]
+	}
+	if len(blocks) == 0 && last.url == lastResort && last.config.TLS == nil {
+		return ""
+	}
+
+	var b strings.Builder
+	b.WriteString("# Written by kedge from registries.yaml at every start. Changes are lost.\n\n")
+	if last.url != "" {
+		fmt.Fprintf(&b, "server = %q\n", last.url)
+	}
+	b.WriteString("capabilities = [\"pull\", \"resolve\", \"push\"]\n")
+	writeTransport(&b, "", last.override, last.config.TLS)
+	for _, bl := range blocks {
+		fmt.Fprintf(&b, "\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", bl.url)
+		writeTransport(&b, "  ", bl.override, bl.config.TLS)
+	}
+	return b.String()
+}
+
+func writeTransport(b *strings.Builder, indent string, override bool, t *RegistryTLS) {
+	if override {
+		fmt.Fprintf(b, "%soverride_path = true\n", indent)
+	}
+	if t == nil {
+		return
+	}
+	if t.CAFile != "" {
+		fmt.Fprintf(b, "%sca = [%q]\n", indent, t.CAFile)
+	}
+	if t.CertFile != "" {
+		fmt.Fprintf(b, "%sclient = [[%q, %q]]\n", indent, t.CertFile, t.KeyFile)
+	}
+	if t.InsecureSkipVerify {
+		fmt.Fprintf(b, "%sskip_verify = true\n", indent)
+	}
+}

@@ -1,0 +1,241 @@
+package runtime
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	goruntime "runtime"
+	"strings"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// Programs that travel inside the executable.
+const (
+	programShim  = "containerd-shim-runc-v2"
+	programRunc  = "runc"
+	programPause = "pause"
+)
+
+// ErrNoPayload means that the executable was linked before the programs it should
+// carry were built.
+var ErrNoPayload = errors.New("built without its runtime payload; run make build")
+
+// payload is what scripts/build-payload.sh left for one architecture.
+type payload struct {
+	files   fs.FS
+	hash    string // of all programs, short; names the folder they are unpacked to
+	entries []payloadEntry
+}
+
+type payloadEntry struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"`
+	SHA256 string `json:"sha256"`
+}
+
+// embeddedPayload opens what is linked into this executable.
+func embeddedPayload() (*payload, error) {
+	files, err := fs.Sub(payloadFiles, path.Join("payload", goruntime.GOARCH))
+	if err != nil {
+		return nil, err
+	}
+	return openPayload(files)
+}
+
+func openPayload(files fs.FS) (*payload, error) {
+	p := &payload{files: files}
+	manifest, err := p.decompress("manifest.json")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNoPayload
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(manifest, &p.entries); err != nil {
+		return nil, fmt.Errorf("runtime payload's manifest: %w", err)
+	}
+	for _, name := range []string{programShim, programRunc, programPause} {
+		if _, err := p.entry(name); err != nil {
+			return nil, err
+		}
+	}
+	sum := sha256.Sum256(manifest)
+	p.hash = hex.EncodeToString(sum[:8])
+	return p, nil
+}
+
+func (p *payload) entry(name string) (payloadEntry, error) {
+	for _, e := range p.entries {
+		if e.Name == name {
+			return e, nil
+		}
+	}
+	return payloadEntry{}, fmt.Errorf("runtime payload lacks %s; run make build", name)
+}
+
+func (p *payload) decompress(name string) ([]byte, error) {
+	packed, err := fs.ReadFile(p.files, name+".zst")
+	if err != nil {
+		return nil, err
+	}
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		return nil, err
+	}
+	defer dec.Close()
+	data, err := dec.DecodeAll(packed, nil)
+	if err != nil {
+		return nil, fmt.Errorf("runtime payload %s: %w", name, err)
+	}
+	return data, nil
+}
+
+// program decompresses one program and checks it against the manifest.
+func (p *payload) program(name string) ([]byte, error) {
+	e, err := p.entry(name)
+	if err != nil {
+		return nil, err
+	}
+	data, err := p.decompress(name)
+	if err != nil {
+		return nil, err
+	}
+	if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != e.SHA256 {
+		return nil, fmt.Errorf("runtime payload %s does not match its manifest; the executable is damaged", name)
+	}
+	return data, nil
+}
+
+// unpack puts shim and runc into root/<hash>, complete or not at all, and returns
+// that folder. What is there already is used only if its hashes are right: a disk
+// that lost power may hold a file of the right name and nothing in it.
+func (p *payload) unpack(root string) (string, error) {
+	dir := filepath.Join(root, p.hash)
+	if p.verify(dir) == nil {
+		return dir, nil
+	}
+	if err := os.MkdirAll(root, 0o755); err != nil {
+		return "", err
+	}
+	tmp, err := os.MkdirTemp(root, ".unpack-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	for _, name := range []string{programShim, programRunc} {
+		data, err := p.program(name)
+		if err != nil {
+			return "", err
+		}
+		if err := writeFileSync(filepath.Join(tmp, name), data, 0o755); err != nil {
+			return "", err
+		}
+	}
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return "", err
+	}
+	// Running programs keep their inodes, so a damaged folder may go even while a
+	// shim of it runs.
+	if err := os.RemoveAll(dir); err != nil {
+		return "", err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return "", err
+	}
+	return dir, syncDir(root)
+}
+
+func (p *payload) verify(dir string) error {
+	for _, name := range []string{programShim, programRunc} {
+		e, err := p.entry(name)
+		if err != nil {
+			return err
+		}
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != e.SHA256 {
+			return fmt.Errorf("%s differs from what was unpacked", filepath.Join(dir, name))
+		}
+	}
+	return nil
+}
+
+// prunePayloads removes the programs of earlier versions, except those that a
+// process still runs, that a bundle under state will call again, and keep itself.
+func prunePayloads(root, keep, state string) error {
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		return err
+	}
+	used := map[string]bool{filepath.Base(keep): true}
+	mark := func(program string) {
+		if rel, err := filepath.Rel(root, program); err == nil {
+			used[strings.SplitN(rel, string(filepath.Separator), 2)[0]] = true
+		}
+	}
+	processes, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return err
+	}
+	for _, exe := range processes {
+		if target, err := os.Readlink(exe); err == nil {
+			mark(target)
+		}
+	}
+	bundles, err := filepath.Glob(filepath.Join(state, "io.containerd.runtime.v2.task", "*", "*", "shim-binary-path"))
+	if err != nil {
+		return err
+	}
+	for _, b := range bundles {
+		if text, err := os.ReadFile(b); err == nil {
+			mark(strings.TrimSpace(string(text)))
+		}
+	}
+	var errs []error
+	for _, e := range entries {
+		if !used[e.Name()] {
+			errs = append(errs, os.RemoveAll(filepath.Join(root, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// writeFileSync writes a file that is on the disk, not only in memory, when it returns.
+func writeFileSync(name string, data []byte, mode os.FileMode) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// replaceFile writes name so that a reader, or a machine that loses power, sees
+// either the old content or the new.
+func replaceFile(name string, data []byte, mode os.FileMode) error {
+	tmp := name + ".new"
+	if err := writeFileSync(tmp, data, mode); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, name); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(name))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
