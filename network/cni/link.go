@@ -102,7 +102,7 @@ func routeSocket() (*netlink.Handle, error) {
 // ensurePair creates the two ends in one call, the pod's end directly in the pod.
 func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *netns.NS) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU, attrs.Alias, attrs.HardwareAddr = a.host, a.mtu, a.alias, a.hostHW
+	attrs.Name, attrs.MTU, attrs.HardwareAddr = a.host, a.mtu, a.hostHW
 	pair := netlink.NewVeth(attrs)
 	pair.PeerName, pair.PeerHardwareAddr = a.pod, a.podHW
 	pair.PeerNamespace = netlink.NsFd(ns.FD())
@@ -144,10 +144,14 @@ func (a *attachment) paired(node, pod *netlink.Handle) (bool, error) {
 	o, i := outer.Attrs(), inner.Attrs()
 	return outer.Type() == "veth" && inner.Type() == "veth" &&
 		o.ParentIndex == i.Index && i.ParentIndex == o.Index &&
-		o.Alias == a.alias && inner.Attrs().HardwareAddr.String() == a.podHW.String(), nil
+		i.HardwareAddr.String() == a.podHW.String(), nil
 }
 
 func (a *attachment) hostSide(node *netlink.Handle, link netlink.Link) error {
+	// The kernel ignores an alias given at creation.
+	if err := node.LinkSetAlias(link, a.alias); err != nil {
+		return fmt.Errorf("set alias of %s: %w", a.host, err)
+	}
 	// Before the link is up, so that it never listens to a pod's router
 	// advertisements, nor speaks IPv6 where the cluster does not.
 	if a.v6 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -35,9 +36,13 @@ func (p *Plugin) Reconcile(ctx context.Context, adopt bool) error {
 		return err
 	}
 	var errs []error
-	for own, link := range links {
-		if _, ok := p.ledger.Get(own); !ok {
-			errs = append(errs, p.stray(node, own, link, adopt))
+	owned := map[string]bool{}
+	for _, lease := range p.ledger.Leases() {
+		owned[linkName(p.prefix, lease.Owner)] = true
+	}
+	for _, link := range links {
+		if !owned[link.Attrs().Name] {
+			errs = append(errs, p.stray(node, link, adopt))
 		}
 	}
 	for _, lease := range p.ledger.Leases() {
@@ -49,38 +54,32 @@ func (p *Plugin) Reconcile(ctx context.Context, adopt bool) error {
 	return errors.Join(errs...)
 }
 
-// links returns the host interfaces of the node's pods, by owner.
-func (p *Plugin) links(node *netlink.Handle) (map[string]netlink.Link, error) {
+// links returns the host interfaces of the node's pods.
+func (p *Plugin) links(node *netlink.Handle) ([]netlink.Link, error) {
 	all, err := node.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
-	found := map[string]netlink.Link{}
-	for _, link := range all {
+	return slices.DeleteFunc(all, func(link netlink.Link) bool {
 		if !strings.HasPrefix(link.Attrs().Name, p.prefix) {
-			continue
+			return true
 		}
-		own, ok := parseAlias(p.node, link.Attrs().Alias)
-		if !ok {
-			// The kernel sets name and alias together, so this one is not ours.
-			continue
-		}
-		found[own] = link
-	}
-	return found, nil
+		// One without an alias was being made when the process died. Another
+		// alias is of a node whose name happens to give the same prefix.
+		_, ours := parseAlias(p.node, link.Attrs().Alias)
+		return !ours && link.Attrs().Alias != ""
+	}), nil
 }
 
 // stray deals with an interface that nobody owns.
-func (p *Plugin) stray(node *netlink.Handle, own string, link netlink.Link, adopt bool) error {
-	defer p.owners.lock(own)()
-	if _, ok := p.ledger.Get(own); ok {
-		return nil
-	}
+func (p *Plugin) stray(node *netlink.Handle, link netlink.Link, adopt bool) error {
 	name := link.Attrs().Name
-	if !adopt {
+	own, named := parseAlias(p.node, link.Attrs().Alias)
+	if !adopt || !named {
 		p.log.Info("interface removed: no pod owns it", "interface", name, "attachment", own)
 		return removeLink(node, name)
 	}
+	defer p.owners.lock(own)()
 	lease := ipam.Lease{Owner: own}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		routes, err := node.RouteList(link, family)
