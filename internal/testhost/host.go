@@ -1,0 +1,220 @@
+package testhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os/exec"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/internal/netns"
+)
+
+// Host is one machine of a LAN, as far as the network goes.
+type Host struct {
+	Name string
+
+	lan   *LAN
+	ns    *netns.NS
+	nl    *netlink.Handle
+	cable string // the switch's end of the uplink
+}
+
+func newHost(l *LAN, name string) (*Host, error) {
+	ns, err := netns.New()
+	if err != nil {
+		return nil, err
+	}
+	h := &Host{Name: name, lan: l, ns: ns, cable: cableName(l.joined, name)}
+	if h.nl, err = routeHandle(ns); err != nil {
+		return nil, errors.Join(err, ns.Close())
+	}
+	lo, err := h.nl.LinkByName("lo")
+	if err == nil {
+		err = h.nl.LinkSetUp(lo)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("loopback: %w", err), h.release())
+	}
+	return h, nil
+}
+
+// join plugs the host into the switch. Caller holds lan.mu.
+func (h *Host) join(addrs []netip.Prefix) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = h.cable
+	attrs.MasterIndex = h.lan.bridge.Attrs().Index
+	cable := netlink.NewVeth(attrs)
+	cable.PeerName = Uplink
+	cable.PeerNamespace = netlink.NsFd(h.ns.FD())
+	if err := h.lan.nl.LinkAdd(cable); err != nil {
+		return fmt.Errorf("add cable: %w", err)
+	}
+	if err := h.lan.nl.LinkSetUp(cable); err != nil {
+		return err
+	}
+	uplink, err := h.nl.LinkByName(Uplink)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.LinkSetUp(uplink); err != nil {
+		return err
+	}
+	for _, p := range addrs {
+		if err := h.AddAddr(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// AddAddr gives the uplink one more address, usable at once.
+func (h *Host) AddAddr(p netip.Prefix) error {
+	uplink, err := h.nl.LinkByName(Uplink)
+	if err != nil {
+		return err
+	}
+	addr := &netlink.Addr{IPNet: ipNet(p)}
+	if p.Addr().Is6() {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := h.nl.AddrAdd(uplink, addr); err != nil {
+		return fmt.Errorf("add address %s: %w", p, err)
+	}
+	return nil
+}
+
+// DelAddr takes an address away: what a machine sees that moves to another
+// network.
+func (h *Host) DelAddr(p netip.Prefix) error {
+	uplink, err := h.nl.LinkByName(Uplink)
+	if err != nil {
+		return err
+	}
+	if err := h.nl.AddrDel(uplink, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
+		return fmt.Errorf("remove address %s: %w", p, err)
+	}
+	return nil
+}
+
+// Route adds a route through a gateway, the default route for 0.0.0.0/0 or ::/0.
+func (h *Host) Route(dst netip.Prefix, via netip.Addr) error {
+	uplink, err := h.nl.LinkByName(Uplink)
+	if err != nil {
+		return err
+	}
+	r := &netlink.Route{LinkIndex: uplink.Attrs().Index, Dst: ipNet(dst), Gw: via.AsSlice()}
+	if err := h.nl.RouteReplace(r); err != nil {
+		return fmt.Errorf("add route to %s: %w", dst, err)
+	}
+	return nil
+}
+
+// Path names the host's namespace for other processes; see netns.NS.Path.
+func (h *Host) Path() string { return h.ns.Path() }
+
+// Netlink returns a routing socket inside the host, for what has no method here.
+func (h *Host) Netlink() *netlink.Handle { return h.nl }
+
+// Do runs fn on a thread inside the host. Sockets that fn opens stay there.
+// With literal addresses, net.Dial and net.Listen are safe to use in fn; name
+// lookups are not, because they run on other goroutines.
+func (h *Host) Do(fn func() error) error { return h.ns.Do(fn) }
+
+// Start starts a prepared command inside the host. The caller waits for it,
+// and ends it before it closes the LAN.
+func (h *Host) Start(cmd *exec.Cmd) error { return h.Do(cmd.Start) }
+
+// Output runs a program inside the host to its end and returns what it printed.
+func (h *Host) Output(ctx context.Context, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	var out []byte
+	err := h.Do(func() (err error) {
+		out, err = cmd.CombinedOutput()
+		return err
+	})
+	if err != nil {
+		return out, fmt.Errorf("%s on host %s: %w: %s", name, h.Name, err, out)
+	}
+	return out, nil
+}
+
+// Dial connects from inside the host to a literal address.
+func (h *Host) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	var conn net.Conn
+	err := h.Do(func() (err error) {
+		var d net.Dialer
+		conn, err = d.DialContext(ctx, network, addr)
+		return err
+	})
+	return conn, err
+}
+
+// Listen opens a listening socket inside the host on a literal address.
+func (h *Host) Listen(network, addr string) (net.Listener, error) {
+	var l net.Listener
+	err := h.Do(func() (err error) {
+		l, err = net.Listen(network, addr)
+		return err
+	})
+	return l, err
+}
+
+// ListenPacket opens a datagram socket inside the host on a literal address.
+func (h *Host) ListenPacket(network, addr string) (net.PacketConn, error) {
+	var c net.PacketConn
+	err := h.Do(func() (err error) {
+		c, err = net.ListenPacket(network, addr)
+		return err
+	})
+	return c, err
+}
+
+// Cut unplugs the host: the switch's end of the cable goes down, and the
+// host's end loses its carrier, as when somebody pulls the plug.
+func (h *Host) Cut() error { return h.plug(false) }
+
+// Restore undoes Cut.
+func (h *Host) Restore() error { return h.plug(true) }
+
+func (h *Host) plug(in bool) error {
+	cable, err := h.lan.nl.LinkByName(h.cable)
+	if err != nil {
+		return fmt.Errorf("cable of host %s: %w", h.Name, err)
+	}
+	if in {
+		return h.lan.nl.LinkSetUp(cable)
+	}
+	return h.lan.nl.LinkSetDown(cable)
+}
+
+// Close removes the host from its LAN.
+func (h *Host) Close() error {
+	h.lan.mu.Lock()
+	defer h.lan.mu.Unlock()
+	if h.lan.hosts[h.Name] != h {
+		return nil // closed before, by itself or with the LAN
+	}
+	delete(h.lan.hosts, h.Name)
+	cable, err := h.lan.nl.LinkByName(h.cable)
+	if err == nil {
+		err = h.lan.nl.LinkDel(cable)
+	}
+	return errors.Join(err, h.release())
+}
+
+// release closes what the host holds open, which makes the kernel remove it.
+func (h *Host) release() error {
+	if h.nl != nil {
+		h.nl.Close()
+	}
+	return h.ns.Close()
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}

@@ -1,0 +1,362 @@
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/internal/netns"
+)
+
+// routeProtocol marks kedge's routes as nobody else's.
+const routeProtocol netlink.RouteProtocol = 75
+
+// errLinkTaken says that the pod has an interface of that name from elsewhere.
+var errLinkTaken = errors.New("pod has another interface of this name")
+
+// attachment is the wiring of one pod: a veth pair, one end on the node and one
+// in the pod. There is no common link between pods. The node's end carries the
+// gateway address and a route to each pod address; the pod's end has one default
+// route a family. Both ends know each other's hardware address beforehand, so
+// that no ARP or neighbour discovery is needed and the kernel's neighbour table,
+// which all pods of a machine share, cannot overflow.
+type attachment struct {
+	host   string // name of the node's end
+	pod    string // name of the pod's end
+	alias  string
+	mtu    int
+	v6     bool // the node's end speaks IPv6
+	local  bool // connections from the node's 127.0.0.1 reach the pod
+	addrs  []podAddr
+	hostHW net.HardwareAddr
+	podHW  net.HardwareAddr
+}
+
+// podAddr is an address of a pod and the node's address towards it.
+type podAddr struct {
+	addr, gateway netip.Addr
+}
+
+// connect makes the attachment true, whatever part of it exists already.
+func (a *attachment) connect(ns *netns.NS) error {
+	for _, p := range a.addrs {
+		if !p.gateway.IsValid() {
+			return fmt.Errorf("node has no range any more for pod address %s", p.addr)
+		}
+	}
+	node, pod, err := a.handles(ns)
+	if err != nil {
+		return err
+	}
+	defer node.Close()
+	defer pod.Close()
+	if err := a.ensurePair(node, pod, ns); err != nil {
+		return err
+	}
+	outer, err := node.LinkByName(a.host)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", a.host, err)
+	}
+	inner, err := pod.LinkByName(a.pod)
+	if err != nil {
+		return fmt.Errorf("find %s in the pod: %w", a.pod, err)
+	}
+	if err := a.hostSide(node, outer); err != nil {
+		return err
+	}
+	return a.podSide(pod, inner, ns)
+}
+
+func (a *attachment) handles(ns *netns.NS) (node, pod *netlink.Handle, err error) {
+	if node, err = routeSocket(); err != nil {
+		return nil, nil, err
+	}
+	// The socket is made inside the pod and used from outside: the thread is
+	// in the pod for one system call.
+	err = ns.Do(func() (err error) {
+		pod, err = routeSocket()
+		return err
+	})
+	if err != nil {
+		node.Close()
+		return nil, nil, fmt.Errorf("in the pod: %w", err)
+	}
+	return node, pod, nil
+}
+
+// routeSocket opens a socket in the calling thread's namespace, where it stays.
+func routeSocket() (*netlink.Handle, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return h, nil
+}
+
+// ensurePair creates the two ends in one call, the pod's end directly in the pod.
+func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *netns.NS) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU, attrs.HardwareAddr = a.host, a.mtu, a.hostHW
+	pair := netlink.NewVeth(attrs)
+	pair.PeerName, pair.PeerHardwareAddr = a.pod, a.podHW
+	pair.PeerNamespace = netlink.NsFd(ns.FD())
+	err := node.LinkAdd(pair)
+	if !errors.Is(err, unix.EEXIST) {
+		if err != nil {
+			return fmt.Errorf("add veth pair %s: %w", a.host, err)
+		}
+		return nil
+	}
+	whole, err := a.paired(node, pod)
+	if whole || err != nil {
+		return err
+	}
+	// The node's end is left over from an attempt with another namespace.
+	if err := removeLink(node, a.host); err != nil {
+		return err
+	}
+	err = node.LinkAdd(pair)
+	if errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add veth pair %s: %w: %s", a.host, errLinkTaken, a.pod)
+	}
+	if err != nil {
+		return fmt.Errorf("add veth pair %s: %w", a.host, err)
+	}
+	return nil
+}
+
+// paired says whether both ends exist and belong to each other.
+func (a *attachment) paired(node, pod *netlink.Handle) (bool, error) {
+	outer, err := node.LinkByName(a.host)
+	if err != nil {
+		return false, missing(err)
+	}
+	inner, err := pod.LinkByName(a.pod)
+	if err != nil {
+		return false, missing(err)
+	}
+	o, i := outer.Attrs(), inner.Attrs()
+	return outer.Type() == "veth" && inner.Type() == "veth" &&
+		o.ParentIndex == i.Index && i.ParentIndex == o.Index &&
+		i.HardwareAddr.String() == a.podHW.String(), nil
+}
+
+func (a *attachment) hostSide(node *netlink.Handle, link netlink.Link) error {
+	// The kernel ignores an alias given at creation.
+	if err := node.LinkSetAlias(link, a.alias); err != nil {
+		return fmt.Errorf("set alias of %s: %w", a.host, err)
+	}
+	// Before the link is up, so that it never listens to a pod's router
+	// advertisements, nor speaks IPv6 where the cluster does not.
+	if a.v6 {
+		if err := writeSysctl("net/ipv6/conf/"+a.host+"/accept_ra", "0"); err != nil {
+			return err
+		}
+	} else if err := writeSysctl("net/ipv6/conf/"+a.host+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if a.local {
+		if err := writeSysctl("net/ipv4/conf/"+a.host+"/route_localnet", "1"); err != nil {
+			return err
+		}
+	}
+	if err := node.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set %s up: %w", a.host, err)
+	}
+	index := link.Attrs().Index
+	for _, p := range a.addrs {
+		if err := node.AddrReplace(link, linkAddr(p.gateway)); err != nil {
+			return fmt.Errorf("address %s of %s: %w", p.gateway, a.host, err)
+		}
+		if err := node.NeighSet(neighbour(index, p.addr, a.podHW)); err != nil {
+			return fmt.Errorf("neighbour %s of %s: %w", p.addr, a.host, err)
+		}
+		if err := node.RouteReplace(linkRoute(index, p.addr, p.gateway)); err != nil {
+			return fmt.Errorf("route to pod %s: %w", p.addr, err)
+		}
+	}
+	return nil
+}
+
+func (a *attachment) podSide(pod *netlink.Handle, link netlink.Link, ns *netns.NS) error {
+	if lo, err := pod.LinkByName("lo"); err != nil {
+		return fmt.Errorf("find lo in the pod: %w", err)
+	} else if err := pod.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo up in the pod: %w", err)
+	}
+	if err := pod.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set %s up in the pod: %w", a.pod, err)
+	}
+	index := link.Attrs().Index
+	for _, p := range a.addrs {
+		err := pod.AddrReplace(link, linkAddr(p.addr))
+		if p.addr.Is6() && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)) {
+			// A machine may disable IPv6 for new interfaces; the cluster's wish is the later one.
+			err = ns.Do(func() error { return writeSysctl("net/ipv6/conf/"+a.pod+"/disable_ipv6", "0") })
+			if err == nil {
+				err = pod.AddrReplace(link, linkAddr(p.addr))
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("address %s of the pod: %w", p.addr, err)
+		}
+		if err := pod.NeighSet(neighbour(index, p.gateway, a.hostHW)); err != nil {
+			return fmt.Errorf("gateway neighbour of the pod: %w", err)
+		}
+		if err := pod.RouteReplace(linkRoute(index, p.gateway, netip.Addr{})); err != nil {
+			return fmt.Errorf("route of the pod to its gateway: %w", err)
+		}
+		if err := pod.RouteReplace(defaultRoute(index, p.gateway)); err != nil {
+			return fmt.Errorf("default route of the pod: %w", err)
+		}
+	}
+	return nil
+}
+
+// check compares the kernel with what connect made.
+func (a *attachment) check(ns *netns.NS) error {
+	node, pod, err := a.handles(ns)
+	if err != nil {
+		return err
+	}
+	defer node.Close()
+	defer pod.Close()
+	whole, err := a.paired(node, pod)
+	if err != nil {
+		return err
+	}
+	if !whole {
+		return fmt.Errorf("veth pair %s is missing or not the pod's", a.host)
+	}
+	inner, err := pod.LinkByName(a.pod)
+	if err != nil {
+		return err
+	}
+	outer, err := node.LinkByName(a.host)
+	if err != nil {
+		return err
+	}
+	for _, p := range a.addrs {
+		family := familyOf(p.addr)
+		have, err := pod.AddrList(inner, family)
+		if err != nil {
+			return err
+		}
+		if !hasAddr(have, p.addr) {
+			return fmt.Errorf("pod has lost its address %s", p.addr)
+		}
+		if err := hasRoute(pod, inner, defaultRoute(0, p.gateway), family); err != nil {
+			return fmt.Errorf("pod has lost its default route: %w", err)
+		}
+		if err := hasRoute(node, outer, linkRoute(0, p.addr, p.gateway), family); err != nil {
+			return fmt.Errorf("node has lost its route to %s: %w", p.addr, err)
+		}
+	}
+	return nil
+}
+
+func hasAddr(list []netlink.Addr, want netip.Addr) bool {
+	for _, a := range list {
+		if got, ok := netip.AddrFromSlice(a.IP); ok && got.Unmap() == want {
+			return true
+		}
+	}
+	return false
+}
+
+var errNoRoute = errors.New("no such route")
+
+func hasRoute(h *netlink.Handle, link netlink.Link, want *netlink.Route, family int) error {
+	routes, err := h.RouteList(link, family)
+	if err != nil {
+		return err
+	}
+	for _, r := range routes {
+		if r.Dst != nil && r.Dst.String() == want.Dst.String() && r.Gw.Equal(want.Gw) {
+			return nil
+		}
+	}
+	return errNoRoute
+}
+
+// removeLink removes the node's end, and with it the pod's. One that is not
+// there is removed already.
+func removeLink(node *netlink.Handle, name string) error {
+	link, err := node.LinkByName(name)
+	if err == nil {
+		err = node.LinkDel(link)
+	}
+	if err := missing(err); err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
+}
+
+// missing turns the error for a link that does not exist into none.
+func missing(err error) error {
+	var notFound netlink.LinkNotFoundError
+	if errors.As(err, &notFound) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+func linkAddr(a netip.Addr) *netlink.Addr {
+	addr := &netlink.Addr{IPNet: hostNet(a)}
+	if a.Is6() {
+		// Duplicate detection would keep the address unusable for a second,
+		// and there is nobody else on the link.
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	return addr
+}
+
+func neighbour(index int, ip netip.Addr, hw net.HardwareAddr) *netlink.Neigh {
+	return &netlink.Neigh{
+		LinkIndex: index, Family: familyOf(ip), State: netlink.NUD_PERMANENT,
+		IP: ip.AsSlice(), HardwareAddr: hw,
+	}
+}
+
+// linkRoute reaches one address directly; src, if given, is the address that
+// the node itself then uses.
+func linkRoute(index int, dst, src netip.Addr) *netlink.Route {
+	r := &netlink.Route{LinkIndex: index, Dst: hostNet(dst), Scope: netlink.SCOPE_LINK, Protocol: routeProtocol}
+	if src.IsValid() {
+		r.Src = src.AsSlice()
+	}
+	return r
+}
+
+func defaultRoute(index int, gateway netip.Addr) *netlink.Route {
+	zero := netip.IPv4Unspecified()
+	if gateway.Is6() {
+		zero = netip.IPv6Unspecified()
+	}
+	return &netlink.Route{
+		LinkIndex: index, Gw: gateway.AsSlice(), Protocol: routeProtocol,
+		Dst: &net.IPNet{IP: zero.AsSlice(), Mask: net.CIDRMask(0, zero.BitLen())},
+	}
+}
+
+func hostNet(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// writeSysctl sets a kernel parameter in the calling thread's namespace.
+func writeSysctl(name, value string) error {
+	return os.WriteFile(filepath.Join("/proc/sys", name), []byte(value), 0)
+}

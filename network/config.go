@@ -1,0 +1,106 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strings"
+)
+
+// Config is what does not change while the node runs.
+type Config struct {
+	NodeName string
+	DataDir  string // holds cni/bin and cni/net.d
+	RunDir   string // holds the CNI socket and the leases
+
+	// PodCIDRs are the node's ranges for its pods where they are known before
+	// the node is registered, at most one a family. Otherwise SetPodCIDRs says.
+	PodCIDRs     []netip.Prefix
+	ClusterCIDRs []netip.Prefix // of all pods of the cluster
+	ServiceCIDRs []netip.Prefix
+
+	MTU    int    // of pod interfaces; 0 for that of the default route's interface
+	Plugin string // executable that cni/bin/kedge-cni leads to; empty for the running one
+}
+
+// DefaultConfig returns the configuration of a single IPv4 node.
+func DefaultConfig() Config {
+	return Config{
+		DataDir:      "/var/lib/kedge",
+		RunDir:       "/run/kedge",
+		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
+	}
+}
+
+// minMTU is what IPv6 asks of every link; less than that is a typing error.
+const minMTU = 1280
+
+// maxSocketPath is what the kernel allows for the path of a unix socket.
+const maxSocketPath = 107
+
+// Validate reports everything that is wrong with the configuration.
+func (c Config) Validate() error {
+	var errs []error
+	if c.NodeName == "" || strings.ContainsAny(c.NodeName, "/ ") {
+		errs = append(errs, fmt.Errorf("node name %q is not usable in names of interfaces and rules", c.NodeName))
+	}
+	for _, dir := range []struct{ what, path string }{{"data directory", c.DataDir}, {"run directory", c.RunDir}} {
+		if !filepath.IsAbs(dir.path) {
+			errs = append(errs, fmt.Errorf("%s %q is not an absolute path", dir.what, dir.path))
+		}
+	}
+	if n := len(c.socket()); n > maxSocketPath {
+		errs = append(errs, fmt.Errorf("run directory %s is too long: the socket in it would need %d characters, and the kernel allows %d", c.RunDir, n, maxSocketPath))
+	}
+	if len(c.PodCIDRs) > 0 {
+		errs = append(errs, checkPodCIDRs(c.PodCIDRs))
+	}
+	for _, list := range []struct {
+		what     string
+		prefixes []netip.Prefix
+	}{{"cluster range", c.ClusterCIDRs}, {"service range", c.ServiceCIDRs}} {
+		for _, p := range list.prefixes {
+			if !p.IsValid() || p != p.Masked() {
+				errs = append(errs, fmt.Errorf("%s %s is not a network", list.what, p))
+			}
+		}
+	}
+	if c.MTU != 0 && (c.MTU < minMTU || c.MTU > 65535) {
+		errs = append(errs, fmt.Errorf("MTU %d is not between %d and 65535", c.MTU, minMTU))
+	}
+	return errors.Join(errs...)
+}
+
+// checkPodCIDRs accepts one range, or one of each family.
+func checkPodCIDRs(ranges []netip.Prefix) error {
+	var errs []error
+	families := map[bool]netip.Prefix{}
+	for _, p := range ranges {
+		if !p.IsValid() || p != p.Masked() {
+			errs = append(errs, fmt.Errorf("pod range %s is not a network", p))
+			continue
+		}
+		if p.Addr().BitLen()-p.Bits() < 3 {
+			errs = append(errs, fmt.Errorf("pod range %s is too small: it must hold at least 8 addresses", p))
+		}
+		if other, ok := families[p.Addr().Is4()]; ok {
+			errs = append(errs, fmt.Errorf("pod ranges %s and %s are of one family", other, p))
+		}
+		families[p.Addr().Is4()] = p
+	}
+	if len(ranges) == 0 {
+		errs = append(errs, errors.New("node has no pod range"))
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) socket() string    { return filepath.Join(c.RunDir, "cni.sock") }
+func (c Config) ledgerDir() string { return filepath.Join(c.RunDir, "network", "leases") }
+
+// BinDir is where the container runtime finds the CNI plugin.
+func (c Config) BinDir() string { return filepath.Join(c.DataDir, "cni", "bin") }
+
+// ConfDir is where the container runtime finds the CNI configuration.
+func (c Config) ConfDir() string { return filepath.Join(c.DataDir, "cni", "net.d") }

@@ -1,0 +1,82 @@
+package network
+
+import (
+	"testing"
+
+	"github.com/google/nftables"
+)
+
+func listTables(t *testing.T) []string {
+	t.Helper()
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, table := range tables {
+		names = append(names, table.Name)
+	}
+	return names
+}
+
+func TestPodsReachEachOtherTheNodeAndTheOutside(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	a, b := w.pod(), w.pod()
+	for i, outside := range []string{outsideV4.Addr().String(), outsideV6.Addr().String()} {
+		for _, network := range []string{"tcp", "udp"} {
+			w.serve(b.ns.Do, network, at(b.addrs[i], 8080))
+			w.wantSeen("pod to pod", a.ns.Do, network, at(b.addrs[i], 8080), a.addrs[i].String())
+
+			gateway := []string{"10.42.0.1", "fd42::1"}[i]
+			w.wantSeen("node to pod", here, network, at(b.addrs[i], 8080), gateway)
+
+			node := []string{"192.0.2.1:9", "[2001:db8:1::1]:9"}[i]
+			w.serve(here, network, node)
+			w.wantSeen("pod to node", a.ns.Do, network, node, a.addrs[i].String())
+
+			far := []string{outside + ":7", "[" + outside + "]:7"}[i]
+			w.serve(w.outside.Do, network, far)
+			seen := []string{"192.0.2.1", "2001:db8:1::1"}[i]
+			w.wantSeen("pod to outside", a.ns.Do, network, far, seen)
+		}
+	}
+}
+
+func TestHostPorts(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p := w.pod(port{8000, 80, "TCP", ""}, port{8053, 53, "UDP", ""}, port{8443, 443, "tcp", "192.0.2.1"})
+	other := w.pod()
+	for i, addr := range p.addrs {
+		w.serve(p.ns.Do, "tcp", at(addr, 80))
+		w.serve(p.ns.Do, "udp", at(addr, 53))
+		if i == 0 {
+			w.serve(p.ns.Do, "tcp", at(addr, 443))
+		}
+	}
+	// A host port is there on every address of the node, whoever asks.
+	w.wantSeen("outside", w.outside.Do, "tcp", "192.0.2.1:8000", "192.0.2.9")
+	w.wantSeen("outside", w.outside.Do, "udp", "192.0.2.1:8053", "192.0.2.9")
+	w.wantSeen("outside", w.outside.Do, "tcp", "[2001:db8:1::1]:8000", "2001:db8:1::9")
+	w.wantSeen("outside", w.outside.Do, "udp", "[2001:db8:1::1]:8053", "2001:db8:1::9")
+	w.wantSeen("outside, one address", w.outside.Do, "tcp", "192.0.2.1:8443", "192.0.2.9")
+	w.wantSeen("node", here, "tcp", "192.0.2.1:8000", "192.0.2.1")
+	w.wantSeen("node's loopback", here, "tcp", "127.0.0.1:8000", "10.42.0.1")
+	w.wantSeen("node's loopback", here, "udp", "127.0.0.1:8053", "10.42.0.1")
+	w.wantSeen("another pod", other.ns.Do, "tcp", "192.0.2.1:8000", other.addrs[0].String())
+	w.wantSeen("the pod itself", p.ns.Do, "tcp", "192.0.2.1:8000", "10.42.0.1")
+	w.wantSeen("the pod itself", p.ns.Do, "tcp", "[2001:db8:1::1]:8000", "fd42::1")
+	if _, err := w.ask(here, "tcp", "127.0.0.1:8443"); err == nil {
+		t.Error("host port of one address answers on another")
+	}
+	// It ends with the pod, and can be had by the next.
+	if _, err := p.call("DEL"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.ask(w.outside.Do, "tcp", "192.0.2.1:8000"); err == nil {
+		t.Error("host port answers after its pod is gone")
+	}
+}

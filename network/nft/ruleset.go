@@ -1,0 +1,174 @@
+package nft
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// ruleset is everything a table should hold.
+type ruleset struct {
+	sets   []set
+	chains []chain
+}
+
+// set is a set, or a map where data is given.
+type set struct {
+	name      string
+	key, data nftables.SetDatatype
+	isMap     bool
+	comment   string
+	elements  []nftables.SetElement
+}
+
+// chain is called by the kernel at hook, or by other chains where hook is nil.
+type chain struct {
+	name     string
+	kind     nftables.ChainType
+	hook     *nftables.ChainHook
+	priority *nftables.ChainPriority
+	rules    []commented
+}
+
+// commented is a rule and what it is for, as a reader of the rules sees it.
+type commented struct {
+	comment string
+	rule    rule
+}
+
+// replace makes the table hold exactly rs, in one transaction.
+func replace(name string, rs ruleset) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	table := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	conn.AddTable(table) // so that removing it cannot fail
+	conn.DelTable(table)
+	conn.AddTable(table)
+	if err := addSets(conn, table, rs.sets); err != nil {
+		return err
+	}
+	for _, c := range rs.chains { // all of them first: rules may jump to any
+		conn.AddChain(&nftables.Chain{
+			Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority,
+		})
+	}
+	for _, c := range rs.chains {
+		ref := &nftables.Chain{Name: c.name, Table: table}
+		for _, r := range c.rules {
+			conn.AddRule(&nftables.Rule{
+				Table: table, Chain: ref, Exprs: r.rule,
+				UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment),
+			})
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("replace nftables table %s: %w", name, err)
+	}
+	return nil
+}
+
+func addSets(conn *nftables.Conn, table *nftables.Table, sets []set) error {
+	for i, s := range sets {
+		err := conn.AddSet(&nftables.Set{
+			Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap, Comment: s.comment,
+			// Unique within the transaction is enough; left at zero, the
+			// library counts in a variable that it does not guard.
+			ID: uint32(i + 1),
+		}, s.elements)
+		if err != nil {
+			return fmt.Errorf("add set %s: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+// refill makes the sets of an existing table hold just the given elements, in
+// one transaction. Chains stay as they are.
+func refill(name string, sets []set) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	table := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	for _, s := range sets {
+		ref := &nftables.Set{Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap}
+		conn.FlushSet(ref)
+		if len(s.elements) == 0 {
+			continue
+		}
+		if err := conn.SetAddElements(ref, s.elements); err != nil {
+			return fmt.Errorf("fill set %s: %w", s.name, err)
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("refill sets of nftables table %s: %w", name, err)
+	}
+	return nil
+}
+
+// intact says whether the table holds what rs says: the same chains with as
+// many rules under the same comments, the same sets with the same elements.
+func intact(name string, rs ruleset) (bool, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return false, fmt.Errorf("open nftables: %w", err)
+	}
+	table, err := conn.ListTableOfFamily(name, nftables.TableFamilyINet)
+	if err != nil {
+		return false, absent(err)
+	}
+	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, err
+	}
+	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != name })
+	if len(chains) != len(rs.chains) {
+		return false, nil
+	}
+	for _, c := range rs.chains {
+		rules, err := conn.GetRules(table, &nftables.Chain{Name: c.name, Table: table})
+		if err != nil {
+			return false, absent(err)
+		}
+		same := slices.EqualFunc(c.rules, rules, func(want commented, got *nftables.Rule) bool {
+			comment, _ := userdata.GetString(got.UserData, userdata.TypeComment)
+			return comment == want.comment
+		})
+		if !same {
+			return false, nil
+		}
+	}
+	for _, s := range rs.sets {
+		got, err := conn.GetSetElements(&nftables.Set{Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap})
+		if err != nil {
+			return false, absent(err)
+		}
+		if !sameElements(s.elements, got) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// absent turns the kernel's answer for what does not exist into no error.
+func absent(err error) error {
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
+
+func sameElements(a, b []nftables.SetElement) bool {
+	order := func(x, y nftables.SetElement) int { return bytes.Compare(x.Key, y.Key) }
+	a, b = slices.SortedFunc(slices.Values(a), order), slices.SortedFunc(slices.Values(b), order)
+	return slices.EqualFunc(a, b, func(x, y nftables.SetElement) bool {
+		return bytes.Equal(x.Key, y.Key) && bytes.Equal(x.Val, y.Val)
+	})
+}

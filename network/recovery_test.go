@@ -1,0 +1,357 @@
+package network
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/network/cni"
+	"kedge/network/cniclient"
+)
+
+func TestSingleFamilies(t *testing.T) {
+	for _, r := range dualStack() {
+		t.Run(r.String(), func(t *testing.T) {
+			w := newWorld(t, r)
+			a, b := w.pod(), w.pod()
+			if len(a.addrs) != 1 || !r.Contains(a.addrs[0]) {
+				t.Fatalf("pod got %v from range %s", a.addrs, r)
+			}
+			w.serve(b.ns.Do, "tcp", at(b.addrs[0], 80))
+			w.wantSeen("pod to pod", a.ns.Do, "tcp", at(b.addrs[0], 80), a.addrs[0].String())
+		})
+	}
+}
+
+func TestTrafficGoesOnWhileKedgeIsStopped(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p := w.pod(port{8000, 80, "TCP", ""})
+	w.serve(p.ns.Do, "tcp", at(p.addrs[0], 80))
+	w.serve(w.outside.Do, "tcp", "192.0.2.9:7")
+	check := func(when string) {
+		t.Helper()
+		w.wantSeen(when, w.outside.Do, "tcp", "192.0.2.1:8000", "192.0.2.9")
+		w.wantSeen(when, p.ns.Do, "tcp", "192.0.2.9:7", "192.0.2.1")
+	}
+	check("running")
+	w.stop()
+	check("stopped")
+	if _, err := p.call("ADD"); err == nil {
+		t.Error("ADD succeeded while nobody runs")
+	}
+	w.start()
+	check("running again")
+	again, err := p.call("ADD", port{8000, 80, "TCP", ""})
+	w.must(err)
+	if !slices.Equal(again, p.addrs) {
+		t.Errorf("repeated ADD gave %v, first was %v", again, p.addrs)
+	}
+	check("after repeated ADD")
+	if _, err := p.call("CHECK"); err != nil {
+		t.Errorf("CHECK: %v", err)
+	}
+}
+
+func TestPodThatDiedWhileKedgeWasDownIsForgotten(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p, stays := w.pod(port{8000, 80, "TCP", ""}), w.pod()
+	w.stop()
+	p.ns.Close() // its path is another file's from now on, or nobody's
+	w.start()
+	if got := w.network.plugin.HostPorts(); len(got) != 0 {
+		t.Errorf("host ports of a dead pod remain: %v", got)
+	}
+	if _, err := stays.call("CHECK"); err != nil {
+		t.Errorf("CHECK of the living pod: %v", err)
+	}
+	if links := podLinks(t); len(links) != 1 {
+		t.Errorf("interfaces %v remain, want one", links)
+	}
+	if _, err := p.call("DEL"); err != nil {
+		t.Errorf("DEL of a forgotten pod: %v", err)
+	}
+}
+
+func TestStrayInterfaceIsRemovedAndLostLeaseRecovered(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p := w.pod()
+	w.stop()
+	journal := filepath.Join(w.cfg.RunDir, "network", "leases", "leases.journal")
+	text, err := os.ReadFile(journal)
+	w.must(err)
+
+	// Damage within the journal of this boot: the addresses in use must not be
+	// given to others.
+	w.must(os.WriteFile(journal, append(text[:strings.IndexByte(string(text), '\n')+1], "rubbish\n"...), 0o600))
+	w.start()
+	for range 5 {
+		if other := w.pod(); other.addrs[0] == p.addrs[0] {
+			t.Fatalf("%s given twice", p.addrs[0])
+		}
+	}
+	if _, err := p.call("DEL"); err != nil {
+		t.Fatal(err)
+	}
+
+	// No journal at all, but interfaces: nobody will ask for them any more.
+	w.stop()
+	w.must(os.Remove(journal))
+	w.start()
+	if links := podLinks(t); len(links) != 0 {
+		t.Errorf("interfaces %v remain, want none", links)
+	}
+}
+
+func TestRepair(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p := w.pod(port{8000, 80, "TCP", ""})
+	w.serve(p.ns.Do, "tcp", at(p.addrs[0], 80))
+	repaired := func(what string) {
+		t.Helper()
+		w.must(w.network.repair(t.Context(), w.network.plugin))
+		w.wantSeen(what, w.outside.Do, "tcp", "192.0.2.1:8000", "192.0.2.9")
+		if _, err := p.call("CHECK"); err != nil {
+			t.Errorf("%s: CHECK: %v", what, err)
+		}
+	}
+	conn, err := nftables.New()
+	w.must(err)
+	conn.FlushRuleset()
+	w.must(conn.Flush())
+	repaired("rules flushed")
+
+	table := &nftables.Table{Name: w.network.table.Name(), Family: nftables.TableFamilyINet}
+	conn.FlushSet(&nftables.Set{Table: table, Name: "host-ports-4", IsMap: true})
+	w.must(conn.Flush())
+	repaired("set emptied")
+
+	link, err := netlink.LinkByName(podLinks(t)[0])
+	w.must(err)
+	w.must(netlink.RouteDel(&netlink.Route{LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: &net.IPNet{IP: p.addrs[0].AsSlice(), Mask: net.CIDRMask(32, 32)}}))
+	if _, err := p.call("CHECK"); err == nil {
+		t.Error("CHECK does not notice a missing route")
+	}
+	repaired("route removed")
+
+	w.must(netlink.LinkDel(link))
+	repaired("interface removed")
+}
+
+func TestRemovedInterfaceIsNoticed(t *testing.T) {
+	w := newWorld(t, podsV4)
+	p := w.pod()
+	link, err := netlink.LinkByName(podLinks(t)[0])
+	w.must(err)
+	w.must(netlink.LinkDel(link))
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		if _, err := p.call("CHECK"); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("interface is not made again")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func TestRangesAreGivenLater(t *testing.T) {
+	w := newWorld(t)
+	if _, err := os.Stat(filepath.Join(w.cfg.ConfDir(), "10-kedge.conflist")); err == nil {
+		t.Error("the runtime is told that the network is ready without pod ranges")
+	}
+	if err := w.network.Check(t.Context()); err == nil {
+		t.Error("healthy without pod ranges")
+	}
+	resp, err := cniclient.Call(w.cfg.socket(), cniclient.Request{Command: "STATUS", Config: []byte(`{"cniVersion":"1.1.0"}`)})
+	w.must(err)
+	if !resp.Failed || !strings.Contains(string(resp.Output), `"code":50`) {
+		t.Errorf("STATUS without ranges: %s", resp.Output)
+	}
+	if err := w.network.SetPodCIDRs([]netip.Prefix{podsV4, podsV4}); err == nil {
+		t.Error("two ranges of one family accepted")
+	}
+	w.must(w.network.SetPodCIDRs(dualStack()))
+	w.must(w.network.Check(t.Context()))
+	if p := w.pod(); len(p.addrs) != 2 {
+		t.Errorf("pod got %v", p.addrs)
+	}
+}
+
+func TestPodsCannotForgeAddressesOrReachLoopback(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	p, victim := w.pod(port{8000, 80, "TCP", ""}), w.pod()
+	w.serve(here, "udp", "127.0.0.1:99")
+	w.serve(victim.ns.Do, "udp", at(victim.addrs[0], 80))
+	w.serve(w.outside.Do, "udp", "192.0.2.9:7")
+	// What a container with NET_ADMIN, or a raw socket, could do.
+	w.must(p.ns.Do(func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		forged := &net.IPNet{IP: net.IPv4(10, 42, 0, 250), Mask: net.CIDRMask(32, 32)}
+		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: forged}); err != nil {
+			return err
+		}
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0); err != nil {
+			return err
+		}
+		lo := &net.IPNet{IP: net.IPv4(127, 0, 0, 0), Mask: net.CIDRMask(8, 32)}
+		local := &netlink.Route{Dst: lo, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, LinkIndex: 1, Scope: netlink.SCOPE_HOST}
+		if err := netlink.RouteDel(local); err != nil {
+			return err
+		}
+		one := &net.IPNet{IP: net.IPv4(127, 0, 0, 1), Mask: net.CIDRMask(32, 32)}
+		netlink.RouteDel(&netlink.Route{Dst: one, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, LinkIndex: 1, Scope: netlink.SCOPE_HOST})
+		return netlink.RouteAdd(&netlink.Route{Dst: one, Gw: net.IPv4(10, 42, 0, 1), LinkIndex: link.Attrs().Index})
+	}))
+	from := func(src string) func(func() error) error {
+		return func(func() error) error {
+			return p.ns.Do(func() error {
+				conn, err := net.DialUDP("udp", &net.UDPAddr{IP: net.ParseIP(src)}, &net.UDPAddr{IP: net.ParseIP("192.0.2.9"), Port: 7})
+				if err != nil {
+					return err
+				}
+				defer conn.Close()
+				conn.SetDeadline(time.Now().Add(300 * time.Millisecond))
+				conn.Write([]byte("?"))
+				_, err = conn.Read(make([]byte, 64))
+				return err
+			})
+		}
+	}
+	if err := from(p.addrs[0].String())(nil); err != nil {
+		t.Errorf("the pod's own address is refused: %v", err)
+	}
+	if err := from("10.42.0.250")(nil); err == nil {
+		t.Error("a forged source address gets through")
+	}
+	err := p.ns.Do(func() error {
+		conn, err := net.DialUDP("udp", &net.UDPAddr{IP: p.addrs[0].AsSlice()}, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 99})
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(300 * time.Millisecond))
+		conn.Write([]byte("?"))
+		_, err = conn.Read(make([]byte, 64))
+		return err
+	})
+	if err == nil {
+		t.Error("a pod reaches a loopback service of the node")
+	}
+}
+
+func TestManyPodsAtOnce(t *testing.T) {
+	w := newWorld(t, dualStack()...)
+	const n = 30
+	pods := make([]*pod, n)
+	for i := range pods {
+		pods[i] = &pod{w: w, id: fmt.Sprintf("many%d", i), ns: w.namespace()}
+	}
+	each := func(command string) {
+		var all sync.WaitGroup
+		for _, p := range pods {
+			all.Go(func() {
+				addrs, err := p.call(command)
+				if err != nil {
+					t.Errorf("%s: %v", command, err)
+				}
+				p.addrs = addrs
+			})
+		}
+		all.Wait()
+	}
+	each("ADD")
+	seen := map[netip.Addr]bool{}
+	for _, p := range pods {
+		for _, a := range p.addrs {
+			if seen[a] {
+				t.Errorf("%s given twice", a)
+			}
+			seen[a] = true
+		}
+	}
+	each("CHECK")
+	each("DEL")
+	if links := podLinks(t); len(links) != 0 {
+		t.Errorf("interfaces left: %v", links)
+	}
+	each("DEL") // again, of pods that are unknown now
+}
+
+func TestCollectReleasesWhatTheRuntimeDoesNotKnow(t *testing.T) {
+	w := newWorld(t, podsV4)
+	keep, lose := w.pod(), w.pod()
+	resp, err := cniclient.Call(w.cfg.socket(), cniclient.Request{Command: "GC",
+		Config: []byte(`{"cniVersion":"1.1.0","cni.dev/valid-attachments":[{"containerID":"` + keep.id + `","ifname":"eth0"}]}`)})
+	if err != nil || resp.Failed {
+		t.Fatalf("GC: %v %s", err, resp.Output)
+	}
+	if _, err := keep.call("CHECK"); err != nil {
+		t.Error(err)
+	}
+	if _, err := lose.call("CHECK"); err == nil {
+		t.Error("attachment survived GC")
+	}
+}
+
+func TestHostPortConflict(t *testing.T) {
+	w := newWorld(t, podsV4)
+	first := w.pod(port{8000, 80, "TCP", ""})
+	second := &pod{w: w, id: "second", ns: w.namespace()}
+	if _, err := second.call("ADD", port{8000, 81, "TCP", "192.0.2.1"}); err == nil || !strings.Contains(err.Error(), "belongs to pod default/"+first.id) {
+		t.Errorf("second pod with the same host port: %v", err)
+	}
+	if _, err := second.call("ADD", port{8000, 81, "UDP", ""}); err != nil {
+		t.Errorf("same port, other protocol: %v", err)
+	}
+	if _, err := second.call("DEL"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTwoNodesOfOneMachine(t *testing.T) {
+	if a, b := cni.LinkPrefix("node1"), cni.LinkPrefix("node2"); a == b || len(a) != 7 {
+		t.Errorf("prefixes %q and %q", a, b)
+	}
+	w := newWorld(t, podsV4)
+	p := w.pod()
+	other := w.cfg
+	other.NodeName = "node1-b" // its name begins like the first node's
+	w.must(Cleanup(Config{NodeName: other.NodeName, DataDir: t.TempDir(), RunDir: t.TempDir()}))
+	if _, err := p.call("CHECK"); err != nil {
+		t.Errorf("cleaning one node hurt another: %v", err)
+	}
+	if !slices.Contains(listTables(t), w.network.table.Name()) {
+		t.Error("cleaning one node removed another's rules")
+	}
+}
+
+// podLinks lists the host interfaces of pods.
+func podLinks(t *testing.T) []string {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, l := range links {
+		if strings.HasPrefix(l.Attrs().Name, cni.LinkPrefix("node1")) {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names
+}

@@ -1,0 +1,137 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/network/cni"
+)
+
+const (
+	// settle is how long repair waits after an event: those who change
+	// interfaces or rules change many at once.
+	settle = 200 * time.Millisecond
+	// repairPause is the least time between two rounds caused by events. Starting
+	// pods cause events too.
+	repairPause = 3 * time.Second
+)
+
+// repairSoon asks for a round of repair and returns at once.
+func (n *Network) repairSoon() {
+	select {
+	case n.wake <- struct{}{}:
+	default: // asked for already
+	}
+}
+
+func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
+	regular := time.NewTicker(repairEvery)
+	defer regular.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-regular.C:
+		case <-n.wake:
+			if !sleep(ctx, settle) {
+				return
+			}
+		}
+		err := n.repair(ctx, plugin)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			n.log.Warn("pod network could not be repaired", "error", err)
+		}
+		n.mu.Lock()
+		n.failure = err
+		n.mu.Unlock()
+		if !sleep(ctx, repairPause) {
+			return
+		}
+	}
+}
+
+func (n *Network) repair(ctx context.Context, plugin *cni.Plugin) error {
+	n.mu.Lock()
+	forwarding := enableForwarding(n.wantsIPv6())
+	if mtu, err := n.mtu(); err == nil && len(n.podCIDRs) > 0 {
+		plugin.Configure(cni.Setup{Ranges: n.podCIDRs, MTU: mtu})
+	}
+	n.mu.Unlock()
+	repaired, err := n.table.Repair()
+	if repaired {
+		n.log.Warn("rules repaired: somebody removed or changed them", "table", n.table.Name())
+	}
+	return errors.Join(forwarding, err, plugin.Reconcile(ctx, false))
+}
+
+// sleep waits and says whether ctx is still valid.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// watchLinks calls changed when an interface, address or route goes away or the
+// default route changes, until ctx is cancelled.
+func watchLinks(ctx context.Context, changed func()) error {
+	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return fmt.Errorf("watch interfaces: %w", err)
+	}
+	defer conn.Close()
+	for _, group := range []uint32{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+	} {
+		if err := conn.JoinGroup(group); err != nil {
+			return fmt.Errorf("watch interfaces: %w", err)
+		}
+	}
+	// A deadline in the past ends the receive that is under way.
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for {
+		msgs, err := conn.Receive()
+		if ctx.Err() != nil {
+			return nil
+		}
+		switch {
+		case errors.Is(err, unix.ENOBUFS): // messages were lost, so look
+			changed()
+		case err != nil:
+			return fmt.Errorf("watch interfaces: %w", err)
+		case concerns(msgs):
+			changed()
+		}
+	}
+}
+
+// concerns says whether a message may mean that something of ours is gone, or
+// that the way out has changed. New interfaces and addresses of pods do not.
+func concerns(msgs []netlink.Message) bool {
+	for _, m := range msgs {
+		switch m.Header.Type {
+		case unix.RTM_DELLINK, unix.RTM_DELADDR, unix.RTM_DELROUTE:
+			return true
+		case unix.RTM_NEWROUTE:
+			// struct rtmsg: the second byte is the length of the destination.
+			if len(m.Data) > 1 && m.Data[1] == 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
