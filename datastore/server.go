@@ -64,7 +64,6 @@ func newServer(c Config, quota int64, log *zap.Logger) (*etcdserver.EtcdServer, 
 		MaxTxnOps:                   128,
 		WarningApplyDuration:        slowApply,
 		WarningUnaryRequestDuration: slowApply,
-		WatchProgressNotifyInterval: progressInterval,
 		BcryptCost:                  10,
 		V2Deprecation:               config.V2DeprDefault,
 

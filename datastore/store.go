@@ -36,8 +36,6 @@ type Store struct {
 const (
 	// slowApply is how long etcd may take over one entry before it says so.
 	slowApply = 500 * time.Millisecond
-	// progressInterval is how often an idle watch is told the current revision without having asked.
-	progressInterval = 10 * time.Minute
 	// leaderInterval is the shortest time between two looks at whether there is a leader. The election
 	// timeout of a single member is far shorter, and would wake an idle machine for nothing.
 	leaderInterval = 500 * time.Millisecond

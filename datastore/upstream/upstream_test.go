@@ -1,0 +1,163 @@
+package upstream
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const apiserver = "k8s.io/apiserver"
+
+// TestStorageSuites runs the tests of two packages of k8s.io/apiserver from a copy of that module in which
+// one file differs: the one that starts the etcd they all run on. The copy is under build/upstream-storage and
+// may be looked at, or run by hand, afterwards.
+//
+// With -race the suites run under the race detector too, which is worth doing once for every new etcd: messages
+// cross between client and server by pointer.
+func TestStorageSuites(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes minutes")
+	}
+	root := goList(t, "", ".")
+	build := filepath.Join(root, "build", "upstream-storage")
+	prepare(t, root, build)
+
+	for _, suite := range []struct {
+		name string
+		// atLeast is how many tests the package had when this was written. Fewer mean that they did not all
+		// run, or that upstream removed some: find out which before lowering the number.
+		atLeast int
+	}{
+		{"pkg/storage/etcd3", 70},
+		{"pkg/storage/cacher", 135},
+	} {
+		t.Run(filepath.Base(suite.name), func(t *testing.T) {
+			run(t, root, build, apiserver+"/"+suite.name, suite.atLeast)
+		})
+	}
+}
+
+// prepare makes the copy, and a go.mod that puts it in the place of the original.
+func prepare(t *testing.T, root, build string) {
+	t.Helper()
+	module := goList(t, root, apiserver)
+	tree := filepath.Join(build, "apiserver")
+	server, err := os.ReadFile("testdata/test_server.go.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	replaced := filepath.Join(tree, "pkg/storage/etcd3/testserver/test_server.go")
+	for _, step := range []func() error{
+		func() error { return os.RemoveAll(build) },
+		func() error { return os.MkdirAll(build, 0o755) },
+		func() error { return os.CopyFS(tree, os.DirFS(module)) },
+		func() error {
+			// If upstream moved it, the suites would run on real etcd and prove nothing.
+			if _, err := os.Stat(replaced); err != nil {
+				return err
+			}
+			// A copy has the permissions of the module cache, which are read-only.
+			if err := os.Remove(replaced); err != nil {
+				return err
+			}
+			return os.WriteFile(replaced, server, 0o644)
+		},
+		func() error { return copyFile(filepath.Join(root, "go.mod"), filepath.Join(build, "go.mod")) },
+		func() error { return copyFile(filepath.Join(root, "go.sum"), filepath.Join(build, "go.sum")) },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	edit := exec.Command("go", "mod", "edit", "-replace", apiserver+"="+tree, filepath.Join(build, "go.mod"))
+	if out, err := edit.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", edit, err, out)
+	}
+}
+
+// run runs the tests of one package, and fails with the output of those that failed.
+func run(t *testing.T, root, build, pkg string, atLeast int) {
+	t.Helper()
+	args := []string{"test", "-json", "-count=1", "-timeout=20m", "-modfile=" + filepath.Join(build, "go.mod")}
+	if raceDetector {
+		args = append(args, "-race")
+	}
+	command := exec.Command("go", append(args, pkg)...)
+	command.Dir = root
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	stdout, err := command.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+
+	passed, failed := 0, 0
+	output := map[string]*strings.Builder{} // of top-level tests, and "" for the package
+	for events := json.NewDecoder(stdout); ; {
+		// See go doc test2json.
+		var event struct{ Action, Test, Output string }
+		if err := events.Decode(&event); err != nil {
+			if err != io.EOF {
+				t.Errorf("read the test output: %v", err)
+			}
+			break
+		}
+		top, sub, _ := strings.Cut(event.Test, "/")
+		if output[top] == nil {
+			output[top] = &strings.Builder{}
+		}
+		output[top].WriteString(event.Output)
+		switch {
+		case top == "" || sub != "":
+		case event.Action == "pass":
+			passed++
+			delete(output, top)
+		case event.Action == "fail":
+			failed++
+		}
+	}
+	err = command.Wait()
+
+	if err != nil || failed > 0 {
+		for name, text := range output {
+			t.Errorf("%s %s:\n%s", pkg, name, text)
+		}
+		t.Fatalf("%v: %d tests passed, %d failed: %v\n%s", command, passed, failed, err, &stderr)
+	}
+	if passed < atLeast {
+		t.Fatalf("%s: only %d tests passed, it has at least %d", pkg, passed, atLeast)
+	}
+	t.Logf("%s: %d tests passed", pkg, passed)
+}
+
+// goList returns the directory of a module, or of the main module for ".".
+func goList(t *testing.T, dir, module string) string {
+	t.Helper()
+	args := []string{"list", "-m", "-f", "{{.Dir}}"}
+	if module != "." {
+		args = append(args, module)
+	}
+	command := exec.Command("go", args...)
+	command.Dir = dir
+	out, err := command.Output()
+	if err != nil {
+		t.Fatalf("%v: %v", command, err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func copyFile(from, to string) error {
+	content, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, content, 0o644)
+}
