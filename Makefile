@@ -38,7 +38,7 @@ payload: ## build shim, runc and pause, compressed, for ARCH
 
 .PHONY: build
 build: deps payload ## build the executable for ARCH (amd64 or arm64)
-	GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o $(BIN) .
+	@GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o $(BIN) .
 	@ls -l $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
 
 .PHONY: run

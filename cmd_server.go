@@ -16,10 +16,13 @@ import (
 
 	"kedge/agent"
 	"kedge/datastore"
+	"kedge/datastore/hook"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
+	"kedge/network"
+	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
 )
@@ -102,7 +105,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err := server.ApplyFeatureGates(); err != nil {
 		return err
 	}
-	store.Install()
+	hook.Install(store)
 
 	group.Add(control.NewServer(s.runDir, reporter(group, s.nodeName)))
 	hStore := group.Add(store)
@@ -120,7 +123,12 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err != nil {
 		return err
 	}
-	group.Add(kubelet, hAPI)
+	net := network.New(s.network, log)
+	containerd := group.Add(runtime.New(s.runtime, log))
+	hNet := group.Add(net)
+	group.Add(runtime.NewImages(s.runtime, log), containerd)
+	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
+	group.Add(kubelet, hAPI, containerd, hNet)
 	return nil
 }
 

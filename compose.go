@@ -17,6 +17,8 @@ import (
 	"kedge/datastore"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
+	"kedge/network"
+	"kedge/runtime"
 	"kedge/server"
 )
 
@@ -30,6 +32,8 @@ type settings struct {
 
 	datastore datastore.Config
 	server    server.Config
+	runtime   runtime.Config
+	network   network.Config
 	agent     agent.Config
 }
 
@@ -46,6 +50,8 @@ func compose(c *cli.Context) (settings, error) {
 		log:          p.logging(),
 		datastore:    datastore.DefaultConfig(),
 		server:       server.DefaultConfig(),
+		runtime:      runtime.DefaultConfig(),
+		network:      network.DefaultConfig(),
 		agent:        agent.DefaultConfig(),
 	}
 	serverDir := filepath.Join(s.dataDir, "server")
@@ -79,6 +85,19 @@ func compose(c *cli.Context) (settings, error) {
 	sv.ControllerArgs = c.StringSlice("kube-controller-manager-arg")
 	sv.SchedulerArgs = c.StringSlice("kube-scheduler-arg")
 
+	n := &s.network
+	n.DataDir, n.RunDir = s.dataDir, s.runDir
+	n.NodeName = s.nodeName
+	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
+
+	r := &s.runtime
+	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
+	r.NodeName = s.nodeName
+	r.Snapshotter = c.String("snapshotter")
+	r.CgroupDriver = runtime.DetectCgroupDriver()
+	r.CNIConfDir, r.CNIBinDir = n.ConfDir(), n.BinDir()
+	r.RegistriesFile = c.String("private-registry")
+
 	a := &s.agent
 	a.DataDir, a.RunDir = s.dataDir, s.runDir
 	a.NodeName, a.NodeIPs = s.nodeName, sv.NodeIPs
@@ -87,6 +106,7 @@ func compose(c *cli.Context) (settings, error) {
 	a.ClusterDNS = p.clusterDNS(sv.ServiceCIDRs)
 	a.ClusterDomain = sv.ClusterDomain
 	a.ResolvConf = c.String("resolv-conf")
+	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
@@ -97,7 +117,7 @@ func compose(c *cli.Context) (settings, error) {
 	if p.err() == nil { // what follows from a mistake is not worth a line of its own
 		p.fail(sv.Validate(), s.datastore.Validate())
 		if !s.disableAgent {
-			p.fail(a.Validate())
+			p.fail(a.Validate(), r.Validate(), n.Validate())
 		}
 	}
 	return s, p.err()

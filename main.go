@@ -15,14 +15,19 @@ import (
 	"path/filepath"
 
 	"github.com/urfave/cli/v2"
+
+	"kedge/network/cniclient"
 )
 
 func main() { os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr)) }
 
 // run is the program without its global state: it returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	if filepath.Base(args[0]) == "kubectl" {
+	switch filepath.Base(args[0]) {
+	case "kubectl":
 		return kubectl(args[1:])
+	case "kedge-cni":
+		return cniclient.Main()
 	}
 	err := newApp(stdout, stderr).RunContext(ctx, args)
 	if err == nil {

@@ -1,0 +1,102 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+)
+
+// Registration is the component that follows the node's own object: the kubelet
+// creates it, the controllers give it ranges for its pods, and the network is
+// told of them. It is ready when the network has been.
+type Registration struct {
+	client   *rest.Config
+	nodeName string
+	set      func([]netip.Prefix) error
+	log      *slog.Logger
+}
+
+// NewRegistration makes the component; set is told the node's pod ranges, first
+// when they are known and again when they change.
+func NewRegistration(client *rest.Config, nodeName string, set func([]netip.Prefix) error, log *slog.Logger) *Registration {
+	return &Registration{client: client, nodeName: nodeName, set: set, log: log}
+}
+
+// Name implements lifecycle.Component.
+func (r *Registration) Name() string { return "registration" }
+
+// retryAfter is how long a watch that ended is left alone.
+const retryAfter = time.Second
+
+// Run implements lifecycle.Component.
+func (r *Registration) Run(ctx context.Context, ready func()) error {
+	c, err := kubernetes.NewForConfig(r.client)
+	if err != nil {
+		return fmt.Errorf("make the node's client: %w", err)
+	}
+	for {
+		if err := r.follow(ctx, c, ready); err != nil && ctx.Err() == nil {
+			r.log.Debug("watch of the node ended", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(retryAfter):
+		}
+	}
+}
+
+// follow watches the node's object until the watch ends.
+func (r *Registration) follow(ctx context.Context, c kubernetes.Interface, ready func()) error {
+	// Without a resource version the watch begins with what is there.
+	w, err := c.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{
+		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, r.nodeName).String(),
+	})
+	if err != nil {
+		return err
+	}
+	defer w.Stop()
+	for e := range w.ResultChan() {
+		node, ok := e.Object.(*corev1.Node)
+		if !ok {
+			return errors.New("the API ended the watch")
+		}
+		ranges, err := podRanges(node)
+		if err != nil {
+			return err
+		}
+		if len(ranges) == 0 {
+			continue
+		}
+		if err := r.set(ranges); err != nil {
+			return fmt.Errorf("set the pod ranges: %w", err)
+		}
+		ready()
+	}
+	return nil
+}
+
+func podRanges(node *corev1.Node) ([]netip.Prefix, error) {
+	cidrs := node.Spec.PodCIDRs
+	if len(cidrs) == 0 && node.Spec.PodCIDR != "" {
+		cidrs = []string{node.Spec.PodCIDR}
+	}
+	var out []netip.Prefix
+	for _, s := range cidrs {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, fmt.Errorf("pod range of the node: %w", err)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
