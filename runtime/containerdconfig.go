@@ -39,8 +39,12 @@ type settings struct {
 // (read only), and what Config itself names.
 func containerdConfig(c Config, s settings) *srvconfig.Config {
 	registry := table{"config_path": c.certsDir()}
-	if len(s.auths) > 0 {
-		registry["configs"] = s.auths
+	configs := table{}
+	for host, auth := range s.auths {
+		configs[host] = table{"auth": auth}
+	}
+	if len(configs) > 0 {
+		registry["configs"] = configs
 	}
 	cri := table{
 		"cni": table{

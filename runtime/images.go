@@ -152,7 +152,7 @@ func (m *Images) importFile(ctx context.Context, client *containerd.Client, path
 	r := &progressReader{r: f, sum: sum, total: info.Size(), next: begun.Add(progressEvery), report: func(percent int64) {
 		m.log.Info("importing images", keyPath, path, "percent", percent)
 	}}
-	snapshotter, _, err := chooseSnapshotter(m.cfg)
+	snapshotter, err := snapshotterOf(ctx, client)
 	if err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -140,14 +141,20 @@ func deleteContainers(ctx context.Context, c Config) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	var errs []error
-	for _, record := range records {
-		dir := filepath.Dir(record)
-		cmd := exec.CommandContext(ctx, filepath.Join(bin, programRunc), "--root", filepath.Dir(dir), "delete", "--force", filepath.Base(dir))
-		if out, err := cmd.CombinedOutput(); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w: %s", filepath.Base(dir), err, strings.TrimSpace(string(out))))
-		}
+	errs := make([]error, len(records))
+	var group errgroup.Group
+	group.SetLimit(8) // each waits for its processes to be gone, hardly working
+	for i, record := range records {
+		group.Go(func() error {
+			dir := filepath.Dir(record)
+			cmd := exec.CommandContext(ctx, filepath.Join(bin, programRunc), "--root", filepath.Dir(dir), "delete", "--force", filepath.Base(dir))
+			if out, err := cmd.CombinedOutput(); err != nil {
+				errs[i] = fmt.Errorf("%s: %w: %s", filepath.Base(dir), err, strings.TrimSpace(string(out)))
+			}
+			return nil
+		})
 	}
+	group.Wait()
 	return len(records), errors.Join(errs...)
 }
 
