@@ -60,6 +60,7 @@ func newWorld(t *testing.T, ranges ...netip.Prefix) *world {
 	cfg.NodeName = "node1"
 	cfg.DataDir, cfg.RunDir = filepath.Join(dir, "data"), filepath.Join(dir, "run")
 	cfg.PodCIDRs = ranges
+	cfg.Plugin = "" // the test program: see TestMain
 	cfg.ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/56")}
 	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
 		t.Fatal(err)
