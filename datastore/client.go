@@ -7,9 +7,12 @@ import (
 	"net"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/kubernetes"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Endpoint is the address by which clients know the store in this process, and what to give the API server
@@ -52,11 +55,22 @@ func (s *Store) NewClient() (*kubernetes.Client, error) {
 	c.Watcher = clientv3.NewWatchFromWatchClient(watchClient{t}, c)
 	c.Cluster = clientv3.NewClusterFromClusterClient(clusterClient{t}, c)
 	c.Maintenance = clientv3.NewMaintenanceFromMaintenanceClient(maintenanceClient{t}, c)
-	// Auth keeps its dead connection: the store has one client, this process, and no users.
+	c.Auth = clientv3.NewAuthFromAuthClient(pb.NewAuthClient(noConn{}), c)
 
 	k := &kubernetes.Client{Client: c}
 	k.Kubernetes = k
 	return k, nil
+}
+
+// noConn stands for a service that the store does not have. It has one client, this process, and no users.
+type noConn struct{}
+
+func (noConn) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {
+	return status.Errorf(codes.Unimplemented, "the datastore has no %s", method)
+}
+
+func (noConn) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Errorf(codes.Unimplemented, "the datastore has no %s", method)
 }
 
 var errNoNetwork = errors.New("the datastore is not on a network")

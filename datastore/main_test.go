@@ -25,8 +25,6 @@ func TestMain(m *testing.M) {
 	)
 }
 
-const childRole = "KEDGE_DATASTORE_TEST_CHILD"
-
 func testConfig(dir string) Config {
 	c := DefaultConfig()
 	c.Dir = dir
@@ -106,12 +104,4 @@ func fill(tb testing.TB, c *kubernetes.Client, prefix string, n int, value strin
 		revision = resp.Header.Revision
 	}
 	return revision
-}
-
-func runChild(role string) int {
-	switch role {
-	default:
-		fmt.Fprintln(os.Stderr, "unknown role", role)
-		return 2
-	}
 }

@@ -9,8 +9,11 @@ var expected = map[string]bool{
 	// and not a tenth of one. etcd tries again by itself.
 	"Failed to detect schema version":  true,
 	"failed to update storage version": true,
+	"Failed to detect storage schema version. Please wait till wal snapshot before upgrading cluster.": true,
 	// A stop during the start.
-	"stopped publish because server is stopping": true,
+	"failed to update cluster version":                       true,
+	"stopped publish because server is stopping":             true,
+	"failed to publish local member to cluster through raft": true, // and it says so again if it goes on
 }
 
 // quietCore is a zapcore.Core that keeps the expected out of sight.

@@ -100,7 +100,8 @@ func run(t *testing.T, root, build, pkg string, atLeast int) {
 	}
 
 	passed, failed := 0, 0
-	output := map[string]*strings.Builder{} // of top-level tests, and "" for the package
+	var failures []string
+	output := map[string]*strings.Builder{} // by test, and "" for the package
 	for events := json.NewDecoder(stdout); ; {
 		// See go doc test2json.
 		var event struct{ Action, Test, Output string }
@@ -110,25 +111,29 @@ func run(t *testing.T, root, build, pkg string, atLeast int) {
 			}
 			break
 		}
-		top, sub, _ := strings.Cut(event.Test, "/")
-		if output[top] == nil {
-			output[top] = &strings.Builder{}
+		if output[event.Test] == nil {
+			output[event.Test] = &strings.Builder{}
 		}
-		output[top].WriteString(event.Output)
-		switch {
-		case top == "" || sub != "":
-		case event.Action == "pass":
-			passed++
-			delete(output, top)
-		case event.Action == "fail":
-			failed++
+		output[event.Test].WriteString(event.Output)
+		top := event.Test != "" && !strings.Contains(event.Test, "/")
+		switch event.Action {
+		case "pass", "skip":
+			if top && event.Action == "pass" {
+				passed++
+			}
+			delete(output, event.Test)
+		case "fail":
+			if top {
+				failed++
+			}
+			failures = append(failures, event.Test)
 		}
 	}
 	err = command.Wait()
 
 	if err != nil || failed > 0 {
-		for name, text := range output {
-			t.Errorf("%s %s:\n%s", pkg, name, text)
+		for _, name := range failures {
+			t.Errorf("%s %s:\n%s", pkg, name, output[name])
 		}
 		t.Fatalf("%v: %d tests passed, %d failed: %v\n%s", command, passed, failed, err, &stderr)
 	}

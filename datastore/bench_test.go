@@ -1,0 +1,241 @@
+package datastore
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"fmt"
+	"math/big"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/kubernetes"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
+)
+
+// The benchmarks measure one store by three ways to it: function calls, gRPC over loopback, and the same with
+// mutual TLS, which is how an etcd beside an API server is commonly reached. Run them with
+//
+//	go test -run ^$ -bench . ./datastore
+//
+// on a directory of the disk in question (TMPDIR), since each write waits for it.
+func benchmark(b *testing.B, run func(b *testing.B, c *kubernetes.Client)) {
+	for _, way := range []struct {
+		name string
+		dial func(*testing.B, *Store) *kubernetes.Client
+	}{
+		{"in-process", func(b *testing.B, s *Store) *kubernetes.Client { return newClient(b, s) }},
+		{"grpc", func(b *testing.B, s *Store) *kubernetes.Client { return dialGRPC(b, s, nil) }},
+		{"grpc-mtls", func(b *testing.B, s *Store) *kubernetes.Client { return dialGRPC(b, s, selfSigned(b)) }},
+	} {
+		b.Run(way.name, func(b *testing.B) {
+			s, _ := start(b, testConfig(b.TempDir()))
+			run(b, way.dial(b, s))
+		})
+	}
+}
+
+var benchValue = []byte(strings.Repeat("x", 1024))
+
+func BenchmarkUpdate(b *testing.B) {
+	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
+		var revision int64
+		b.ReportAllocs()
+		for b.Loop() {
+			revision = update(b, c, "/a", revision)
+		}
+	})
+}
+
+func BenchmarkUpdate32Writers(b *testing.B) {
+	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
+		const writers = 32
+		each := b.N/writers + 1
+		var wg sync.WaitGroup
+		b.ResetTimer()
+		for w := range writers {
+			wg.Go(func() {
+				var revision int64
+				for range each {
+					revision = update(b, c, fmt.Sprintf("/w/%d", w), revision)
+				}
+			})
+		}
+		wg.Wait()
+		b.ReportMetric(float64(each*writers)/b.Elapsed().Seconds(), "writes/s")
+	})
+}
+
+func BenchmarkGet(b *testing.B) {
+	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
+		update(b, c, "/a", 0)
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := c.Kubernetes.Get(b.Context(), "/a", kubernetes.GetOptions{}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+func BenchmarkList1000(b *testing.B) {
+	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
+		fill(b, c, "/a/", 1000, string(benchValue))
+		b.ReportAllocs()
+		for b.Loop() {
+			got, err := c.List(b.Context(), "/a/", kubernetes.ListOptions{})
+			if err != nil || len(got.Kvs) != 1000 {
+				b.Fatal(len(got.Kvs), err)
+			}
+		}
+	})
+}
+
+// BenchmarkStream1000 is the list that the API server makes of a large type.
+func BenchmarkStream1000(b *testing.B) {
+	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
+		fill(b, c, "/a/", 1000, string(benchValue))
+		b.ReportAllocs()
+		for b.Loop() {
+			chunks, err := c.GetStream(b.Context(), "/a/", clientv3.WithPrefix())
+			if err != nil {
+				b.Fatal(err)
+			}
+			n := 0
+			for chunk := range chunks {
+				if err := chunk.Err(); err != nil {
+					b.Fatal(err)
+				}
+				n += len(chunk.RangeResponse.Kvs)
+			}
+			if n != 1000 {
+				b.Fatal(n)
+			}
+		}
+	})
+}
+
+// BenchmarkStart measures the way from nothing, or from a stopped store, to ready.
+func BenchmarkStart(b *testing.B) {
+	b.Run("new", func(b *testing.B) {
+		for b.Loop() {
+			_, stop := start(b, testConfig(b.TempDir()))
+			b.StopTimer()
+			stop()
+			b.StartTimer()
+		}
+	})
+	b.Run("again", func(b *testing.B) {
+		cfg := testConfig(b.TempDir())
+		s, stop := start(b, cfg)
+		fill(b, newClient(b, s), "/a/", 1500, string(benchValue))
+		stop()
+		for b.Loop() {
+			_, stop := start(b, cfg)
+			b.StopTimer()
+			stop()
+			b.StartTimer()
+		}
+	})
+}
+
+// BenchmarkClient measures what a resource type costs that only waits: a client with one open watch.
+func BenchmarkClient(b *testing.B) {
+	s, _ := start(b, testConfig(b.TempDir()))
+	heap, stack, goroutines := resources()
+	n := 0
+	for b.Loop() {
+		c := newClient(b, s)
+		<-c.Watch(clientv3.WithRequireLeader(b.Context()), fmt.Sprintf("/%d/", n), clientv3.WithPrefix(), clientv3.WithCreatedNotify())
+		n++
+	}
+	heapAfter, stackAfter, goroutinesAfter := resources()
+	b.ReportMetric(float64(heapAfter-heap)/float64(n), "heap-bytes/client")
+	b.ReportMetric(float64(stackAfter-stack)/float64(n), "stack-bytes/client")
+	b.ReportMetric(float64(goroutinesAfter-goroutines)/float64(n), "goroutines/client")
+}
+
+func resources() (heap, stack, goroutines int64) {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse), int64(m.StackInuse), int64(runtime.NumGoroutine())
+}
+
+func update(b *testing.B, c *kubernetes.Client, key string, revision int64) int64 {
+	resp, err := c.OptimisticPut(b.Context(), key, benchValue, revision, kubernetes.PutOptions{GetOnFailure: true})
+	if err != nil || !resp.Succeeded {
+		b.Error(resp, err)
+		b.FailNow()
+	}
+	return resp.Revision
+}
+
+// dialGRPC serves the store's etcd on loopback, as etcd itself would, and returns a client of that.
+func dialGRPC(b *testing.B, s *Store, tlsConfig *tls.Config) *kubernetes.Client {
+	b.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	space := s.transport.Load().maintenance.(defragmenter)
+	server := v3rpc.Server(space.server, tlsConfig, nil)
+	go func() { _ = server.Serve(listener) }()
+	b.Cleanup(server.Stop)
+	scheme := "http"
+	if tlsConfig != nil {
+		scheme = "https"
+	}
+	c, err := kubernetes.New(clientv3.Config{
+		Endpoints: []string{scheme + "://" + listener.Addr().String()}, TLS: tlsConfig, Logger: s.zap, Context: context.Background(),
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { c.Close() })
+	return c
+}
+
+// selfSigned returns one certificate that serves as client's, server's and authority's.
+func selfSigned(b *testing.B) *tls.Config {
+	b.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		b.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		Subject:               pkix.Name{CommonName: "bench"},
+		NotAfter:              time.Now().Add(time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		b.Fatal(err)
+	}
+	certificate, err := x509.ParseCertificate(der)
+	if err != nil {
+		b.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(certificate)
+	return &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+		RootCAs:      pool,
+		ClientCAs:    pool,
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+	}
+}

@@ -1,0 +1,247 @@
+package datastore
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A child is this test binary, started again to be one store in a process of its own that can be killed, or
+// can fail for good. It is told its role and directory in the environment, and tells its story on stdout, one
+// event a line.
+const (
+	childRole = "KEDGE_DATASTORE_TEST_CHILD"
+	childDir  = "KEDGE_DATASTORE_TEST_DIR"
+
+	roleWriter  = "writer" // writes for ever
+	roleFull    = "full"   // writes until files may not grow further
+	roleFatal   = "fatal"  // is told by etcd that all is lost
+	rolePanic   = "panic"  // has a panic in a call
+	childFailed = 3        // exit status of a child whose Run returned ErrFailed
+	fileLimit   = 20 << 20 // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
+	writers     = 4        // of roleWriter
+)
+
+func runChild(role string) int {
+	if role == roleFull {
+		// The kernel refuses to grow a file beyond this, like a disk that is full, but for this process only.
+		limit := unix.Rlimit{Cur: fileLimit, Max: fileLimit}
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+			panic(err)
+		}
+	}
+	cfg := testConfig(os.Getenv(childDir))
+	s := New(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	out := &syncedPrinter{}
+	err := s.Run(context.Background(), func() {
+		out.printf("ready\n")
+		switch role {
+		case roleWriter:
+			for w := range writers {
+				go childWrite(s, w, 1000, out)
+			}
+		case roleFull:
+			go childWrite(s, 0, 50_000, out)
+		case roleFatal:
+			go func() {
+				s.zap.Error("a mere error")
+				s.zap.Fatal("failed to save Raft hard state and entries")
+				out.printf("returned from fatal\n")
+			}()
+		case rolePanic:
+			go func() {
+				defer func() { out.printf("recovered %v\n", recover()) }()
+				_, err := call(s.transport.Load(), context.Background(), new(int), func(context.Context, *int) (*int, error) {
+					panic("index out of range")
+				})
+				out.printf("call %v\n", err)
+			}()
+		}
+	})
+	out.printf("end %v\n", err)
+	if errors.Is(err, ErrFailed) {
+		return childFailed
+	}
+	return 1
+}
+
+// childWrite reports every write after it was acknowledged: writer, sequence number, revision.
+func childWrite(s *Store, writer, size int, out *syncedPrinter) {
+	c, err := s.NewClient()
+	if err != nil {
+		panic(err)
+	}
+	value := strings.Repeat("x", size)
+	for i := 0; ; i++ {
+		resp, err := c.Put(context.Background(), childKey(writer), fmt.Sprintf("%d %s", i, value))
+		if err != nil {
+			out.printf("error %v\n", err)
+			return
+		}
+		out.printf("ack %d %d %d\n", writer, i, resp.Header.Revision)
+	}
+}
+
+func childKey(writer int) string { return fmt.Sprintf("/w/%d", writer) }
+
+type syncedPrinter struct{ mu sync.Mutex }
+
+func (p *syncedPrinter) printf(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fmt.Printf(format, args...)
+}
+
+// startChild starts a child whose events arrive on lines, which is closed when it has ended.
+func startChild(t *testing.T, role, dir string) (command *exec.Cmd, lines <-chan string) {
+	t.Helper()
+	command = exec.Command(os.Args[0])
+	command.Env = append(os.Environ(), childRole+"="+role, childDir+"="+dir)
+	command.Stderr = testWriter{t}
+	stdout, err := command.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = command.Process.Kill() })
+	c := make(chan string, 1000)
+	go func() {
+		defer close(c)
+		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+			c <- scanner.Text()
+		}
+	}()
+	return command, c
+}
+
+// After a fatal message of etcd the component fails, nothing of etcd goes on, and the process may end in order.
+func TestFatalFailsTheComponent(t *testing.T) {
+	for _, tc := range []struct {
+		role string
+		want []string
+	}{
+		{roleFatal, []string{"ready", "end the datastore failed: failed to save Raft hard state and entries"}},
+		{rolePanic, []string{"ready", "end the datastore failed: panic: index out of range"}},
+	} {
+		t.Run(tc.role, func(t *testing.T) {
+			command, lines := startChild(t, tc.role, t.TempDir())
+			var got []string
+			for line := range lines {
+				got = append(got, line)
+			}
+			err := command.Wait()
+			if command.ProcessState.ExitCode() != childFailed {
+				t.Errorf("%v, want exit status %d", err, childFailed)
+			}
+			story := strings.Join(got, "\n")
+			for _, want := range tc.want {
+				if !strings.Contains(story, want) {
+					t.Errorf("%q did not happen:\n%s", want, story)
+				}
+			}
+			if strings.Contains(story, "returned from fatal") {
+				t.Error("code after a fatal message was run")
+			}
+		})
+	}
+}
+
+// When the disk refuses to write, the store stops at once, and what it acknowledged is there when it can again.
+func TestWriteErrorFailsTheComponent(t *testing.T) {
+	dir := t.TempDir()
+	command, lines := startChild(t, roleFull, dir)
+	acked := newAcknowledged()
+	var end string
+	for line := range lines {
+		acked.note(t, line)
+		if strings.HasPrefix(line, "end ") {
+			end = line
+		}
+	}
+	err := command.Wait()
+	if command.ProcessState.ExitCode() != childFailed || !strings.Contains(end, unix.EFBIG.Error()) {
+		t.Errorf("%v, %q, want exit status %d and the cause", err, end, childFailed)
+	}
+	if acked.revision < 100 {
+		t.Errorf("only %d writes before the limit", acked.revision)
+	}
+	s, _ := start(t, testConfig(dir))
+	acked.check(t, s)
+}
+
+// TestKill kills a writing store again and again, at any moment of its life, and looks for what it had
+// acknowledged. It shows that nothing is acknowledged that only memory knows; that the disk keeps what it was
+// told to keep takes a power cut.
+func TestKill(t *testing.T) {
+	rounds := 36
+	if testing.Short() {
+		rounds = 6
+	}
+	dir := t.TempDir()
+	acked := newAcknowledged()
+	for round := range rounds {
+		command, lines := startChild(t, roleWriter, dir)
+		// A third of the rounds end while the store is opening, for the others there is time to write.
+		if round%3 != 0 {
+			if line := <-lines; line != "ready" {
+				t.Fatalf("round %d: %q", round, line)
+			}
+		}
+		timer := time.AfterFunc(time.Duration(randomMillis(120))*time.Millisecond, func() { _ = command.Process.Kill() })
+		for line := range lines {
+			if strings.HasPrefix(line, "end ") || strings.HasPrefix(line, "error ") {
+				t.Errorf("round %d: %s", round, line)
+			}
+			acked.note(t, line)
+		}
+		timer.Stop()
+		_ = command.Wait()
+
+		if round%3 == 2 {
+			s, stop := start(t, testConfig(dir))
+			acked.check(t, s)
+			stop()
+		}
+	}
+	if acked.count == 0 {
+		t.Error("nothing was written")
+	}
+	t.Logf("%d kills, %d writes", rounds, acked.count)
+}
+
+// TestKillDuringCreation kills stores in their first moments, of which etcd does not survive all.
+func TestKillDuringCreation(t *testing.T) {
+	rounds := 20
+	if testing.Short() {
+		rounds = 5
+	}
+	for round := range rounds {
+		dir := t.TempDir()
+		command, lines := startChild(t, roleWriter, dir)
+		timer := time.AfterFunc(time.Duration(5+randomMillis(60))*time.Millisecond, func() { _ = command.Process.Kill() })
+		acked := newAcknowledged()
+		for line := range lines {
+			acked.note(t, line)
+		}
+		timer.Stop()
+		_ = command.Wait()
+		s, stop := start(t, testConfig(dir))
+		acked.check(t, s)
+		stop()
+		if t.Failed() {
+			t.Fatalf("in round %d", round)
+		}
+	}
+}

@@ -1,0 +1,214 @@
+package datastore
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func isStopped(err error) bool {
+	return errors.Is(err, rpctypes.ErrStopped) || errors.Is(err, rpctypes.ErrGRPCStopped)
+}
+
+// Over gRPC an interceptor does this. Without it, watches on a member cut off from the others stay open and
+// tell nothing.
+func TestGateEndsStreamsWithoutLeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var leader atomic.Bool
+		leader.Store(true)
+		g := newGate(leader.Load)
+		const interval = time.Second
+		go g.watchLeader(interval)
+		defer g.close()
+
+		open := func(ctx context.Context) *clientStream[int, int] {
+			s, err := openStream(g, ctx, runGuarded, func(s *serverStream[int, int]) error {
+				<-s.Context().Done()
+				return s.Context().Err()
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		picky, easy := open(clientv3.WithRequireLeader(t.Context())), open(t.Context())
+
+		// An election that lasts a little less than three intervals ends nothing.
+		leader.Store(false)
+		time.Sleep(3*interval - interval/2)
+		leader.Store(true)
+		time.Sleep(3 * interval)
+		synctest.Wait()
+		if ended(picky) {
+			t.Fatal("a short election ended a stream")
+		}
+
+		// New streams are refused at once.
+		leader.Store(false)
+		if _, err := g.enterStream(clientv3.WithRequireLeader(t.Context())); err != rpctypes.ErrGRPCNoLeader {
+			t.Errorf("new stream: %v, want no leader", err)
+		}
+		if _, err := g.enter(clientv3.WithRequireLeader(t.Context())); err != rpctypes.ErrGRPCNoLeader {
+			t.Errorf("new call: %v, want no leader", err)
+		}
+		time.Sleep(4 * interval)
+		synctest.Wait()
+		if !ended(picky) {
+			t.Fatal("the stream is open after three intervals without a leader")
+		}
+		if _, err := picky.Recv(); err != rpctypes.ErrGRPCNoLeader {
+			t.Errorf("stream ended with %v, want no leader", err)
+		}
+		if ended(easy) {
+			t.Error("a stream that did not ask for a leader ended")
+		}
+	})
+}
+
+// The same through etcd's client and watch server: the error must be the one that Kubernetes looks for.
+func TestWatchFailsWithoutLeader(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	c := newClient(t, s)
+	watch := c.Watch(clientv3.WithRequireLeader(t.Context()), "/a/", clientv3.WithCreatedNotify())
+	<-watch
+	s.transport.Load().gate.endLeaderless()
+	resp, ok := <-watch
+	if !ok || !errors.Is(resp.Err(), rpctypes.ErrNoLeader) {
+		t.Errorf("watch got %v, %v, want %v", resp, ok, rpctypes.ErrNoLeader)
+	}
+}
+
+func TestGateCloseWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(func() bool { return true })
+		a, err := g.enter(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		closed := make(chan struct{})
+		go func() { g.close(); close(closed) }()
+		synctest.Wait()
+		select {
+		case <-closed:
+			t.Error("closed over a call that is still inside")
+		default:
+		}
+		if a.ctx.Err() == nil || a.reason(a.ctx.Err()) != rpctypes.ErrGRPCStopped {
+			t.Errorf("the call inside was told %v", a.reason(a.ctx.Err()))
+		}
+		if _, err := g.enter(t.Context()); err != rpctypes.ErrGRPCStopped {
+			t.Errorf("a newcomer got %v", err)
+		}
+		a.leave()
+		<-closed
+	})
+}
+
+// What the server sent before it returned arrives, in order, before its error.
+func TestStreamDeliversBeforeError(t *testing.T) {
+	g := newGate(func() bool { return true })
+	defer g.close()
+	broken := errors.New("broken")
+	for _, tc := range []struct{ returned, want error }{{nil, io.EOF}, {broken, broken}} {
+		s, err := openStream(g, t.Context(), runGuarded, func(s *serverStream[int, int]) error {
+			for i := range responseBuffer {
+				if err := s.Send(&i); err != nil {
+					return err
+				}
+			}
+			return tc.returned
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-s.done
+		for want := range responseBuffer {
+			if got, err := s.Recv(); err != nil || *got != want {
+				t.Errorf("received %v, %v, want %d", got, err, want)
+			}
+		}
+		if _, err := s.Recv(); err != tc.want {
+			t.Errorf("ended with %v, want %v", err, tc.want)
+		}
+		if err := s.Send(new(int)); err != io.EOF {
+			t.Errorf("send after the end: %v, want EOF", err)
+		}
+	}
+}
+
+// A client that cancels is told so, and its server side ends.
+func TestStreamCancel(t *testing.T) {
+	g := newGate(func() bool { return true })
+	defer g.close()
+	ctx, cancel := context.WithCancel(t.Context())
+	s, err := openStream(g, ctx, runGuarded, func(s *serverStream[int, int]) error {
+		for {
+			if err := s.Send(new(int)); err != nil {
+				return err
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	for err == nil {
+		_, err = s.Recv()
+	}
+	if err := clientv3.ContextError(ctx, err); !errors.Is(err, context.Canceled) {
+		t.Errorf("after its context: %v", err)
+	}
+	<-s.done
+}
+
+func TestStreamHalfClose(t *testing.T) {
+	g := newGate(func() bool { return true })
+	defer g.close()
+	s, err := openStream(g, t.Context(), runGuarded, func(s *serverStream[int, int]) error {
+		sum := 0
+		for {
+			n, err := s.Recv()
+			if err == io.EOF {
+				return s.Send(&sum)
+			}
+			if err != nil {
+				return err
+			}
+			sum += *n
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 4 {
+		if err := s.Send(&n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.CloseSend()
+	s.CloseSend()
+	if sum, err := s.Recv(); err != nil || *sum != 6 {
+		t.Errorf("sum %v, %v", sum, err)
+	}
+}
+
+func runGuarded(f func() error) error { return f() }
+
+func ended(s *clientStream[int, int]) bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
