@@ -62,7 +62,10 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Commands: []*cli.Command{
 			serverCommand(),
 			statusCommand(),
+			imagesCommand(),
+			killallCommand(),
 			kubectlCommand(),
+			ctrCommand(),
 			versionCommand(),
 			completionCommand(),
 		},

@@ -39,6 +39,8 @@ import (
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
+	"kedge/agent/cgroup"
+	"kedge/agent/mounter"
 	"kedge/internal/atomicfile"
 	"kedge/internal/componentflags"
 )
@@ -48,6 +50,8 @@ type Kubelet struct {
 	cfg    Config
 	log    *slog.Logger
 	server *options.KubeletServer
+
+	started time.Time // set by Run
 }
 
 // NewKubelet parses the component's flags and keeps the rest.
@@ -232,7 +236,7 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	if err := atomicfile.MkdirAll(c.StaticPodPath, 0o700); err != nil {
 		return fmt.Errorf("prepare the folder for static pods: %w", err)
 	}
-	if err := EnsureCgroupRoot(c.CgroupRoot); err != nil {
+	if err := cgroup.Ensure(c.CgroupRoot); err != nil {
 		return err
 	}
 	kubelet.ContainerLogsDir = filepath.Join(k.cfg.logDir(), "containers")
@@ -240,6 +244,7 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	k.started = time.Now().Truncate(time.Second) // heartbeats have no finer clock
 	watch, stop := context.WithCancel(ctx)
 	defer stop()
 	go func() {
@@ -261,7 +266,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 	if err != nil {
 		return nil, fmt.Errorf("find the kubelet's volume plugins: %w", err)
 	}
-	var m mount.MounterForceUnmounter = &mounter{}
+	var m mount.MounterForceUnmounter = &mounter.Mounter{}
 	d := &kubelet.Dependencies{
 		TracerProvider:      noop.NewTracerProvider(),
 		HostUtil:            hostutil.NewHostUtil(),
@@ -313,15 +318,20 @@ func (k *Kubelet) nodeReady(ctx context.Context, c kubernetes.Interface) error {
 	}
 	for _, cond := range node.Status.Conditions {
 		if cond.Type == corev1.NodeReady {
-			// After a restart the object still says what was true before it.
-			if cond.Status == corev1.ConditionTrue {
-				return nil
+			switch {
+			case cond.LastHeartbeatTime.Time.Before(k.started):
+				// After a restart the object still says what was true before it.
+				return errNotReported
+			case cond.Status != corev1.ConditionTrue:
+				return errors.New(cond.Message)
 			}
-			return errors.New(cond.Message)
+			return nil
 		}
 	}
-	return errors.New("the node has not reported yet")
+	return errNotReported
 }
+
+var errNotReported = errors.New("the node has not reported yet")
 
 // Check implements lifecycle.Checker.
 func (k *Kubelet) Check(ctx context.Context) error {

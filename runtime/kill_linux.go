@@ -8,16 +8,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"kedge/internal/mounts"
 )
 
 // StopAllPods stops and removes every pod through the CRI, with the time each is
@@ -73,7 +73,7 @@ func killAll(ctx context.Context, c Config, log *slog.Logger) error {
 		return fmt.Errorf("end containers: %w", err)
 	}
 	for _, dir := range []string{c.state(), c.tempDir(), filepath.Join(c.root(), "io.containerd.snapshotter.v1."+SnapshotterOverlayFS)} {
-		if err := unmountBelow(dir); err != nil {
+		if err := mounts.DetachBelow(dir); err != nil {
 			return err
 		}
 	}
@@ -156,21 +156,6 @@ func deleteContainers(ctx context.Context, c Config) (int, error) {
 	}
 	group.Wait()
 	return len(records), errors.Join(errs...)
-}
-
-// unmountBelow detaches every mount under dir, deepest first.
-func unmountBelow(dir string) error {
-	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
-	if err != nil {
-		return err
-	}
-	slices.SortFunc(mounts, func(a, b *mountinfo.Info) int { return len(b.Mountpoint) - len(a.Mountpoint) })
-	for _, m := range mounts {
-		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("unmount %s: %w", m.Mountpoint, err)
-		}
-	}
-	return nil
 }
 
 func emptyDir(dir string) error {

@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/mounts"
 )
 
 // childEnv makes the test program run a node's containers instead of tests, so that
@@ -105,7 +107,7 @@ func newNode(t *testing.T) *node {
 			text, _ := os.ReadFile(n.logged.Name())
 			t.Logf("log of the node:\n%s", tail(string(text), 60))
 		}
-		if err := unmountBelow(dir); err != nil {
+		if err := mounts.DetachBelow(dir); err != nil {
 			t.Error(err)
 		}
 		n.removeCgroup()

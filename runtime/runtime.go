@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/klog/v2"
+
+	"kedge/internal/mounts"
 )
 
 // Keys of log attributes.
@@ -272,7 +274,7 @@ func setEnvironment(bin string) {
 // passing, and sends the mounts that containerd makes in passing to the data directory.
 func clearLeftovers(c Config) error {
 	tmp := c.tempDir()
-	if err := unmountBelow(tmp); err != nil {
+	if err := mounts.DetachBelow(tmp); err != nil {
 		return fmt.Errorf("clear %s: %w", tmp, err)
 	}
 	if err := os.RemoveAll(tmp); err != nil {

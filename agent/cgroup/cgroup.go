@@ -1,4 +1,9 @@
-package agent
+// Package cgroup makes and removes the control group below which a node's pods
+// are, in cgroup v1, hybrid and v2.
+//
+// It is not for the groups of pods and containers: kubelet and runc make those.
+// Only package agent imports it.
+package cgroup
 
 import (
 	"errors"
@@ -11,23 +16,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupMount is where every distribution mounts control groups.
-const cgroupMount = "/sys/fs/cgroup"
+// mountPoint is where every distribution mounts control groups.
+const mountPoint = "/sys/fs/cgroup"
 
-// UnifiedCgroups reports whether the machine uses cgroup v2 only.
-func UnifiedCgroups() bool {
+// Unified reports whether the machine uses cgroup v2 only.
+func Unified() bool {
 	var st unix.Statfs_t
-	return unix.Statfs(cgroupMount, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+	return unix.Statfs(mountPoint, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
 }
 
-// EnsureCgroupRoot makes the cgroup below which the pods are, in every
+// Ensure makes the cgroup below which the pods are, in every
 // hierarchy, with all controllers that its parent can delegate. root begins
 // with a slash.
-func EnsureCgroupRoot(root string) error {
-	if UnifiedCgroups() {
+func Ensure(root string) error {
+	if Unified() {
 		return ensureUnified(root)
 	}
-	hierarchies, err := os.ReadDir(cgroupMount)
+	hierarchies, err := os.ReadDir(mountPoint)
 	if err != nil {
 		return fmt.Errorf("make cgroup %s: %w", root, err)
 	}
@@ -35,7 +40,7 @@ func EnsureCgroupRoot(root string) error {
 		if !h.IsDir() { // links such as cpu -> cpu,cpuacct
 			continue
 		}
-		if err := os.MkdirAll(filepath.Join(cgroupMount, h.Name(), root), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := os.MkdirAll(filepath.Join(mountPoint, h.Name(), root), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("make cgroup %s of %s: %w", root, h.Name(), err)
 		}
 	}
@@ -45,7 +50,7 @@ func EnsureCgroupRoot(root string) error {
 // inheritCpuset fills cpuset.cpus and cpuset.mems of a new v1 cgroup, without
 // which no process can enter it.
 func inheritCpuset(root string) error {
-	base := filepath.Join(cgroupMount, "cpuset")
+	base := filepath.Join(mountPoint, "cpuset")
 	dir := base
 	for part := range strings.SplitSeq(strings.Trim(root, "/"), "/") {
 		parent := dir
@@ -76,7 +81,7 @@ func inheritCpuset(root string) error {
 // ensureUnified makes root below the v2 mount and delegates controllers to it
 // one level after the other.
 func ensureUnified(root string) error {
-	dir := cgroupMount
+	dir := mountPoint
 	for part := range strings.SplitSeq(strings.Trim(root, "/"), "/") {
 		if err := delegate(dir); err != nil {
 			return err
@@ -106,19 +111,19 @@ func delegate(dir string) error {
 	return nil
 }
 
-// RemoveCgroupRoot removes what EnsureCgroupRoot made, from the leaves up. It
+// Remove removes what Ensure made, from the leaves up. It
 // fails while a process is left in it.
-func RemoveCgroupRoot(root string) error {
-	bases := []string{cgroupMount}
-	if !UnifiedCgroups() {
-		entries, err := os.ReadDir(cgroupMount)
+func Remove(root string) error {
+	bases := []string{mountPoint}
+	if !Unified() {
+		entries, err := os.ReadDir(mountPoint)
 		if err != nil {
 			return err
 		}
 		bases = bases[:0]
 		for _, e := range entries {
 			if e.IsDir() {
-				bases = append(bases, filepath.Join(cgroupMount, e.Name()))
+				bases = append(bases, filepath.Join(mountPoint, e.Name()))
 			}
 		}
 	}

@@ -1,4 +1,8 @@
-package agent
+// Package mounter is the kubelet's mount interface, implemented with system calls
+// instead of mount(8) and umount(8).
+//
+// It is not for containers: runc mounts those. Only package agent imports it.
+package mounter
 
 import (
 	"errors"
@@ -10,15 +14,15 @@ import (
 	"k8s.io/mount-utils"
 )
 
-// mounter implements the kubelet's mount interface with system calls. Listing
+// Mounter implements the kubelet's mount interface with system calls. Listing
 // and checking mount points are upstream's, which read /proc; mounting is ours,
 // where upstream runs mount(8) and umount(8).
 //
 // Filesystems whose mount(8) helper does more than the system call (nfs, cifs,
 // ceph) work as far as the kernel understands the options that are given.
-type mounter struct{ mount.Mounter }
+type Mounter struct{ mount.Mounter }
 
-var _ mount.MounterForceUnmounter = (*mounter)(nil)
+var _ mount.MounterForceUnmounter = (*Mounter)(nil)
 
 // mountFlags are the options of mount(8) that are flags of mount(2). The
 // negative ones clear the flag.
@@ -83,12 +87,12 @@ func parseMountOptions(options []string) mountOptions {
 }
 
 // Mount implements mount.Interface.
-func (m *mounter) Mount(source, target, fstype string, options []string) error {
+func (m *Mounter) Mount(source, target, fstype string, options []string) error {
 	return m.MountSensitive(source, target, fstype, options, nil)
 }
 
 // MountSensitive implements mount.Interface. Errors never contain sensitiveOptions.
-func (m *mounter) MountSensitive(source, target, fstype string, options, sensitiveOptions []string) error {
+func (m *Mounter) MountSensitive(source, target, fstype string, options, sensitiveOptions []string) error {
 	o := parseMountOptions(append(append([]string(nil), options...), sensitiveOptions...))
 	if o.flags&unix.MS_BIND != 0 && o.flags&unix.MS_REMOUNT == 0 {
 		return m.bind(source, target, o)
@@ -103,14 +107,14 @@ func (m *mounter) MountSensitive(source, target, fstype string, options, sensiti
 }
 
 // MountSensitiveWithoutSystemd implements mount.Interface.
-func (m *mounter) MountSensitiveWithoutSystemd(source, target, fstype string, options, sensitiveOptions []string) error {
+func (m *Mounter) MountSensitiveWithoutSystemd(source, target, fstype string, options, sensitiveOptions []string) error {
 	return m.MountSensitive(source, target, fstype, options, sensitiveOptions)
 }
 
 // MountSensitiveWithoutSystemdWithMountFlags implements mount.Interface.
 // Arguments of mount(8) in flags have no counterpart in mount(2), except
 // --no-canonicalize, which is what the system call does anyway.
-func (m *mounter) MountSensitiveWithoutSystemdWithMountFlags(source, target, fstype string, options, sensitiveOptions, flags []string) error {
+func (m *Mounter) MountSensitiveWithoutSystemdWithMountFlags(source, target, fstype string, options, sensitiveOptions, flags []string) error {
 	for _, f := range flags {
 		if f != "--no-canonicalize" {
 			return fmt.Errorf("mount %s at %s: %q is not supported without mount(8)", source, target, f)
@@ -125,7 +129,7 @@ const lockedFlags = unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOSUID | unix.MS_NO
 
 // bind makes a bind mount, and where flags are wanted a second call, since the
 // first takes none.
-func (m *mounter) bind(source, target string, o mountOptions) error {
+func (m *Mounter) bind(source, target string, o mountOptions) error {
 	recursive := o.flags & unix.MS_REC
 	if err := unix.Mount(source, target, "", unix.MS_BIND|recursive, ""); err != nil {
 		return fmt.Errorf("bind %s to %s: %w", source, target, err)
@@ -154,7 +158,7 @@ func propagate(target string, flags []uintptr) error {
 
 // Unmount implements mount.Interface. A target that is no mount point, or gone,
 // is what the caller wants.
-func (m *mounter) Unmount(target string) error {
+func (m *Mounter) Unmount(target string) error {
 	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
 	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 		return nil
@@ -163,7 +167,7 @@ func (m *mounter) Unmount(target string) error {
 }
 
 // UnmountWithForce implements mount.MounterForceUnmounter.
-func (m *mounter) UnmountWithForce(target string, timeout time.Duration) error {
+func (m *Mounter) UnmountWithForce(target string, timeout time.Duration) error {
 	done := make(chan error, 1)
 	go func() { done <- m.Unmount(target) }()
 	select {
@@ -181,4 +185,4 @@ func (m *mounter) UnmountWithForce(target string, timeout time.Duration) error {
 
 // CanSafelySkipMountPointCheck implements mount.Interface: Unmount above answers
 // correctly for what is no mount point.
-func (m *mounter) CanSafelySkipMountPointCheck() bool { return true }
+func (m *Mounter) CanSafelySkipMountPointCheck() bool { return true }

@@ -1,0 +1,48 @@
+package cgroup
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestEnsureAndRemove(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("making control groups needs root")
+	}
+	root := "/kedge-test-cgroup/nested"
+	t.Cleanup(func() { _ = Remove("/kedge-test-cgroup") })
+	for range 2 { // the second time finds everything there
+		if err := Ensure(root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var groups []string
+	if Unified() {
+		groups = []string{filepath.Join(mountPoint, root)}
+	} else {
+		for _, c := range []string{"memory", "cpu", "cpuset", "pids"} {
+			groups = append(groups, filepath.Join(mountPoint, c, root))
+		}
+	}
+	for _, g := range groups {
+		if _, err := os.Stat(g); err != nil {
+			t.Error(err)
+		}
+	}
+	if !Unified() {
+		cpus, err := os.ReadFile(filepath.Join(mountPoint, "cpuset", root, "cpuset.cpus"))
+		if err != nil || strings.TrimSpace(string(cpus)) == "" {
+			t.Errorf("cpuset.cpus is %q, %v: no process could enter", cpus, err)
+		}
+	}
+	if err := Remove("/kedge-test-cgroup"); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range groups {
+		if _, err := os.Stat(g); !os.IsNotExist(err) {
+			t.Errorf("%s is still there: %v", g, err)
+		}
+	}
+}

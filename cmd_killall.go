@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"kedge/agent"
+	"kedge/internal/datadir"
+	"kedge/internal/logging"
+	"kedge/network"
+	"kedge/runtime"
+)
+
+func killallCommand() *cli.Command {
+	flags := serverFlags()
+	return &cli.Command{
+		Name:  "killall",
+		Usage: "End this node's containers and remove what they left in the kernel; kedge itself must be stopped",
+		Description: "Stopping kedge leaves containers running, so that an upgrade does not touch them.\n" +
+			"killall ends them too, and removes their mounts, cgroups, network interfaces and rules.\n" +
+			"Images, volumes and the cluster's data stay: the next start brings the pods back.",
+		Flags: flags,
+		Action: func(c *cli.Context) error {
+			if err := applyConfigFiles(c, flags); err != nil {
+				return err
+			}
+			s, err := compose(c)
+			if err != nil {
+				return err
+			}
+			return killall(c.Context, s)
+		},
+	}
+}
+
+func killall(ctx context.Context, s settings) error {
+	if os.Geteuid() != 0 {
+		return errNotRoot
+	}
+	log := logging.New(os.Stderr, s.log)
+	logging.Setup(log)
+	if _, err := os.Stat(s.dataDir); errors.Is(err, os.ErrNotExist) {
+		return err // nothing to clean, and most likely a typing error
+	}
+	dir, err := datadir.Open(s.dataDir, s.nodeName, version, time.Now())
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
+		return err
+	}
+	return errors.Join(agent.Cleanup(s.agent), network.Cleanup(s.network))
+}
