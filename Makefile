@@ -61,3 +61,17 @@ test: check build test-upstream-storage e2e ## run all tests
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin build
+
+.PHONY: build-e2e
+build-e2e: ## build the programs of the end-to-end tests' images
+	@mkdir -p build/e2e
+	@go build -ldflags '-s -w' -o build/e2e/agnhost k8s.io/kubernetes/test/images/agnhost
+	@go build -ldflags '-s -w' -o build/e2e/probe ./scripts/e2e/probe
+
+.PHONY: e2e
+e2e: build build-e2e ## end-to-end tests with real containers; needs root
+	go test -count=1 -timeout 30m ./scripts/e2e
+
+.PHONY: test-upstream-storage
+test-upstream-storage: ## Kubernetes' own storage tests on our datastore
+	go test -count=1 -timeout 30m ./datastore/upstream

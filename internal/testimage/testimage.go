@@ -44,10 +44,11 @@ type Image struct {
 	// Architecture defaults to this machine's.
 	Architecture string
 	// Files are the contents of the only layer, by absolute path.
-	Files map[string]File
-	Env   []string
-	Cmd   []string
-	User  string
+	Files      map[string]File
+	Env        []string
+	Entrypoint []string
+	Cmd        []string
+	User       string
 }
 
 // File is one entry of the layer: contents and mode, or the target of a link.
@@ -57,53 +58,68 @@ type File struct {
 	Link string
 }
 
-// BusyboxImage is an image with a shell and the usual tools, from /bin/busybox of
-// this machine. It skips the test where that program is missing.
+// BusyboxImage is [NewBusybox] for a test, which it skips where the program is missing.
 func BusyboxImage(t testing.TB, name string) Image {
 	t.Helper()
+	img, err := NewBusybox(name)
+	if err != nil {
+		t.Skip(err)
+	}
+	return img
+}
+
+// NewBusybox makes an image with a shell and the usual tools, from /bin/busybox of
+// this machine.
+func NewBusybox(name string) (Image, error) {
 	program, err := os.ReadFile(Busybox)
 	if err != nil {
-		t.Skipf("needs %s (Debian package busybox-static): %v", Busybox, err)
+		return Image{}, fmt.Errorf("needs %s (Debian package busybox-static): %w", Busybox, err)
 	}
 	files := map[string]File{
 		"/bin/busybox": {Data: program, Mode: 0o755},
 		"/etc/passwd":  {Data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
 		"/etc/group":   {Data: []byte("root:x:0:\nnogroup:x:65534:\n")},
 	}
-	for _, tool := range strings.Fields("sh cat ls sleep echo env id ps kill wget nc nslookup ip ping hostname mount touch rm mkdir true false test date head grep httpd tail stat df dd seq vi sed awk tr") {
+	for tool := range strings.FieldsSeq("sh cat ls sleep echo env id ps kill wget nc nslookup ip ping hostname mount touch rm mkdir true false test date head grep httpd tail stat df dd seq vi sed awk tr") {
 		files["/bin/"+tool] = File{Link: "busybox"}
 	}
-	return Image{Name: name, Files: files, Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}
+	return Image{Name: name, Files: files, Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}, nil
 }
 
-// Write writes one archive with all images to name. The ending of name decides the
-// compression: .tar, .tar.gz, .tgz or .tar.zst.
+// Write is [WriteFile] for a test, which fails when it does.
 func Write(t testing.TB, name string, format Format, images ...Image) {
 	t.Helper()
-	f, err := os.Create(name)
-	if err != nil {
+	if err := WriteFile(name, format, images...); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// WriteFile writes one archive with all images to name. The ending of name decides
+// the compression: .tar, .tar.gz, .tgz or .tar.zst.
+func WriteFile(name string, format Format, images ...Image) error {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // again, harmlessly, when all went well
 	var w io.WriteCloser = f
 	switch {
 	case strings.HasSuffix(name, ".gz"), strings.HasSuffix(name, ".tgz"):
 		w = gzip.NewWriter(f)
 	case strings.HasSuffix(name, ".zst"):
 		if w, err = zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	}
 	if err := Archive(w, format, images...); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	if w != f {
 		if err := w.Close(); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	return f.Close()
 }
 
 // Archive writes an uncompressed archive of images. Equal images give equal bytes.
@@ -269,7 +285,7 @@ func (i Image) content() (layer, config []byte, err error) {
 	config, err = json.Marshal(object{
 		"architecture": i.architecture(),
 		"os":           "linux",
-		"config":       object{"Env": i.Env, "Cmd": i.Cmd, "User": i.User},
+		"config":       object{"Env": i.Env, "Entrypoint": i.Entrypoint, "Cmd": i.Cmd, "User": i.User},
 		"rootfs":       object{"type": "layers", "diff_ids": []string{"sha256:" + hash(layer)}},
 	})
 	return layer, config, err

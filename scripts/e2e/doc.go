@@ -1,0 +1,10 @@
+// Package e2e tests the executable from outside, as its users run it: it boots
+// nodes with real containers and looks at them with kubectl and client-go.
+//
+// Most tests share one node and run in parallel, each in a namespace of its own;
+// tests about starting and stopping have nodes of their own. Needs root and an
+// executable (`make build`; KEDGE_BIN names another). KEDGE_KEEP=1 leaves the
+// shared node running after a failure, to be looked at.
+//
+// It contains tests only; nothing imports it.
+package e2e

@@ -1,0 +1,373 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// node is a kedge under test and the clients of its cluster.
+type node struct {
+	name       string
+	dir        string // everything of it is below
+	flags      []string
+	env        []string // in place of the test's own environment, when not nil
+	apiPort    int
+	kubeconfig string
+
+	cmd  *exec.Cmd
+	done chan struct{} // closed when the process has ended
+	err  error         // how it ended; valid after done
+
+	client *kubernetes.Clientset
+	config *rest.Config
+}
+
+// binary is the executable under test.
+func binary() string {
+	if b := os.Getenv("KEDGE_BIN"); b != "" {
+		return b
+	}
+	b, err := filepath.Abs("../../bin/kedge")
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+var (
+	baseDir  string // of everything that the tests write; removed at the end
+	lastPort atomic.Int32
+)
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		fmt.Println("SKIP: end-to-end tests run containers and need root")
+		return 0
+	}
+	if _, err := os.Stat(binary()); err != nil {
+		fmt.Println("FAIL: no executable to test; run make build:", err)
+		return 1
+	}
+	var err error
+	// Short, because unix sockets are below it.
+	if baseDir, err = os.MkdirTemp("/tmp", "ke2e"); err != nil {
+		fmt.Println("FAIL:", err)
+		return 1
+	}
+	lastPort.Store(16443)
+	code := m.Run()
+	keep := code != 0 && os.Getenv("KEDGE_KEEP") != ""
+	if sharedNode != nil && keep {
+		fmt.Println("the node is kept; KUBECONFIG="+sharedNode.kubeconfig, "process", sharedNode.cmd.Process.Pid)
+		return code
+	}
+	if sharedNode != nil {
+		if err := sharedNode.destroy(); err != nil {
+			fmt.Println("FAIL: clean-up of the shared node:", err)
+			code = 1
+		}
+	}
+	if err := os.RemoveAll(baseDir); err != nil {
+		fmt.Println("FAIL: clean-up:", err)
+		code = 1
+	}
+	return code
+}
+
+var (
+	sharedOnce sync.Once
+	sharedNode *node
+	sharedErr  error
+)
+
+// shared is the node that most tests use. Tests must not stop it.
+func shared(t *testing.T) *node {
+	t.Helper()
+	sharedOnce.Do(func() {
+		n := newNode("e2e")
+		n.flags = append(n.flags, "--node-label=kedge.test/label=yes")
+		if sharedErr = prepareImages(n.dataDir()); sharedErr != nil {
+			return
+		}
+		sharedNode = n
+		sharedErr = n.start()
+	})
+	if sharedErr != nil {
+		t.Fatalf("the shared node: %v", sharedErr)
+	}
+	return sharedNode
+}
+
+// own makes a node for one test, not yet started. It and all it left are gone
+// when the test ends.
+func own(t *testing.T, flags ...string) *node {
+	t.Helper()
+	n := newNode(strings.ToLower(strings.NewReplacer("Test", "", "/", "", "_", "").Replace(t.Name())))
+	n.flags = flags
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of the node:\n%s", n.tail(60))
+		}
+		if err := n.destroy(); err != nil {
+			t.Errorf("clean-up: %v", err)
+		}
+	})
+	return n
+}
+
+func newNode(name string) *node {
+	if len(name) > 20 {
+		name = name[:20]
+	}
+	port := int(lastPort.Add(2))
+	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
+	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
+	return n
+}
+
+func (n *node) dataDir() string { return filepath.Join(n.dir, "data") }
+func (n *node) runDir() string  { return filepath.Join(n.dir, "run") }
+func (n *node) logFile() string { return filepath.Join(n.dir, "log") }
+
+// args are the flags that make this node independent of all others.
+func (n *node) args() []string {
+	return append([]string{
+		"--config=" + filepath.Join(n.dir, "config.yaml"), "--data-dir=" + n.dataDir(), "--run-dir=" + n.runDir(), "--write-kubeconfig=" + n.kubeconfig,
+		"--node-name=" + n.name, fmt.Sprint("--https-listen-port=", n.apiPort), fmt.Sprint("--kubelet-port=", n.apiPort+1),
+		"--private-registry=" + filepath.Join(n.dir, "registries.yaml"),
+	}, n.flags...)
+}
+
+// launch starts the process and returns at once.
+func (n *node) launch() error {
+	if err := os.MkdirAll(n.dir, 0o755); err != nil {
+		return err
+	}
+	config := filepath.Join(n.dir, "config.yaml")
+	if _, err := os.Stat(config); errors.Is(err, os.ErrNotExist) {
+		if err := os.WriteFile(config, []byte("# of a test\n"), 0o600); err != nil {
+			return err
+		}
+	}
+	log, err := os.OpenFile(n.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(binary(), append([]string{"server"}, n.args()...)...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = n.env
+	// The node must not end with the test's terminal, nor its signals reach it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	n.cmd, n.done = cmd, make(chan struct{})
+	done := n.done
+	go func() {
+		n.err = cmd.Wait()
+		close(done)
+	}()
+	return nil
+}
+
+// start launches the node and waits until all of it is ready.
+func (n *node) start() error {
+	if err := n.launch(); err != nil {
+		return err
+	}
+	return n.waitReady(90 * time.Second)
+}
+
+func (n *node) waitReady(limit time.Duration) error {
+	deadline := time.Now().Add(limit)
+	for {
+		if exec.Command(binary(), "status", "--run-dir="+n.runDir()).Run() == nil {
+			break
+		}
+		select {
+		case <-n.done:
+			return fmt.Errorf("kedge ended: %v\n%s", n.err, n.tail(20))
+		case <-time.After(100 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			out, _ := exec.Command(binary(), "status", "--run-dir="+n.runDir()).CombinedOutput()
+			return fmt.Errorf("not ready after %s:\n%s\n%s", limit, out, n.tail(20))
+		}
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", n.kubeconfig)
+	if err != nil {
+		return err
+	}
+	config.QPS = -1
+	n.config = config
+	n.client, err = kubernetes.NewForConfig(config)
+	return err
+}
+
+// signal sends sig to the process and waits until it has ended.
+func (n *node) signal(sig syscall.Signal, limit time.Duration) error {
+	if n.cmd == nil {
+		return nil
+	}
+	if err := n.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-n.done:
+		return nil
+	case <-time.After(limit):
+		return fmt.Errorf("still running %s after %s", limit, sig)
+	}
+}
+
+// destroy stops the node, ends its containers and checks that nothing is left.
+func (n *node) destroy() error {
+	var errs []error
+	if n.cmd != nil {
+		if err := n.signal(syscall.SIGTERM, 15*time.Second); err != nil {
+			errs = append(errs, err, n.signal(syscall.SIGKILL, 5*time.Second))
+		}
+	}
+	if _, err := os.Stat(n.dataDir()); err == nil {
+		if out, err := n.command("killall"); err != nil {
+			errs = append(errs, fmt.Errorf("killall: %v: %s", err, out))
+		}
+	}
+	errs = append(errs, n.leftovers(), os.RemoveAll(n.dir))
+	return errors.Join(errs...)
+}
+
+// leftovers says what a node that was killed has left on the machine.
+func (n *node) leftovers() error {
+	var found []string
+	if data, err := os.ReadFile("/proc/self/mountinfo"); err == nil {
+		for line := range strings.Lines(string(data)) {
+			if strings.Contains(line, n.dir+"/") {
+				found = append(found, "mount "+strings.TrimSpace(line))
+			}
+		}
+	}
+	for _, pattern := range []string{"/sys/fs/cgroup/kedge-" + n.name, "/sys/fs/cgroup/*/kedge-" + n.name} {
+		groups, _ := filepath.Glob(pattern)
+		for _, g := range groups {
+			found = append(found, "cgroup "+g)
+		}
+	}
+	commands, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, c := range commands {
+		if data, err := os.ReadFile(c); err == nil && bytes.Contains(data, []byte(n.dir+"/")) {
+			found = append(found, "process "+c+" "+strings.ReplaceAll(string(data), "\x00", " "))
+		}
+	}
+	if len(found) > 0 {
+		return fmt.Errorf("left behind:\n%s", strings.Join(found, "\n"))
+	}
+	return nil
+}
+
+// command runs another kedge command with this node's flags.
+func (n *node) command(name string, more ...string) (string, error) {
+	out, err := exec.Command(binary(), append(append([]string{name}, n.args()...), more...)...).CombinedOutput()
+	return string(out), err
+}
+
+// tail is the end of the node's log.
+func (n *node) tail(lines int) string {
+	data, err := os.ReadFile(n.logFile())
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(string(data)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// kubectl runs kedge's kubectl and fails the test when it does.
+func (n *node) kubectl(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := n.tryKubectl(nil, args...)
+	if err != nil {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// tryKubectl returns standard output, and on failure standard error too.
+func (n *node) tryKubectl(stdin io.Reader, args ...string) (string, error) {
+	cmd := exec.Command(binary(), append([]string{"kubectl"}, args...)...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+n.kubeconfig, "KUBECACHEDIR="+filepath.Join(baseDir, "cache"))
+	cmd.Stdin = stdin
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil {
+		return out.String() + errOut.String(), err
+	}
+	return out.String(), nil
+}
+
+// apply creates what the manifest says in the namespace.
+func (n *node) apply(t *testing.T, namespace, manifest string) {
+	t.Helper()
+	if out, err := n.tryKubectl(strings.NewReader(manifest), "apply", "-n", namespace, "-f", "-"); err != nil {
+		t.Fatalf("apply: %v\n%s\n%s", err, out, manifest)
+	}
+}
+
+// namespace makes one for the test and removes it afterwards.
+func (n *node) namespace(t *testing.T) string {
+	t.Helper()
+	ns, err := n.client.CoreV1().Namespaces().Create(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "t-"}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := n.tryKubectl(nil, "get", "all,events", "-n", ns.Name, "-o", "wide")
+			t.Logf("what there was:\n%s", out)
+		}
+		zero := int64(0)
+		_ = n.client.CoreV1().Namespaces().Delete(context.Background(), ns.Name, metav1.DeleteOptions{GracePeriodSeconds: &zero})
+	})
+	// Pods need the service account, which a controller makes.
+	eventually(t, 20*time.Second, func() error {
+		_, err := n.client.CoreV1().ServiceAccounts(ns.Name).Get(context.Background(), "default", metav1.GetOptions{})
+		return err
+	})
+	return ns.Name
+}
+
+// eventually calls f until it returns nil, and fails the test when it never does.
+func eventually(t *testing.T, limit time.Duration, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("after %s still: %v", limit, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}

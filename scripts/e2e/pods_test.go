@@ -1,0 +1,88 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// shell is a pod's manifest that runs script in a shell; more is added to its spec.
+func shell(name, script, more string) string {
+	return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s, labels: {app: %s}}, spec: {terminationGracePeriodSeconds: 1, restartPolicy: Never, %s containers: [{name: main, image: %q, command: [sh, -c, %q]}]}}`,
+		name, name, more, busybox, script)
+}
+
+// pod reads one.
+func (n *node) pod(namespace, name string) (*corev1.Pod, error) {
+	return n.client.CoreV1().Pods(namespace).Get(context.Background(), name, metav1.GetOptions{})
+}
+
+// waitPod waits until the pod is Running and Ready, or has ended when done is true.
+func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.Pod {
+	t.Helper()
+	var pod *corev1.Pod
+	eventually(t, 60*time.Second, func() (err error) {
+		if pod, err = n.pod(namespace, name); err != nil {
+			return err
+		}
+		ended := pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
+		if done && ended {
+			return nil
+		}
+		for _, c := range pod.Status.Conditions {
+			if !done && c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+		return fmt.Errorf("pod %s is %s", name, pod.Status.Phase)
+	})
+	return pod
+}
+
+// runPod runs script in a pod of its own to the end and returns what it printed.
+func (n *node) runPod(t *testing.T, namespace, name, script, more string) string {
+	t.Helper()
+	n.apply(t, namespace, shell(name, script, more))
+	pod := n.waitPod(t, namespace, name, true)
+	logs := n.kubectl(t, "logs", "-n", namespace, name)
+	if pod.Status.Phase != corev1.PodSucceeded {
+		t.Fatalf("pod %s failed: %+v\n%s", name, pod.Status.ContainerStatuses, logs)
+	}
+	return logs
+}
+
+func TestPodHasAddressRouteAndDNSConfiguration(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	out := n.runPod(t, ns, "net", "ip -4 addr show eth0; ip route; cat /etc/resolv.conf; hostname", "")
+	pod, err := n.pod(ns, "net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"inet " + pod.Status.PodIP, "default via ", "nameserver 10.43.0.10", "search " + ns + ".svc.cluster.local svc.cluster.local cluster.local", "ndots:5"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if !strings.HasPrefix(pod.Status.PodIP, "10.42.0.") {
+		t.Errorf("address %s is not of the node's range", pod.Status.PodIP)
+	}
+}
+
+func TestPodsReachEachOther(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, shell("server", "exec probe serve :8080 works", ""))
+	ip := n.waitPod(t, ns, "server", false).Status.PodIP
+	out := n.runPod(t, ns, "client", "probe get http://"+ip+":8080/", "")
+	if strings.TrimSpace(out) != "works" {
+		t.Errorf("got %q", out)
+	}
+}

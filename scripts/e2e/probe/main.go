@@ -1,0 +1,173 @@
+// Probe is the program in the test pods' image that speaks HTTP, TCP and UDP and
+// uses resources on purpose. (The wget of Debian's static busybox crashes.)
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+)
+
+const usage = `probe get URL [HEADER:VALUE CAFILE]   print the body; exit 22 on an HTTP error
+probe serve ADDR TEXT                 HTTP: "/" answers TEXT, "/addr" the caller's address
+probe echo tcp|udp ADDR               answer what comes, with the caller's address
+probe send tcp|udp ADDR TEXT          send TEXT, print the answer
+probe eat MIB                         use memory
+probe spin SECONDS                    use a processor
+`
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "probe:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) < 2 {
+		return fmt.Errorf("usage:\n%s", usage)
+	}
+	switch args[0] {
+	case "get":
+		return get(args[1], args[2:])
+	case "serve":
+		mux := http.NewServeMux()
+		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, args[2]) })
+		mux.HandleFunc("/addr", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, r.RemoteAddr) })
+		return http.ListenAndServe(args[1], mux)
+	case "echo":
+		return echo(args[1], args[2])
+	case "send":
+		return send(args[1], args[2], args[3])
+	case "eat":
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		var hold [][]byte
+		for range n {
+			b := make([]byte, 1<<20)
+			for i := range b {
+				b[i] = 1
+			}
+			hold = append(hold, b)
+		}
+		fmt.Println("ate", len(hold))
+		time.Sleep(time.Hour)
+		return nil
+	case "spin":
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		for end := time.Now().Add(time.Duration(n) * time.Second); time.Now().Before(end); {
+		}
+		return nil
+	}
+	return fmt.Errorf("unknown command %q\n%s", args[0], usage)
+}
+
+func get(url string, more []string) error {
+	req, err := http.NewRequest(http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	client := &http.Client{Timeout: 5 * time.Second}
+	if len(more) == 2 {
+		name, value, _ := cut(more[0])
+		req.Header.Set(name, value)
+		pem, err := os.ReadFile(more[1])
+		if err != nil {
+			return err
+		}
+		pool := x509.NewCertPool()
+		pool.AppendCertsFromPEM(pem)
+		client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(os.Stdout, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode >= 400 {
+		fmt.Fprintln(os.Stderr, resp.Status)
+		os.Exit(22)
+	}
+	return nil
+}
+
+func cut(s string) (name, value string, ok bool) {
+	for i := range s {
+		if s[i] == ':' {
+			return s[:i], s[i+1:], true
+		}
+	}
+	return s, "", false
+}
+
+func echo(network, addr string) error {
+	if network == "udp" {
+		c, err := net.ListenPacket("udp", addr)
+		if err != nil {
+			return err
+		}
+		buf := make([]byte, 2000)
+		for {
+			n, from, err := c.ReadFrom(buf)
+			if err != nil {
+				return err
+			}
+			if _, err := c.WriteTo(fmt.Appendf(nil, "%s from %s", buf[:n], from), from); err != nil {
+				return err
+			}
+		}
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			buf := make([]byte, 2000)
+			n, err := c.Read(buf)
+			if err == nil {
+				fmt.Fprintf(c, "%s from %s", buf[:n], c.RemoteAddr())
+			}
+		}()
+	}
+}
+
+func send(network, addr, text string) error {
+	c, err := net.DialTimeout(network, addr, 3*time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, text); err != nil {
+		return err
+	}
+	buf := make([]byte, 2000)
+	n, err := c.Read(buf)
+	if err != nil {
+		return err
+	}
+	fmt.Println(string(buf[:n]))
+	return nil
+}
