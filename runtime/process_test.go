@@ -25,6 +25,13 @@ import (
 const childEnv = "KEDGE_TEST_RUNTIME_CONFIG"
 
 func TestMain(m *testing.M) {
+	if os.Getenv("CNI_COMMAND") != "" {
+		if err := testPlugin(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if text := os.Getenv(childEnv); text != "" {
 		os.Unsetenv(childEnv)
 		if err := child(text); err != nil {
@@ -194,10 +201,14 @@ func (n *node) stop() {
 	n.cmd.Process.Signal(syscall.SIGTERM)
 	for range n.lines {
 	}
-	if err := n.cmd.Wait(); err != nil {
+	err := n.cmd.Wait()
+	n.cmd = nil
+	if err != nil {
 		n.t.Fatalf("node: %v", err)
 	}
-	n.cmd = nil
+	if log := n.readLog(); strings.Contains(log, "level=fatal") || strings.Contains(log, "level=panic") {
+		n.t.Error("a part of containerd wanted to end the process")
+	}
 }
 
 // kill ends the process as a crash does.
