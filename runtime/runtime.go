@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -77,11 +78,11 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return fmt.Errorf("unpack shim and runc: %w", err)
 	}
-	program, err := p.program(programPause)
-	if err != nil {
+	var program bytes.Buffer
+	if err := p.program(&program, programPause); err != nil {
 		return err
 	}
-	pause, err := newPauseImage(program)
+	pause, err := newPauseImage(program.Bytes())
 	if err != nil {
 		return err
 	}
