@@ -183,4 +183,22 @@ func TestPodsOutliveTheProcess(t *testing.T) {
 	}
 	n.stop()
 	n.compare(before, hostState(t))
+	if log := n.readLog(); strings.Contains(log, "level=fatal") || strings.Contains(log, "level=panic") {
+		t.Error("a part of containerd wanted to end the process")
+	}
+}
+
+// TestContainerdGivesUp takes away a folder that containerd cannot do without. It
+// must not end the process by itself, but let Run return.
+func TestContainerdGivesUp(t *testing.T) {
+	n := newNode(t)
+	n.start()
+	n.expect("imported")
+	if err := os.RemoveAll(n.cfg.CNIConfDir); err != nil {
+		t.Fatal(err)
+	}
+	n.expect("failed: " + errGaveUp.Error())
+	n.start() // as a service manager does
+	n.expect("imported")
+	n.stop()
 }
