@@ -161,7 +161,7 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 	if err := prunePayloads(r.cfg.payloadRoot(), bin, r.cfg.state()); err != nil {
 		r.log.Warn("programs of earlier versions could not be removed", keyError, err)
 	}
-	r.log.Info("containerd is ready", keyElapsed, time.Since(begun).Round(time.Millisecond),
+	r.log.Info("containerd is ready", "node", r.cfg.NodeName, keyElapsed, time.Since(begun).Round(time.Millisecond),
 		"socket", r.Socket(), "snapshotter", snapshotter, "cgroup_driver", cgroup)
 	ready()
 
