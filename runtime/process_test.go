@@ -173,11 +173,12 @@ func (n *node) start() {
 	if err := n.cmd.Start(); err != nil {
 		n.t.Fatal(err)
 	}
-	n.lines = make(chan string, 10)
+	lines := make(chan string, 10)
+	n.lines = lines
 	go func() {
-		defer close(n.lines)
+		defer close(lines)
 		for s := bufio.NewScanner(out); s.Scan(); {
-			n.lines <- s.Text()
+			lines <- s.Text()
 		}
 	}()
 	n.expect("ready")
@@ -199,11 +200,7 @@ func (n *node) expect(want string) {
 func (n *node) stop() {
 	n.t.Helper()
 	n.cmd.Process.Signal(syscall.SIGTERM)
-	for range n.lines {
-	}
-	err := n.cmd.Wait()
-	n.cmd = nil
-	if err != nil {
+	if err := n.wait(); err != nil {
 		n.t.Fatalf("node: %v", err)
 	}
 }
@@ -214,10 +211,16 @@ func (n *node) kill() {
 		return
 	}
 	n.cmd.Process.Kill()
+	n.wait()
+}
+
+// wait returns how the process ended, when it has.
+func (n *node) wait() error {
 	for range n.lines {
 	}
-	n.cmd.Wait()
+	err := n.cmd.Wait()
 	n.cmd = nil
+	return err
 }
 
 func tail(text string, lines int) string {

@@ -198,6 +198,9 @@ func TestContainerdGivesUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.expect("failed: " + errGaveUp.Error())
+	if n.wait() == nil {
+		t.Error("a node that failed ended as if it had not")
+	}
 	n.start() // as a service manager does
 	n.expect("imported")
 	n.stop()
