@@ -103,7 +103,7 @@ func importArchive(ctx context.Context, client *containerd.Client, snapshotter, 
 
 	var names []string
 	var foreign []v1.Platform
-	ours := 0
+	ours, strangers := 0, 0
 	for _, m := range list.Manifests {
 		if _, ok := m.Annotations[images.AnnotationManifestSubject]; ok || m.Annotations["vnd.docker.reference.type"] != "" {
 			continue // a signature or the like, about an image
@@ -113,6 +113,7 @@ func importArchive(ctx context.Context, client *containerd.Client, snapshotter, 
 			return names, readError(file, err)
 		}
 		if !has {
+			strangers++
 			foreign = append(foreign, others...)
 			continue
 		}
@@ -123,9 +124,9 @@ func importArchive(ctx context.Context, client *containerd.Client, snapshotter, 
 			return names, fmt.Errorf("import image archive %s: %w", file, err)
 		}
 	}
-	if len(foreign) > 0 {
+	if strangers > 0 {
 		return names, &archiveError{file, fmt.Sprintf("holds %s for %s, but this node runs %s; bring the archive for %s",
-			imagesFor(len(foreign), ours), platformList(foreign), platforms.Format(platforms.DefaultSpec()), platforms.DefaultSpec().Architecture)}
+			imagesFor(strangers, ours), platformList(foreign), platforms.Format(platforms.DefaultSpec()), platforms.DefaultSpec().Architecture)}
 	}
 	if ours == 0 {
 		return nil, &archiveError{file, "holds no image"}
@@ -156,14 +157,22 @@ func runsHere(ctx context.Context, store content.Store, desc v1.Descriptor) (boo
 	} else if !errdefs.IsNotFound(err) {
 		return false, nil, err
 	}
-	found, err := images.Platforms(ctx, store, desc)
-	if err != nil && !errdefs.IsNotFound(err) {
-		return false, nil, err
+	return false, presentPlatforms(ctx, store, desc), nil
+}
+
+// presentPlatforms is what the content of an image is for, of all that it lists.
+func presentPlatforms(ctx context.Context, store content.Store, desc v1.Descriptor) []v1.Platform {
+	var found []v1.Platform
+	listed, err := images.Children(ctx, store, desc)
+	for _, m := range listed {
+		if _, missing := store.Info(ctx, m.Digest); err == nil && missing == nil && m.Platform != nil {
+			found = append(found, *m.Platform)
+		}
 	}
 	if len(found) == 0 && desc.Platform != nil {
-		found = []v1.Platform{*desc.Platform}
+		found = append(found, *desc.Platform)
 	}
-	return false, found, nil
+	return found
 }
 
 // nameImage gives an image its names, by tag and by digest, and unpacks it.
@@ -253,6 +262,9 @@ func imagesFor(foreign, ours int) string {
 }
 
 func platformList(list []v1.Platform) string {
+	if len(list) == 0 {
+		return "an unknown architecture"
+	}
 	set := map[string]bool{}
 	for _, p := range list {
 		set[platforms.Format(platforms.Normalize(p))] = true

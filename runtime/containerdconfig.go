@@ -17,6 +17,7 @@ const (
 	pluginCRIImages  = "io.containerd.cri.v1.images"
 	pluginShims      = "io.containerd.shim.v1.manager"
 	pluginTransfer   = "io.containerd.transfer.v1.local"
+	pluginDiff       = "io.containerd.service.v1.diff-service"
 	pluginMetadata   = "io.containerd.metadata.v1.bolt"
 )
 
@@ -120,6 +121,9 @@ func containerdConfig(c Config, s settings) *srvconfig.Config {
 				// Seconds between walks over every container's writable layer.
 				"stats_collect_period": 60,
 			},
+			// A layer is on the disk before its record is. Otherwise an image that was
+			// unpacked just before the power went has empty files in it for ever.
+			pluginDiff: table{"sync_fs": true},
 			pluginTransfer: table{
 				"config_path": c.certsDir(),
 				"unpack_config": []table{{

@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"testing"
 
@@ -23,7 +24,7 @@ func TestImages(t *testing.T) {
 	}
 	file := func(name string) string { return filepath.Join(dir, name) }
 	other := "arm64"
-	if testimage.BusyboxImage(t, "x").Architecture == other {
+	if goruntime.GOARCH == other {
 		other = "amd64"
 	}
 	busybox := testimage.BusyboxImage(t, "busybox:one")
@@ -35,6 +36,11 @@ func TestImages(t *testing.T) {
 	testimage.Write(t, file("tag-only.tar"), testimage.OCI, busybox)
 	testimage.Write(t, file("foreign.tar"), testimage.Docker, testimage.Image{Name: "strange:1", Architecture: other,
 		Files: map[string]testimage.File{"/a": {Data: []byte("a")}}})
+	// Saved where only one of its architectures was present: the right one, the wrong one.
+	busybox.Name, busybox.Missing = "several:right", []string{other, "s390x"}
+	testimage.Write(t, file("several-right.tar"), testimage.OCI, busybox)
+	testimage.Write(t, file("several-wrong.tar"), testimage.OCI, testimage.Image{Name: "several:wrong", Architecture: "s390x",
+		Missing: []string{goruntime.GOARCH}, Files: map[string]testimage.File{"/a": {Data: []byte("b")}}})
 	whole, err := os.ReadFile(file("docker.tar.gz"))
 	if err != nil {
 		t.Fatal(err)
@@ -54,11 +60,12 @@ func TestImages(t *testing.T) {
 
 	n.start()
 	n.expect("imported")
-	want := []string{"docker.io/library/busybox:one", "kedge.local/imported/tag-only:latest", "registry.example.com/team/tool:v2"}
+	want := []string{"docker.io/library/busybox:one", "docker.io/library/several:right", "kedge.local/imported/tag-only:latest", "registry.example.com/team/tool:v2"}
 	n.wantPinned(want)
 	log := n.readLog()
 	for _, sentence := range []string{
 		"image archive foreign.tar holds 1 image for linux/" + other + ", but this node runs linux/",
+		"image archive several-wrong.tar holds 1 image for linux/s390x, but this node runs linux/" + goruntime.GOARCH + ";",
 		"image archive half.tar.gz ends too early",
 		"image archive empty.tar ",
 		"image archive garbage.tar ",
@@ -73,8 +80,8 @@ func TestImages(t *testing.T) {
 	n.start()
 	n.expect("imported")
 	log = n.readLog()
-	if c := strings.Count(log, `msg="imported images"`); c != 3 {
-		t.Errorf("%d imports in two starts, want 3 in the first and none in the second", c)
+	if c := strings.Count(log, `msg="imported images"`); c != 4 {
+		t.Errorf("%d imports in two starts, want 4 in the first and none in the second", c)
 	}
 	if c := strings.Count(log, "image archive half.tar.gz ends too early"); c != 2 {
 		t.Errorf("the sentence about half.tar.gz was said %d times in two starts, want 2", c)
@@ -124,7 +131,7 @@ func TestImages(t *testing.T) {
 	n.stop()
 	n.start()
 	n.expect("imported")
-	n.wantPinned([]string{"docker.io/library/busybox:one", "kedge.local/imported/tag-only:latest"})
+	n.wantPinned([]string{"docker.io/library/busybox:one", "docker.io/library/several:right", "kedge.local/imported/tag-only:latest"})
 	n.stop()
 }
 

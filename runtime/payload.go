@@ -1,11 +1,13 @@
 package runtime
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -51,14 +53,15 @@ func embeddedPayload() (*payload, error) {
 
 func openPayload(files fs.FS) (*payload, error) {
 	p := &payload{files: files}
-	manifest, err := p.decompress("manifest.json")
+	var manifest bytes.Buffer
+	err := p.decompress(&manifest, "manifest.json")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrNoPayload
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := json.Unmarshal(manifest, &p.entries); err != nil {
+	if err := json.Unmarshal(manifest.Bytes(), &p.entries); err != nil {
 		return nil, fmt.Errorf("runtime payload's manifest: %w", err)
 	}
 	for _, name := range []string{programShim, programRunc, programPause} {
@@ -66,7 +69,7 @@ func openPayload(files fs.FS) (*payload, error) {
 			return nil, err
 		}
 	}
-	sum := sha256.Sum256(manifest)
+	sum := sha256.Sum256(manifest.Bytes())
 	p.hash = hex.EncodeToString(sum[:8])
 	return p, nil
 }
@@ -80,37 +83,39 @@ func (p *payload) entry(name string) (payloadEntry, error) {
 	return payloadEntry{}, fmt.Errorf("runtime payload lacks %s; run make build", name)
 }
 
-func (p *payload) decompress(name string) ([]byte, error) {
-	packed, err := fs.ReadFile(p.files, name+".zst")
+// decompress writes one file of the payload to w, a little at a time: a node that
+// starts with 128 MB has none to spare for two programs.
+func (p *payload) decompress(w io.Writer, name string) error {
+	packed, err := p.files.Open(name + ".zst")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
+	defer packed.Close()
+	dec, err := zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer dec.Close()
-	data, err := dec.DecodeAll(packed, nil)
-	if err != nil {
-		return nil, fmt.Errorf("runtime payload %s: %w", name, err)
+	if _, err := io.Copy(w, dec); err != nil {
+		return fmt.Errorf("runtime payload %s: %w", name, err)
 	}
-	return data, nil
+	return nil
 }
 
-// program decompresses one program and checks it against the manifest.
-func (p *payload) program(name string) ([]byte, error) {
+// program decompresses one program to w and checks it against the manifest.
+func (p *payload) program(w io.Writer, name string) error {
 	e, err := p.entry(name)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	data, err := p.decompress(name)
-	if err != nil {
-		return nil, err
+	sum := sha256.New()
+	if err := p.decompress(io.MultiWriter(w, sum), name); err != nil {
+		return err
 	}
-	if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != e.SHA256 {
-		return nil, fmt.Errorf("runtime payload %s does not match its manifest; the executable is damaged", name)
+	if hex.EncodeToString(sum.Sum(nil)) != e.SHA256 {
+		return fmt.Errorf("runtime payload %s does not match its manifest; the executable is damaged", name)
 	}
-	return data, nil
+	return nil
 }
 
 // unpack puts shim and runc into root/<hash>, complete or not at all, and returns
@@ -130,11 +135,11 @@ func (p *payload) unpack(root string) (string, error) {
 	}
 	defer os.RemoveAll(tmp)
 	for _, name := range []string{programShim, programRunc} {
-		data, err := p.program(name)
+		f, err := os.OpenFile(filepath.Join(tmp, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
 		if err != nil {
 			return "", err
 		}
-		if err := writeFileSync(filepath.Join(tmp, name), data, 0o755); err != nil {
+		if err := errors.Join(p.program(f, name), f.Sync(), f.Close()); err != nil {
 			return "", err
 		}
 	}
@@ -158,11 +163,16 @@ func (p *payload) verify(dir string) error {
 		if err != nil {
 			return err
 		}
-		data, err := os.ReadFile(filepath.Join(dir, name))
+		f, err := os.Open(filepath.Join(dir, name))
 		if err != nil {
 			return err
 		}
-		if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != e.SHA256 {
+		sum := sha256.New()
+		_, err = io.Copy(sum, f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		if hex.EncodeToString(sum.Sum(nil)) != e.SHA256 {
 			return fmt.Errorf("%s differs from what was unpacked", filepath.Join(dir, name))
 		}
 	}

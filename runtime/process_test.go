@@ -27,6 +27,13 @@ import (
 const childEnv = "KEDGE_TEST_RUNTIME_CONFIG"
 
 func TestMain(m *testing.M) {
+	if os.Getenv("CNI_COMMAND") != "" {
+		if err := testPlugin(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if text := os.Getenv(childEnv); text != "" {
 		os.Unsetenv(childEnv)
 		if err := child(text); err != nil {
@@ -168,11 +175,12 @@ func (n *node) start() {
 	if err := n.cmd.Start(); err != nil {
 		n.t.Fatal(err)
 	}
-	n.lines = make(chan string, 10)
+	lines := make(chan string, 10)
+	n.lines = lines
 	go func() {
-		defer close(n.lines)
+		defer close(lines)
 		for s := bufio.NewScanner(out); s.Scan(); {
-			n.lines <- s.Text()
+			lines <- s.Text()
 		}
 	}()
 	n.expect("ready")
@@ -194,12 +202,9 @@ func (n *node) expect(want string) {
 func (n *node) stop() {
 	n.t.Helper()
 	n.cmd.Process.Signal(syscall.SIGTERM)
-	for range n.lines {
-	}
-	if err := n.cmd.Wait(); err != nil {
+	if err := n.wait(); err != nil {
 		n.t.Fatalf("node: %v", err)
 	}
-	n.cmd = nil
 }
 
 // kill ends the process as a crash does.
@@ -208,10 +213,16 @@ func (n *node) kill() {
 		return
 	}
 	n.cmd.Process.Kill()
+	n.wait()
+}
+
+// wait returns how the process ended, when it has.
+func (n *node) wait() error {
 	for range n.lines {
 	}
-	n.cmd.Wait()
+	err := n.cmd.Wait()
 	n.cmd = nil
+	return err
 }
 
 func tail(text string, lines int) string {

@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -79,11 +80,11 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return fmt.Errorf("unpack shim and runc: %w", err)
 	}
-	program, err := p.program(programPause)
-	if err != nil {
+	var program bytes.Buffer
+	if err := p.program(&program, programPause); err != nil {
 		return err
 	}
-	pause, err := newPauseImage(program)
+	pause, err := newPauseImage(program.Bytes())
 	if err != nil {
 		return err
 	}
@@ -147,6 +148,9 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 		return fmt.Errorf("compose containerd: %w", err)
 	}
 	defer r.stop(srv)
+	if err := moveCNICache(srv, filepath.Join(r.cfg.RunDir, "cni", "cache")); err != nil {
+		return fmt.Errorf("keep the CNI cache in the run directory: %w", err)
+	}
 	if err := srv.Start(served); err != nil {
 		return fmt.Errorf("start containerd: %w", err)
 	}
@@ -159,7 +163,7 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 	if err := prunePayloads(r.cfg.payloadRoot(), bin, r.cfg.state()); err != nil {
 		r.log.Warn("programs of earlier versions could not be removed", keyError, err)
 	}
-	r.log.Info("containerd is ready", keyElapsed, time.Since(begun).Round(time.Millisecond),
+	r.log.Info("containerd is ready", "node", r.cfg.NodeName, keyElapsed, time.Since(begun).Round(time.Millisecond),
 		"socket", r.Socket(), "snapshotter", snapshotter, "cgroup_driver", cgroup)
 	ready()
 

@@ -100,6 +100,34 @@ func (n *node) importImage(name string) {
 	testimage.Write(n.t, filepath.Join(n.cfg.imagesDir(), "busybox.tar.zst"), testimage.Docker, testimage.BusyboxImage(n.t, name))
 }
 
+// TestNativeSnapshotter runs a pod where overlayfs is not to be used, and finds the
+// node still choosing the same at the next start without being told.
+func TestNativeSnapshotter(t *testing.T) {
+	n := newNode(t)
+	n.importImage("busybox:test")
+	if err := os.MkdirAll(n.cfg.root(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(n.cfg.root(), "snapshotter"), []byte("native\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		n.start()
+		n.expect("imported")
+		n.withCRI(func(ctx context.Context, c criClient) {
+			container := n.runPod(ctx, c, "copied", "busybox:test", "sleep", "3600")
+			mounts, err := os.ReadFile("/proc/" + strconv.Itoa(n.pid(ctx, c, container)) + "/mounts")
+			if err != nil || strings.HasPrefix(string(mounts), "overlay / ") {
+				t.Errorf("the root is an overlay: %.60s, %v", mounts, err)
+			}
+			if err := StopAllPods(ctx, n.cfg.Socket()); err != nil {
+				t.Error(err)
+			}
+		})
+		n.stop()
+	}
+}
+
 // TestPodsOutliveTheProcess runs a pod, stops and kills the process, and finds the
 // pod again each time; then removes all of it and looks for what was left.
 func TestPodsOutliveTheProcess(t *testing.T) {
@@ -155,4 +183,25 @@ func TestPodsOutliveTheProcess(t *testing.T) {
 	}
 	n.stop()
 	n.compare(before, hostState(t))
+	if log := n.readLog(); strings.Contains(log, "level=fatal") || strings.Contains(log, "level=panic") {
+		t.Error("a part of containerd wanted to end the process")
+	}
+}
+
+// TestContainerdGivesUp takes away a folder that containerd cannot do without. It
+// must not end the process by itself, but let Run return.
+func TestContainerdGivesUp(t *testing.T) {
+	n := newNode(t)
+	n.start()
+	n.expect("imported")
+	if err := os.RemoveAll(n.cfg.CNIConfDir); err != nil {
+		t.Fatal(err)
+	}
+	n.expect("failed: " + errGaveUp.Error())
+	if n.wait() == nil {
+		t.Error("a node that failed ended as if it had not")
+	}
+	n.start() // as a service manager does
+	n.expect("imported")
+	n.stop()
 }

@@ -43,6 +43,10 @@ type Image struct {
 	Name string
 	// Architecture defaults to this machine's.
 	Architecture string
+	// Missing are further architectures that the image says to exist for, but whose
+	// content is not in the archive: what saving an image for several architectures
+	// on one machine gives. Only for OCI.
+	Missing []string
 	// Files are the contents of the only layer, by absolute path.
 	Files      map[string]File
 	Env        []string
@@ -195,6 +199,11 @@ func (a *archive) oci(images []Image) error {
 			return err
 		}
 		desc["platform"] = object{"os": "linux", "architecture": img.architecture()}
+		if len(img.Missing) > 0 {
+			if desc, err = a.index(desc, img.Missing); err != nil {
+				return err
+			}
+		}
 		desc["annotations"] = object{"org.opencontainers.image.ref.name": img.Name}
 		manifests = append(manifests, desc)
 	}
@@ -202,6 +211,25 @@ func (a *archive) oci(images []Image) error {
 		return err
 	}
 	return a.json("index.json", object{"schemaVersion": 2, "manifests": manifests})
+}
+
+// index writes the list of an image for several architectures, of which one is there.
+func (a *archive) index(there object, missing []string) (object, error) {
+	list := []object{}
+	for _, arch := range missing {
+		list = append(list, object{
+			"mediaType": there["mediaType"],
+			"digest":    "sha256:" + hash([]byte(arch)),
+			"size":      1,
+			"platform":  object{"os": "linux", "architecture": arch},
+		})
+	}
+	const mediaType = "application/vnd.oci.image.index.v1+json"
+	data, err := json.Marshal(object{"schemaVersion": 2, "mediaType": mediaType, "manifests": append(list, there)})
+	if err != nil {
+		return nil, err
+	}
+	return a.blob(mediaType, data)
 }
 
 func (a *archive) blob(mediaType string, data []byte) (object, error) {

@@ -33,7 +33,8 @@ func main() {
 }
 
 func run(out string, programs []string) error {
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(8<<20))
+	// A node must find memory for the window when it unpacks.
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(2<<20))
 	if err != nil {
 		return err
 	}
