@@ -1,9 +1,11 @@
 package network
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
 )
 
 func listTables(t *testing.T) []string {
@@ -69,6 +71,9 @@ func TestHostPorts(t *testing.T) {
 	w.wantSeen("another pod", other.ns.Do, "tcp", "192.0.2.1:8000", other.addrs[0].String())
 	w.wantSeen("the pod itself", p.ns.Do, "tcp", "192.0.2.1:8000", "10.42.0.1")
 	w.wantSeen("the pod itself", p.ns.Do, "tcp", "[2001:db8:1::1]:8000", "fd42::1")
+	if _, err := w.ask(here, "tcp", "[::1]:8000"); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("host port on ::1: %v, want a refusal", err)
+	}
 	if _, err := w.ask(here, "tcp", "127.0.0.1:8443"); err == nil {
 		t.Error("host port of one address answers on another")
 	}

@@ -13,6 +13,7 @@ import (
 // TestContainerRuntime drives the plugin as container runtimes do: through the
 // CNI project's own library, the file in net.d and the program in bin.
 func TestContainerRuntime(t *testing.T) {
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // or each call of the plugin takes a second more under the race detector
 	w := newWorld(t, dualStack()...)
 	list, err := libcni.ConfListFromFile(filepath.Join(w.cfg.ConfDir(), "10-kedge.conflist"))
 	w.must(err)

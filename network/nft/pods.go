@@ -110,7 +110,9 @@ const (
 //	        loopback services to the pod.
 //	    from an address that is not the pod's: drop.
 //	prerouting, output
-//	    to an address of the node and a host port: to the pod.
+//	    to an address of the node and a host port: to the pod. Not from ::1, which
+//	        the kernel lets nobody outside answer: a refusal there makes clients
+//	        try 127.0.0.1 at once.
 //	postrouting
 //	    from loopback to a pod: the gateway's address, which the pod can answer.
 //	    from a pod to itself through a host port: likewise, or the pod would
@@ -135,14 +137,16 @@ func (r PodRules) ruleset() ruleset {
 	pre.add("host ports", jump(chainHostPorts))
 	out.add("host ports", jump(chainHostPorts))
 
+	post.add("from the node's loopback to a pod",
+		linkStartsWith(expr.MetaKeyOIFNAME, r.LinkPrefix), v4.is(), v4.addrIn(v4.saddr, v4.loopback, expr.CmpOpEq), masquerade())
+	ports.add("answers could not come back to ::1", v6.is(), v6.addrIn(v6.daddr, v6.loopback, expr.CmpOpEq), leave())
+
 	for _, f := range []family{v4, v6} {
 		byPort, byAddr, toItself := r.hostPortSets(f)
 		rs.sets = append(rs.sets, byPort, byAddr, toItself)
 		ports.add("host ports of one node address", f.is(), f.translate(byAddr, true))
 		ports.add("host ports of all node addresses", f.is(), toThisNode(), f.translate(byPort, false))
 		post.add("a pod that reaches itself through a host port", f.is(), f.pairIn(toItself), masquerade())
-		post.add("from the node's loopback to a pod",
-			linkStartsWith(expr.MetaKeyOIFNAME, r.LinkPrefix), f.is(), f.addrIn(f.saddr, f.loopback, expr.CmpOpEq), masquerade())
 	}
 	for _, p := range r.PodRanges {
 		f := familyOf(p.Addr())

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftaGenProcPID is the attribute of a generation message that names the
-// process which made the change.
+// nftaGenProcPID is the attribute of a generation message that names who made
+// the change: a thread, not a process.
 const nftaGenProcPID = 2
 
 // Watch calls changed after another process has changed any rules, until ctx is
@@ -41,7 +41,7 @@ func Watch(ctx context.Context, changed func()) error {
 			changed()
 		case err != nil:
 			return fmt.Errorf("watch nftables: %w", err)
-		case foreign(msgs, uint32(os.Getpid())):
+		case foreign(msgs, ownThread):
 			changed()
 		}
 	}
@@ -49,7 +49,7 @@ func Watch(ctx context.Context, changed func()) error {
 
 // foreign says whether a transaction of another process ends in msgs. The
 // kernel sends one such message after the details of each transaction.
-func foreign(msgs []netlink.Message, self uint32) bool {
+func foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
 	const newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 	for _, m := range msgs {
 		if m.Header.Type != newGeneration || len(m.Data) < 4 {
@@ -60,15 +60,23 @@ func foreign(msgs []netlink.Message, self uint32) bool {
 			return true
 		}
 		attrs.ByteOrder = binary.BigEndian
-		pid := uint32(0)
+		tid := uint32(0)
 		for attrs.Next() {
 			if attrs.Type() == nftaGenProcPID {
-				pid = attrs.Uint32()
+				tid = attrs.Uint32()
 			}
 		}
-		if pid != self {
+		if !own(tid) {
 			return true
 		}
 	}
 	return false
+}
+
+// ownThread says whether a thread is of this process. One that has ended since,
+// or is numbered differently inside a process namespace, is taken for another's,
+// which costs one look at the rules.
+func ownThread(tid uint32) bool {
+	_, err := os.Stat(fmt.Sprintf("/proc/self/task/%d", tid))
+	return err == nil
 }

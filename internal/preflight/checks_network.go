@@ -1,0 +1,100 @@
+package preflight
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+func checkLinks(_ context.Context, c Config, p probes) []finding {
+	kinds := []struct{ kind, option, purpose, remedy string }{
+		{"veth", "CONFIG_VETH", "no pod can have a network", ""},
+	}
+	if c.VXLAN {
+		kinds = append(kinds, struct{ kind, option, purpose, remedy string }{
+			"vxlan", "CONFIG_VXLAN", "pods of different nodes cannot meet over VXLAN", ", or choose another way with --flannel-backend",
+		})
+	}
+	var found []finding
+	var names []string
+	for _, k := range kinds {
+		names = append(names, k.kind)
+		if err := p.tryLink(k.kind); err != nil {
+			found = append(found, fail(fmt.Sprintf("%s interfaces cannot be made (%v): %s", k.kind, err, k.purpose),
+				fmt.Sprintf("use a kernel with %s, or load the module %s%s", k.option, k.kind, k.remedy))...)
+		}
+	}
+	if found == nil {
+		found = fine("interfaces of kind %s", strings.Join(names, ", "))
+	}
+	return found
+}
+
+func checkNftables(_ context.Context, _ Config, p probes) []finding {
+	var missing []string
+	var last error
+	for _, f := range nftFeatures() {
+		if err := p.tryNft(f); err != nil {
+			missing, last = append(missing, f.name), err
+		}
+	}
+	if len(missing) == 0 {
+		return fine("all features that are needed")
+	}
+	if len(missing) == len(nftFeatures()) {
+		return fail(fmt.Sprintf("nftables does not work: %v", last), "use a kernel of version 5.13 or later with CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET and CONFIG_NFT_*, or load the module nf_tables")
+	}
+	return fail("nftables lacks: "+strings.Join(missing, ", "), "use a kernel of version 5.13 or later with all options CONFIG_NFT_*")
+}
+
+func checkConntrack(_ context.Context, _ Config, p probes) []finding {
+	if err := p.tryConntrack(); err != nil {
+		return fail(fmt.Sprintf("tracked connections cannot be listed: %v", err), "use a kernel with CONFIG_NF_CONNTRACK and CONFIG_NF_CT_NETLINK, or load the module nf_conntrack_netlink")
+	}
+	return fine("connection tracking")
+}
+
+func checkFirewall(_ context.Context, _ Config, p probes) []finding {
+	chains, err := p.dropsForwards()
+	if err != nil {
+		return nil // said by the check of nftables
+	}
+	if len(chains) > 0 {
+		return warn("a firewall drops forwarded packets, and with them those of pods: nftables chain "+strings.Join(chains, ", "),
+			"let it accept packets from and to the pod and service ranges, or switch it off")
+	}
+	return fine("no nftables chain of another program drops forwarded packets")
+}
+
+func checkDefaultRoute(_ context.Context, _ Config, p probes) []finding {
+	found, err := p.defaultRoute()
+	if err != nil || !found {
+		return warn("there is no default route: images cannot be pulled, and the node's address cannot be guessed",
+			"connect the machine, or give the address with --node-ip and bring images along")
+	}
+	return fine("there is one")
+}
+
+func checkPorts(_ context.Context, c Config, p probes) []finding {
+	var found []finding
+	for _, port := range c.Ports {
+		err := p.listen(port.Protocol, net.JoinHostPort("", strconv.Itoa(port.Number)))
+		switch {
+		case err == nil:
+		case errors.Is(err, unix.EADDRINUSE):
+			found = append(found, fail(fmt.Sprintf("port %d/%s, for the %s, is in use", port.Number, port.Protocol, port.Purpose),
+				"stop the program that has it (another Kubernetes, an old kedge?), or choose another port")...)
+		default:
+			found = append(found, fail(fmt.Sprintf("port %d/%s, for the %s, cannot be used: %v", port.Number, port.Protocol, port.Purpose, err), "run kedge as root")...)
+		}
+	}
+	if found == nil {
+		found = fine("all free")
+	}
+	return found
+}

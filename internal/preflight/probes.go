@@ -1,0 +1,115 @@
+package preflight
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// probes is how checks see the machine. Tests replace single ones.
+type probes struct {
+	readFile      func(path string) ([]byte, error)
+	statfs        func(path string) (fsInfo, error)
+	euid          func() int
+	hostname      func() (string, error)
+	now           func() time.Time
+	clockSynced   func() (bool, error)
+	openFileLimit func() (uint64, error)
+	readable      func(path string) error             // can be opened for reading
+	writable      func(path string) error             // can be opened for writing; nothing is written
+	tryFiles      func(dir string) error              // files can be made in dir, which may not exist yet
+	tryNamespace  func(flag int) error                // a namespace of this kind can be made
+	trySeccomp    func() error                        // filters are there
+	tryOverlay    func(dir string) error              // an overlay with its layers in dir can be mounted
+	tryLink       func(kind string) error             // an interface of this kind can be made
+	tryNft        func(feature nftFeature) error      // rules that use a feature are accepted
+	tryConntrack  func() error                        // tracked connections can be listed
+	dropsForwards func() ([]string, error)            // chains that drop forwarded packets unless told otherwise
+	defaultRoute  func() (bool, error)                // there is one, of either family
+	listen        func(network, address string) error // the port is free
+}
+
+// fsInfo is what checks want to know of a file system.
+type fsInfo struct {
+	kind          int64 // magic number
+	flags         int64 // ST_*
+	size, free    uint64
+	inodes, avail uint64
+}
+
+func realProbes() probes {
+	return probes{
+		readFile:      os.ReadFile,
+		statfs:        statfs,
+		euid:          os.Geteuid,
+		hostname:      os.Hostname,
+		now:           time.Now,
+		clockSynced:   clockSynced,
+		openFileLimit: openFileLimit,
+		readable:      func(path string) error { return tryOpen(path, os.O_RDONLY|unix.O_NONBLOCK) },
+		writable:      func(path string) error { return tryOpen(path, os.O_WRONLY) },
+		tryFiles:      tryFiles,
+		tryNamespace:  tryNamespace,
+		trySeccomp:    trySeccomp,
+		tryOverlay:    tryOverlay,
+		tryLink:       tryLink,
+		tryNft:        tryNft,
+		tryConntrack:  tryConntrack,
+		dropsForwards: dropsForwards,
+		defaultRoute:  defaultRoute,
+		listen:        tryListen,
+	}
+}
+
+func statfs(path string) (fsInfo, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(existing(path), &s); err != nil {
+		return fsInfo{}, fmt.Errorf("statfs %s: %w", path, err)
+	}
+	block := uint64(s.Bsize)
+	return fsInfo{
+		kind: int64(s.Type), flags: int64(s.Flags),
+		size: s.Blocks * block, free: s.Bavail * block,
+		inodes: s.Files, avail: s.Ffree,
+	}, nil
+}
+
+func tryOpen(path string, flags int) error {
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func openFileLimit() (uint64, error) {
+	var l unix.Rlimit
+	err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l)
+	return l.Max, err // Go programs raise the soft limit to the hard one themselves
+}
+
+// clockSynced asks the kernel whether somebody disciplines its clock.
+func clockSynced() (bool, error) {
+	const timeError = 5 // TIME_ERROR
+	var t unix.Timex
+	state, err := unix.Adjtimex(&t)
+	return state != timeError && t.Status&unix.STA_UNSYNC == 0, err
+}
+
+func tryListen(network, address string) error {
+	if network == "udp" {
+		c, err := net.ListenPacket(network, address)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return err
+	}
+	return l.Close()
+}

@@ -1,0 +1,98 @@
+package preflight
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// existing returns the nearest directory above a path that is there: what the
+// path will be made in.
+func existing(path string) string {
+	for path != "/" && path != "." {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			return path
+		}
+		path = filepath.Dir(path)
+	}
+	return path
+}
+
+// tryFiles makes, writes, syncs and removes a file.
+func tryFiles(dir string) error {
+	f, err := os.CreateTemp(existing(dir), ".kedge-check-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString("kedge")
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// onSpareThread runs fn on a thread that ends afterwards, so that whatever
+// namespaces fn enters end with it.
+func onSpareThread(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine
+		done <- fn()
+	}()
+	return <-done
+}
+
+func tryNamespace(flag int) error {
+	return onSpareThread(func() error { return unix.Unshare(flag) })
+}
+
+// trySeccomp asks whether filters may answer a system call with an error, which
+// is what the default profile of containers does.
+func trySeccomp() error {
+	const getActionAvail = 2     // SECCOMP_GET_ACTION_AVAIL
+	action := uint32(0x00050000) // SECCOMP_RET_ERRNO
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, getActionAvail, 0, uintptr(unsafe.Pointer(&action)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// tryOverlay mounts two layers where containerd will. The mount is made in a
+// mount namespace of its own and disappears with it.
+func tryOverlay(dir string) error {
+	top, err := os.MkdirTemp(existing(dir), ".kedge-check-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(top)
+	for _, d := range []string{"lower", "upper", "work", "merged"} {
+		if err := os.Mkdir(filepath.Join(top, d), 0o700); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(filepath.Join(top, "lower", "file"), nil, 0o600); err != nil {
+		return err
+	}
+	return onSpareThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("make a mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("make mounts private: %w", err)
+		}
+		in := func(d string) string { return filepath.Join(top, d) }
+		options := "lowerdir=" + in("lower") + ",upperdir=" + in("upper") + ",workdir=" + in("work")
+		if err := unix.Mount("overlay", in("merged"), "overlay", 0, options); err != nil {
+			return err
+		}
+		// Replacing a file of the lower layer needs what the mount alone does
+		// not: extended attributes and character devices in the upper one.
+		err := os.Remove(filepath.Join(in("merged"), "file"))
+		return errors.Join(err, unix.Unmount(in("merged"), unix.MNT_DETACH))
+	})
+}

@@ -1,0 +1,176 @@
+package preflight
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/internal/netns"
+)
+
+// inEmptyNetwork runs fn on a thread in a network namespace that has nothing
+// in it and that ends with the trial.
+func inEmptyNetwork(fn func() error) error {
+	ns, err := netns.New()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return ns.Do(fn)
+}
+
+func tryLink(kind string) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "trial"
+	var link netlink.Link
+	switch kind {
+	case "veth":
+		veth := netlink.NewVeth(attrs)
+		veth.PeerName = "trial2"
+		link = veth
+	case "vxlan":
+		link = &netlink.Vxlan{LinkAttrs: attrs, VxlanId: 1, Port: 8472, Learning: false}
+	default:
+		return fmt.Errorf("unknown kind of interface %q", kind)
+	}
+	return inEmptyNetwork(func() error { return netlink.LinkAdd(link) })
+}
+
+// nftFeature is one ability of nftables that kedge's rules use.
+type nftFeature struct {
+	name  string
+	chain nftables.Chain // where the rule is tried
+	exprs []expr.Any
+	isMap bool // needs the map called "trial"
+}
+
+const trialName = "trial"
+
+// nftFeatures lists what rules of pods, services and policies are made of.
+func nftFeatures() []nftFeature {
+	prerouting := nftables.Chain{Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest}
+	postrouting := nftables.Chain{Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource}
+	forward := nftables.Chain{Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter}
+	raw := nftables.Chain{Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw}
+	ipv4 := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}},
+	}
+	return []nftFeature{
+		{name: "inet tables", chain: raw},
+		{name: "destination translation by map", chain: prerouting, isMap: true, exprs: append(ipv4,
+			&expr.Payload{OperationType: expr.PayloadLoad, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4, DestRegister: 1},
+			&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: trialName},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, Specified: true},
+		)},
+		{name: "masquerading", chain: postrouting, exprs: []expr.Any{&expr.Masq{FullyRandom: true}}},
+		{name: "route look-ups (fib)", chain: raw, exprs: []expr.Any{
+			&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		}},
+		{name: "random numbers (numgen)", chain: forward, exprs: []expr.Any{
+			&expr.Numgen{Register: 1, Modulus: 2, Type: unix.NFT_NG_RANDOM},
+		}},
+		{name: "hashing (jhash)", chain: forward, exprs: append(ipv4,
+			&expr.Payload{OperationType: expr.PayloadLoad, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4, DestRegister: 1},
+			&expr.Hash{SourceRegister: 1, DestRegister: 2, Length: 4, Modulus: 2, Seed: 1, Type: expr.HashTypeJenkins},
+		)},
+		{name: "connection states (ct)", chain: forward, exprs: []expr.Any{
+			&expr.Ct{Register: 1, Key: expr.CtKeySTATE},
+		}},
+		{name: "rejecting", chain: forward, exprs: []expr.Any{
+			&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_PORT_UNREACH},
+		}},
+	}
+}
+
+// tryNft loads a table with one rule that uses the feature.
+func tryNft(f nftFeature) error {
+	return inEmptyNetwork(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := conn.AddTable(&nftables.Table{Name: trialName, Family: nftables.TableFamilyINet})
+		if f.isMap {
+			err := conn.AddSet(&nftables.Set{
+				Table: table, Name: trialName, ID: 1, IsMap: true,
+				KeyType: nftables.TypeIPAddr, DataType: nftables.TypeIPAddr,
+			}, []nftables.SetElement{{Key: net.IPv4(10, 0, 0, 1).To4(), Val: net.IPv4(10, 0, 0, 2).To4()}})
+			if err != nil {
+				return err
+			}
+		}
+		f.chain.Name, f.chain.Table = trialName, table
+		chain := conn.AddChain(&f.chain)
+		if len(f.exprs) > 0 {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: f.exprs})
+		}
+		return conn.Flush()
+	})
+}
+
+func tryConntrack() error {
+	return inEmptyNetwork(func() error {
+		_, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		return err
+	})
+}
+
+// dropsForwards lists the chains of others whose policy drops what is forwarded.
+func dropsForwards() ([]string, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, err
+	}
+	chains, err := conn.ListChains()
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, c := range chains {
+		if c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward || c.Policy == nil || *c.Policy != nftables.ChainPolicyDrop {
+			continue
+		}
+		if c.Table.Family == nftables.TableFamilyBridge || strings.HasPrefix(c.Table.Name, "kedge-") {
+			continue
+		}
+		found = append(found, c.Table.Name+"/"+c.Name)
+	}
+	return found, nil
+}
+
+func defaultRoute() (bool, error) {
+	for _, path := range []string{"/proc/net/route", "/proc/net/ipv6_route"} {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue // without IPv6 there is no such file
+		}
+		if hasDefaultRoute(string(text)) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// hasDefaultRoute reads the kernel's routing tables in either format: a line of
+// IPv4 names interface, destination and gateway; one of IPv6 begins with
+// destination and prefix length and ends with flags and interface.
+func hasDefaultRoute(text string) bool {
+	const reject = "lo"
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		switch {
+		case len(f) == 11 && f[1] == "00000000" && f[7] == "00000000":
+			return true
+		case len(f) == 10 && strings.Trim(f[0], "0") == "" && f[1] == "00" && f[9] != reject:
+			return true
+		}
+	}
+	return false
+}
