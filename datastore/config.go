@@ -52,12 +52,12 @@ type DefragConfig struct {
 	Patience time.Duration
 }
 
-// DefaultConfig returns the settings for a cluster with one server. Only Dir is left to fill in.
+// DefaultConfig returns the settings for a cluster that begins with one server. Only Dir is left to fill in.
 func DefaultConfig() Config {
 	return Config{
 		MemberName:      "kedge",
-		Tick:            10 * time.Millisecond,
-		Election:        100 * time.Millisecond,
+		Tick:            100 * time.Millisecond,
+		Election:        time.Second,
 		BatchInterval:   5 * time.Second,
 		BatchLimit:      1000,
 		SnapshotCount:   1000,

@@ -36,9 +36,6 @@ type Store struct {
 const (
 	// slowApply is how long etcd may take over one entry before it says so.
 	slowApply = 500 * time.Millisecond
-	// leaderInterval is the shortest time between two looks at whether there is a leader. The election
-	// timeout of a single member is far shorter, and would wake an idle machine for nothing.
-	leaderInterval = 500 * time.Millisecond
 	// checkKey is read, and not expected to exist, by Check.
 	checkKey = "/kedge/health"
 )
@@ -133,6 +130,9 @@ func (s *Store) open(quota int64) (*etcdserver.EtcdServer, error) {
 // has ended.
 func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error {
 	server.Start()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go campaign(ctx, server)
 	select {
 	case <-server.ReadyNotify():
 		return nil
@@ -147,7 +147,7 @@ func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error 
 
 // serve returns nil when ctx has ended, and an error if the store ended first.
 func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *transport) error {
-	go t.gate.watchLeader(max(s.cfg.Election, leaderInterval))
+	go t.gate.watchLeader(s.cfg.Election)
 
 	keeperCtx, cancel := context.WithCancel(ctx)
 	kept := make(chan struct{})

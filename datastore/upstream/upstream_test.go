@@ -3,6 +3,7 @@ package upstream
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -81,9 +82,36 @@ func prepare(t *testing.T, root, build string) {
 }
 
 // run runs the tests of one package, and fails with the output of those that failed.
+//
+// Some of these tests give an event 150 ms to arrive, on stores that all sync to one disk; on a busy machine
+// one of them may fail. So a few failures are given one more chance, alone.
 func run(t *testing.T, root, build, pkg string, atLeast int) {
 	t.Helper()
-	args := []string{"test", "-json", "-count=1", "-timeout=20m", "-modfile=" + filepath.Join(build, "go.mod")}
+	passed, failed := goTest(t, root, build, pkg, ".")
+	if len(failed) > 0 && len(failed) <= 3 {
+		var names []string
+		for name, output := range failed {
+			t.Logf("%s %s failed, trying again:\n%s", pkg, name, output)
+			names = append(names, name)
+		}
+		var again int
+		again, failed = goTest(t, root, build, pkg, "^("+strings.Join(names, "|")+")$")
+		passed += again
+	}
+	for name, output := range failed {
+		t.Errorf("%s %s:\n%s", pkg, name, output)
+	}
+	if passed < atLeast {
+		t.Errorf("%s: only %d tests passed, it has at least %d", pkg, passed, atLeast)
+	}
+	t.Logf("%s: %d tests passed", pkg, passed)
+}
+
+// goTest counts the tests that passed, and returns the output of the failed parts of those that failed, by
+// test. The package itself fails under the name "" if it does so without any test.
+func goTest(t *testing.T, root, build, pkg, pattern string) (passed int, failed map[string]string) {
+	t.Helper()
+	args := []string{"test", "-json", "-count=1", "-timeout=20m", "-run=" + pattern, "-modfile=" + filepath.Join(build, "go.mod")}
 	if raceDetector {
 		args = append(args, "-race")
 	}
@@ -99,8 +127,7 @@ func run(t *testing.T, root, build, pkg string, atLeast int) {
 		t.Fatal(err)
 	}
 
-	passed, failed := 0, 0
-	var failures []string
+	failed = map[string]string{}
 	output := map[string]*strings.Builder{} // by test, and "" for the package
 	for events := json.NewDecoder(stdout); ; {
 		// See go doc test2json.
@@ -115,32 +142,25 @@ func run(t *testing.T, root, build, pkg string, atLeast int) {
 			output[event.Test] = &strings.Builder{}
 		}
 		output[event.Test].WriteString(event.Output)
-		top := event.Test != "" && !strings.Contains(event.Test, "/")
+		top, _, sub := strings.Cut(event.Test, "/")
 		switch event.Action {
-		case "pass", "skip":
-			if top && event.Action == "pass" {
+		case "pass":
+			if top != "" && !sub {
 				passed++
 			}
 			delete(output, event.Test)
+		case "skip":
+			delete(output, event.Test)
 		case "fail":
-			if top {
-				failed++
+			if top != "" {
+				failed[top] += output[event.Test].String()
 			}
-			failures = append(failures, event.Test)
 		}
 	}
-	err = command.Wait()
-
-	if err != nil || failed > 0 {
-		for _, name := range failures {
-			t.Errorf("%s %s:\n%s", pkg, name, output[name])
-		}
-		t.Fatalf("%v: %d tests passed, %d failed: %v\n%s", command, passed, failed, err, &stderr)
+	if err := command.Wait(); err != nil && len(failed) == 0 {
+		failed[""] = fmt.Sprintf("%v: %v\n%s%s", command, err, output[""], &stderr)
 	}
-	if passed < atLeast {
-		t.Fatalf("%s: only %d tests passed, it has at least %d", pkg, passed, atLeast)
-	}
-	t.Logf("%s: %d tests passed", pkg, passed)
+	return passed, failed
 }
 
 // goList returns the directory of a module, or of the main module for ".".
