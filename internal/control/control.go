@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -77,6 +78,12 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 		w.Header().Set("Content-Type", "application/json")
 		json.NewEncoder(w).Encode(s.report(r.Context()))
 	})
+	// Profiles of the running process, for whoever may open the socket:
+	// curl --unix-socket /run/kedge/kedge.sock http://kedge/debug/pprof/heap
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()
