@@ -129,6 +129,9 @@ func (c Config) shimSocketDir() string { return filepath.Join(c.RunDir, "s") }
 // runcRoot is where runc keeps the state of containers.
 func (c Config) runcRoot() string { return filepath.Join(c.RunDir, "runc") }
 
+// cniCache is where the CNI library remembers what plug-ins answered.
+func (c Config) cniCache() string { return filepath.Join(c.RunDir, "cni", "cache") }
+
 // certsDir holds one hosts.toml per configured registry.
 func (c Config) certsDir() string { return filepath.Join(c.state(), "certs.d") }
 

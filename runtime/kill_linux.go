@@ -53,7 +53,8 @@ func StopAllPods(ctx context.Context, socket string) error {
 
 // KillAll ends every container and shim of this node at once, without containerd
 // and while no kedge process runs, and removes their mounts and what they left under
-// RunDir. Images stay. It may be called again after it was interrupted.
+// RunDir. Images stay. The network's share (rules, links, addresses) and the kubelet's
+// cgroups are not its business. It may be called again after it was interrupted.
 func KillAll(ctx context.Context, c Config, log *slog.Logger) error {
 	unlock, err := lockNode(c)
 	if err != nil {
@@ -78,7 +79,7 @@ func killAll(ctx context.Context, c Config, log *slog.Logger) error {
 		}
 	}
 	log.Info("ended all pods", "shims", shims, "containers", containers)
-	return errors.Join(os.RemoveAll(c.state()), emptyDir(c.shimSocketDir()), os.RemoveAll(c.runcRoot()))
+	return errors.Join(os.RemoveAll(c.state()), emptyDir(c.shimSocketDir()), os.RemoveAll(c.runcRoot()), os.RemoveAll(c.cniCache()))
 }
 
 // killShims ends the processes that run a shim unpacked by this node. A process

@@ -148,7 +148,7 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 		return fmt.Errorf("compose containerd: %w", err)
 	}
 	defer r.stop(srv)
-	if err := moveCNICache(srv, filepath.Join(r.cfg.RunDir, "cni", "cache")); err != nil {
+	if err := moveCNICache(srv, r.cfg.cniCache()); err != nil {
 		return fmt.Errorf("keep the CNI cache in the run directory: %w", err)
 	}
 	if err := srv.Start(served); err != nil {
