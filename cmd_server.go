@@ -17,10 +17,12 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/datastore/hook"
+	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
+	"kedge/internal/preflight"
 	"kedge/network"
 	"kedge/runtime"
 	"kedge/server"
@@ -67,13 +69,21 @@ func runServer(ctx context.Context, s settings) error {
 	}
 	defer dir.Close()
 	log.Info("kedge starts", "version", version, "node", s.nodeName, "data", s.dataDir)
+	ctx, hurry, stop := signals(ctx, log)
+	defer stop()
+	if err := clock.Wait(ctx, buildTime(), log); err != nil {
+		return nil // a signal came while it waited
+	}
+	if !s.disableAgent {
+		if err := checkMachine(ctx, s.preflight, log); err != nil {
+			return err
+		}
+	}
 
 	identity, err := server.Prepare(s.server, time.Now())
 	if err != nil {
 		return err
 	}
-	ctx, hurry, stop := signals(ctx, log)
-	defer stop()
 	var group *lifecycle.Group
 	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group) }))
 	if err := wire(group, s, identity, log); err != nil {
@@ -84,6 +94,18 @@ func runServer(ctx context.Context, s settings) error {
 		_ = notify.Stopping()
 	}()
 	return group.Run(ctx)
+}
+
+// checkMachine fails when something is missing without which no pod can run, and
+// warns of the rest.
+func checkMachine(ctx context.Context, c preflight.Config, log *slog.Logger) error {
+	results, err := preflight.Required(ctx, c)
+	for _, r := range results {
+		if r.Level == preflight.Warning {
+			log.Warn(r.Message, "check", r.Check, "remedy", r.Remedy)
+		}
+	}
+	return err
 }
 
 // wire is the whole graph: which parts there are and what each comes after.

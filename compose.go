@@ -17,6 +17,7 @@ import (
 	"kedge/datastore"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
+	"kedge/internal/preflight"
 	"kedge/network"
 	"kedge/runtime"
 	"kedge/server"
@@ -29,6 +30,7 @@ type settings struct {
 	nodeName        string
 	disableAgent    bool
 	log             logging.Config
+	preflight       preflight.Config
 
 	datastore datastore.Config
 	server    server.Config
@@ -110,6 +112,14 @@ func compose(c *cli.Context) (settings, error) {
 	a.CgroupRoot = "/kedge-" + s.nodeName
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
+
+	s.preflight = preflight.DefaultConfig()
+	pf := &s.preflight
+	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
+	pf.IPv6 = slices.ContainsFunc(sv.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	pf.VXLAN = false // there is one machine
+	pf.BuildDate = buildTime()
+	pf.Ports = []preflight.Port{{Number: sv.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: a.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
 
 	for _, name := range splitList(c.StringSlice("disable")) {
 		p.fail(fmt.Errorf("--disable: there is no part called %q", name))
