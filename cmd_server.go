@@ -20,6 +20,7 @@ import (
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
+	"kedge/internal/footprint"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
@@ -54,6 +55,7 @@ func serverCommand() *cli.Command {
 // runServer prepares what is done once, wires the components, and runs them
 // until a signal comes or one of them fails.
 func runServer(ctx context.Context, s settings) error {
+	footprint.Boot()
 	notify := lifecycle.TakeNotifier()
 	log := logging.New(os.Stderr, s.log)
 	logging.Setup(log)
@@ -193,7 +195,16 @@ func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Grou
 	if err := notify.Ready(); err != nil {
 		log.Warn("the service manager was not told", "err", err)
 	}
+	// The first pods come now; what the start needed is given back after them.
+	time.AfterFunc(settleAfter, func() {
+		if err := footprint.Settle(); err != nil {
+			log.Debug("memory of the start was not given back", "err", err)
+		}
+	})
 }
+
+// settleAfter is how long after everything is ready the start counts as over.
+const settleAfter = 10 * time.Second
 
 // reporter answers "kedge status".
 func reporter(group *lifecycle.Group, node string) func(context.Context) control.Report {

@@ -17,6 +17,7 @@ import (
 	"k8s.io/apiserver/pkg/authentication/request/union"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	openapicommon "k8s.io/kube-openapi/pkg/common"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
 
@@ -211,6 +212,17 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	prepared, err := chain.PrepareRun()
 	if err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
+	}
+	// Three copies of every type's schema; the documents that need them are
+	// built, and a later user would make them again from the code.
+	for _, g := range []*openapicommon.OpenAPIV3Config{
+		config.KubeAPIs.ControlPlane.Generic.OpenAPIV3Config,
+		config.ApiExtensions.GenericConfig.OpenAPIV3Config,
+		config.Aggregator.GenericConfig.OpenAPIV3Config,
+	} {
+		if g != nil {
+			g.Definitions = nil
+		}
 	}
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
 }
