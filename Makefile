@@ -22,7 +22,7 @@ LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buil
 	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
 
 # Packages whose tests do not link the Kubernetes components: small binaries.
-UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts')
+UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e')
 
 .PHONY: help
 help: ## list the targets
@@ -36,10 +36,14 @@ deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
 payload: ## build shim, runc and pause, compressed, for ARCH
 	@scripts/build-payload.sh $(ARCH)
 
+# The large program is compressed into the small one, which is what users get.
 .PHONY: build
 build: deps payload ## build the executable for ARCH (amd64 or arm64)
-	@GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o $(BIN) .
-	@ls -l $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
+	@mkdir -p bin build/program/$(ARCH)
+	@GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o build/program/$(ARCH)/kedge .
+	@if [ build/program/$(ARCH)/kedge -nt launcher/payload/$(ARCH)/manifest.json ]; then go run ./scripts/pack build/program/$(ARCH)/kedge launcher/payload/$(ARCH); fi
+	@GOARCH=$(ARCH) go build -ldflags '-s -w' -o $(BIN) ./launcher
+	@ls -l build/program/$(ARCH)/kedge $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
 
 .PHONY: run
 run: build ## boot a cluster on this machine and run an application on it

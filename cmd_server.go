@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"kedge/internal/footprint"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
+	"kedge/internal/packed"
 	"kedge/internal/preflight"
 	"kedge/network"
 	"kedge/runtime"
@@ -87,7 +89,7 @@ func runServer(ctx context.Context, s settings) error {
 		return err
 	}
 	var group *lifecycle.Group
-	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group) }))
+	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group, s.dataDir) }))
 	if err := wire(group, s, identity, log); err != nil {
 		return err
 	}
@@ -188,7 +190,7 @@ func signals(ctx context.Context, log *slog.Logger) (stopping context.Context, h
 }
 
 // announce tells the log and the service manager that start-up is complete.
-func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group) {
+func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, dataDir string) {
 	var table strings.Builder
 	_ = lifecycle.WriteTable(&table, group.Status(nil)) //nolint:staticcheck // nil: do not ask checkers
 	fmt.Fprint(os.Stderr, table.String())
@@ -200,7 +202,19 @@ func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Grou
 		if err := footprint.Settle(); err != nil {
 			log.Debug("memory of the start was not given back", "err", err)
 		}
+		if err := keepProgram(dataDir); err != nil {
+			log.Warn("the unpacked program may not survive a power cut; the next start unpacks it again", "err", err)
+		}
 	})
+}
+
+// keepProgram makes durable what the launcher has unpacked for us.
+func keepProgram(dataDir string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return packed.Keep(filepath.Join(dataDir, "program"), self)
 }
 
 // settleAfter is how long after everything is ready the start counts as over.

@@ -90,6 +90,7 @@ func compose(c *cli.Context) (settings, error) {
 	n := &s.network
 	n.DataDir, n.RunDir = s.dataDir, s.runDir
 	n.NodeName = s.nodeName
+	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
 
 	r := &s.runtime
@@ -132,6 +133,15 @@ func compose(c *cli.Context) (settings, error) {
 	}
 	return s, p.err()
 }
+
+// launcherPath is the executable that the user started: the launcher, which says so,
+// or this program itself in development. As a plug-in the launcher starts faster.
+func launcherPath() string {
+	defer os.Unsetenv(launcherVariable) // nothing that we start has a use for it
+	return os.Getenv(launcherVariable)
+}
+
+const launcherVariable = "KEDGE_LAUNCHER"
 
 // flagParser reads typed values of flags and collects what is wrong with them.
 type flagParser struct {
