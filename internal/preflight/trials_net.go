@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -115,9 +116,20 @@ func tryNft(f nftFeature) error {
 	})
 }
 
+// tryConntrack asks the subsystem for its statistics: a list of connections
+// would need a walk through a table that may be large.
 func tryConntrack() error {
+	const getStatistics = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5 // IPCTNL_MSG_CT_GET_STATS
 	return inEmptyNetwork(func() error {
-		_, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		conn, err := mdnetlink.Dial(unix.NETLINK_NETFILTER, nil)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_, err = conn.Execute(mdnetlink.Message{
+			Header: mdnetlink.Header{Type: getStatistics, Flags: mdnetlink.Request},
+			Data:   []byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0},
+		})
 		return err
 	})
 }
