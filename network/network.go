@@ -64,11 +64,16 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	if slices.Equal(n.podCIDRs, ranges) {
 		return nil
 	}
+	before := n.podCIDRs
 	n.podCIDRs = slices.Clone(ranges)
 	if n.plugin == nil {
 		return nil // Run begins with them
 	}
-	return n.configure()
+	if err := n.configure(); err != nil {
+		n.podCIDRs = before // so that the same call may be tried again
+		return err
+	}
+	return nil
 }
 
 // Run sets the node up and answers CNI requests until ctx is cancelled. It is
