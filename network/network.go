@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/network/cni"
 	"kedge/network/ipam"
@@ -242,7 +246,19 @@ func Cleanup(cfg Config) error {
 		cni.RemovePlugin(cfg.BinDir()),
 		os.RemoveAll(cfg.ledgerDir()),
 		removeSocket(cfg.socket()),
+		removeEmpty(cfg.BinDir(), cfg.ConfDir(), filepath.Dir(cfg.BinDir()), filepath.Dir(cfg.ledgerDir())),
 	)
+}
+
+// removeEmpty removes directories unless somebody else has files in them.
+func removeEmpty(dirs ...string) error {
+	for _, dir := range dirs {
+		err := os.Remove(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+			return fmt.Errorf("remove directory: %w", err)
+		}
+	}
+	return nil
 }
 
 func removeSocket(path string) error {
