@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -156,6 +157,12 @@ func (w *world) noLeftovers() {
 			w.t.Errorf("interface left over: %s", l.Attrs().Name)
 		}
 	}
+	filepath.WalkDir(filepath.Dir(w.cfg.DataDir), func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && path != filepath.Dir(w.cfg.DataDir) && path != w.cfg.DataDir && path != w.cfg.RunDir {
+			w.t.Errorf("file left over: %s", path)
+		}
+		return nil
+	})
 	if tables := listTables(w.t); len(tables) > 0 {
 		w.t.Errorf("nftables tables left over: %v", tables)
 	}

@@ -25,8 +25,12 @@ func forgetFlows(pods []netip.Addr, ports []hostPort, log *slog.Logger) {
 	if len(filter.ports) == 0 {
 		return
 	}
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, filter); err != nil {
+	families := map[int]bool{}
+	for _, a := range pods {
+		families[familyOf(a)] = true
+	}
+	for family := range families {
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), filter); err != nil {
 			log.Debug("tracked flows of a host port not deleted", "error", err)
 		}
 	}
