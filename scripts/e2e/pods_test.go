@@ -12,9 +12,12 @@ import (
 )
 
 // shell is a pod's manifest that runs script in a shell; more is added to its spec.
-func shell(name, script, more string) string {
-	return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s, labels: {app: %s}}, spec: {terminationGracePeriodSeconds: 1, restartPolicy: Never, %s containers: [{name: main, image: %q, command: [sh, -c, %q]}]}}`,
-		name, name, more, busybox, script)
+func shell(name, script, more string) string { return shellWith(name, script, more, "") }
+
+// shellWith is [shell] with fields of the container too. All fields end with a comma.
+func shellWith(name, script, spec, container string) string {
+	return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s, labels: {app: %s}}, spec: {terminationGracePeriodSeconds: 1, restartPolicy: Never, %s containers: [{name: main, image: %q, %s command: [sh, -c, %q]}]}}`,
+		name, name, spec, busybox, container, script)
 }
 
 // pod reads one.
@@ -48,6 +51,12 @@ func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.
 func (n *node) runPod(t *testing.T, namespace, name, script, more string) string {
 	t.Helper()
 	n.apply(t, namespace, shell(name, script, more))
+	return n.output(t, namespace, name)
+}
+
+// output waits until the pod has succeeded and returns what it printed.
+func (n *node) output(t *testing.T, namespace, name string) string {
+	t.Helper()
 	pod := n.waitPod(t, namespace, name, true)
 	logs := n.kubectl(t, "logs", "-n", namespace, name)
 	if pod.Status.Phase != corev1.PodSucceeded {
