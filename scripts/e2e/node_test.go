@@ -356,8 +356,9 @@ func (n *node) namespace(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			out, _ := n.tryKubectl(nil, "get", "all,events", "-n", ns.Name, "-o", "wide")
-			t.Logf("what there was:\n%s", out)
+			out, _ := n.tryKubectl(nil, "get", "all", "-n", ns.Name)
+			events, _ := n.tryKubectl(nil, "events", "-n", ns.Name, "--types=Warning")
+			t.Logf("what there was:\n%s%s", out, events)
 		}
 		zero := int64(0)
 		_ = n.client.CoreV1().Namespaces().Delete(context.Background(), ns.Name, metav1.DeleteOptions{GracePeriodSeconds: &zero})

@@ -25,6 +25,22 @@ func (n *node) pod(namespace, name string) (*corev1.Pod, error) {
 	return n.client.CoreV1().Pods(namespace).Get(context.Background(), name, metav1.GetOptions{})
 }
 
+// address is the node's InternalIP.
+func (n *node) address(t *testing.T) string {
+	t.Helper()
+	object, err := n.client.CoreV1().Nodes().Get(context.Background(), n.name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range object.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			return a.Address
+		}
+	}
+	t.Fatalf("the node has no address: %+v", object.Status.Addresses)
+	return ""
+}
+
 // waitPod waits until the pod is Running and Ready, or has ended when done is true.
 func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.Pod {
 	t.Helper()
