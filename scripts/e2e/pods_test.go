@@ -66,7 +66,13 @@ func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.
 // runPod runs script in a pod of its own to the end and returns what it printed.
 func (n *node) runPod(t *testing.T, namespace, name, script, more string) string {
 	t.Helper()
-	n.apply(t, namespace, shell(name, script, more))
+	return n.runPodWith(t, namespace, name, script, more, "")
+}
+
+// runPodWith is [node.runPod] with fields of the container too.
+func (n *node) runPodWith(t *testing.T, namespace, name, script, spec, container string) string {
+	t.Helper()
+	n.apply(t, namespace, shellWith(name, script, spec, container))
 	return n.output(t, namespace, name)
 }
 
