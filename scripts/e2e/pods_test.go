@@ -63,6 +63,25 @@ func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.
 	return pod
 }
 
+// waitEvent waits for an event of the object with the reason, whose message has text in it.
+func (n *node) waitEvent(t *testing.T, namespace, object, reason, text string) {
+	t.Helper()
+	eventually(t, 60*time.Second, func() error {
+		list, err := n.client.CoreV1().Events(namespace).List(context.Background(), metav1.ListOptions{FieldSelector: "involvedObject.name=" + object})
+		if err != nil {
+			return err
+		}
+		var seen []string
+		for _, e := range list.Items {
+			if e.Reason == reason && strings.Contains(e.Message, text) {
+				return nil
+			}
+			seen = append(seen, e.Reason+": "+e.Message)
+		}
+		return fmt.Errorf("no event %s with %q of %s, but\n%s", reason, text, object, strings.Join(seen, "\n"))
+	})
+}
+
 // runPod runs script in a pod of its own to the end and returns what it printed.
 func (n *node) runPod(t *testing.T, namespace, name, script, more string) string {
 	t.Helper()
