@@ -84,7 +84,7 @@ func NewBusybox(name string) (Image, error) {
 		"/etc/passwd":  {Data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
 		"/etc/group":   {Data: []byte("root:x:0:\nnogroup:x:65534:\n")},
 	}
-	for tool := range strings.FieldsSeq("sh cat ls sleep echo env id ps kill wget nc nslookup ip ping hostname mount touch rm mkdir true false test date head grep httpd tail stat df dd seq vi sed awk tr") {
+	for tool := range strings.FieldsSeq("sh cat ls sleep echo env id ps kill wget nc nslookup ip ping hostname mount touch rm mkdir true false test date head grep httpd tail stat df dd seq vi sed awk tr tar chmod stty readlink") {
 		files["/bin/"+tool] = File{Link: "busybox"}
 	}
 	return Image{Name: name, Files: files, Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}, nil

@@ -4,7 +4,8 @@
 // Most tests share one node and run in parallel, each in a namespace of its own;
 // tests about starting and stopping have nodes of their own. Needs root and an
 // executable (`make build`; KEDGE_BIN names another). KEDGE_KEEP=1 leaves the
-// shared node running after a failure, to be looked at.
+// shared node running after a failure, to be looked at; KEDGE_E2E_PORT moves the
+// ports that nodes listen on (16443 and up).
 //
 // It contains tests only; nothing imports it.
 package e2e

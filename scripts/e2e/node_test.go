@@ -2,13 +2,17 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -74,7 +78,17 @@ func run(m *testing.M) int {
 		fmt.Println("FAIL:", err)
 		return 1
 	}
-	lastPort.Store(16443)
+	port, err := strconv.Atoi(cmp.Or(os.Getenv("KEDGE_E2E_PORT"), "16443"))
+	if err != nil {
+		fmt.Println("FAIL: KEDGE_E2E_PORT:", err)
+		return 1
+	}
+	lastPort.Store(int32(port))
+	// Tests wait for most of their time; go test would run one per processor.
+	if err := flag.Set("test.parallel", strconv.Itoa(max(12, goruntime.GOMAXPROCS(0)))); err != nil {
+		fmt.Println("FAIL:", err)
+		return 1
+	}
 	code := m.Run()
 	keep := code != 0 && os.Getenv("KEDGE_KEEP") != ""
 	if sharedNode != nil && keep {
@@ -342,8 +356,9 @@ func (n *node) namespace(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			out, _ := n.tryKubectl(nil, "get", "all,events", "-n", ns.Name, "-o", "wide")
-			t.Logf("what there was:\n%s", out)
+			out, _ := n.tryKubectl(nil, "get", "all", "-n", ns.Name)
+			events, _ := n.tryKubectl(nil, "events", "-n", ns.Name, "--types=Warning")
+			t.Logf("what there was:\n%s%s", out, events)
 		}
 		zero := int64(0)
 		_ = n.client.CoreV1().Namespaces().Delete(context.Background(), ns.Name, metav1.DeleteOptions{GracePeriodSeconds: &zero})

@@ -12,14 +12,33 @@ import (
 )
 
 // shell is a pod's manifest that runs script in a shell; more is added to its spec.
-func shell(name, script, more string) string {
-	return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s, labels: {app: %s}}, spec: {terminationGracePeriodSeconds: 1, restartPolicy: Never, %s containers: [{name: main, image: %q, command: [sh, -c, %q]}]}}`,
-		name, name, more, busybox, script)
+func shell(name, script, more string) string { return shellWith(name, script, more, "") }
+
+// shellWith is [shell] with fields of the container too. All fields end with a comma.
+func shellWith(name, script, spec, container string) string {
+	return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s, labels: {app: %s}}, spec: {terminationGracePeriodSeconds: 1, restartPolicy: Never, %s containers: [{name: main, image: %q, %s command: [sh, -c, %q]}]}}`,
+		name, name, spec, busybox, container, script)
 }
 
 // pod reads one.
 func (n *node) pod(namespace, name string) (*corev1.Pod, error) {
 	return n.client.CoreV1().Pods(namespace).Get(context.Background(), name, metav1.GetOptions{})
+}
+
+// address is the node's InternalIP.
+func (n *node) address(t *testing.T) string {
+	t.Helper()
+	object, err := n.client.CoreV1().Nodes().Get(context.Background(), n.name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range object.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			return a.Address
+		}
+	}
+	t.Fatalf("the node has no address: %+v", object.Status.Addresses)
+	return ""
 }
 
 // waitPod waits until the pod is Running and Ready, or has ended when done is true.
@@ -44,10 +63,41 @@ func (n *node) waitPod(t *testing.T, namespace, name string, done bool) *corev1.
 	return pod
 }
 
+// waitEvent waits for an event of the object with the reason, whose message has text in it.
+func (n *node) waitEvent(t *testing.T, namespace, object, reason, text string) {
+	t.Helper()
+	eventually(t, 60*time.Second, func() error {
+		list, err := n.client.CoreV1().Events(namespace).List(context.Background(), metav1.ListOptions{FieldSelector: "involvedObject.name=" + object})
+		if err != nil {
+			return err
+		}
+		var seen []string
+		for _, e := range list.Items {
+			if e.Reason == reason && strings.Contains(e.Message, text) {
+				return nil
+			}
+			seen = append(seen, e.Reason+": "+e.Message)
+		}
+		return fmt.Errorf("no event %s with %q of %s, but\n%s", reason, text, object, strings.Join(seen, "\n"))
+	})
+}
+
 // runPod runs script in a pod of its own to the end and returns what it printed.
 func (n *node) runPod(t *testing.T, namespace, name, script, more string) string {
 	t.Helper()
-	n.apply(t, namespace, shell(name, script, more))
+	return n.runPodWith(t, namespace, name, script, more, "")
+}
+
+// runPodWith is [node.runPod] with fields of the container too.
+func (n *node) runPodWith(t *testing.T, namespace, name, script, spec, container string) string {
+	t.Helper()
+	n.apply(t, namespace, shellWith(name, script, spec, container))
+	return n.output(t, namespace, name)
+}
+
+// output waits until the pod has succeeded and returns what it printed.
+func (n *node) output(t *testing.T, namespace, name string) string {
+	t.Helper()
 	pod := n.waitPod(t, namespace, name, true)
 	logs := n.kubectl(t, "logs", "-n", namespace, name)
 	if pod.Status.Phase != corev1.PodSucceeded {

@@ -11,11 +11,14 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 )
 
 const usage = `probe get URL [HEADER:VALUE CAFILE]   print the body; exit 22 on an HTTP error
-probe serve ADDR TEXT                 HTTP: "/" answers TEXT, "/addr" the caller's address
+probe post URL JSON [HEADER:VALUE CAFILE]
+probe serve ADDR TEXT                 HTTP: "/" answers TEXT, "/addr" the caller's address, "/fail" an error
+probe api ADDR GROUP CERT KEY         extension API server with the resource "callers" in GROUP/v1
 probe echo tcp|udp ADDR               answer what comes, with the caller's address
 probe send tcp|udp ADDR TEXT          send TEXT, print the answer
 probe eat MIB                         use memory
@@ -35,10 +38,17 @@ func run(args []string) error {
 	}
 	switch args[0] {
 	case "get":
-		return get(args[1], args[2:])
+		return request(http.MethodGet, args[1], "", args[2:])
+	case "post":
+		return request(http.MethodPost, args[1], args[2], args[3:])
+	case "api":
+		return serveAPI(args[1], args[2], args[3], args[4])
 	case "serve":
 		mux := http.NewServeMux()
 		mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, args[2]) })
+		mux.HandleFunc("/fail", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "as asked", http.StatusInternalServerError)
+		})
 		mux.HandleFunc("/addr", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, r.RemoteAddr) })
 		return http.ListenAndServe(args[1], mux)
 	case "echo":
@@ -73,14 +83,15 @@ func run(args []string) error {
 	return fmt.Errorf("unknown command %q\n%s", args[0], usage)
 }
 
-func get(url string, more []string) error {
-	req, err := http.NewRequest(http.MethodGet, url, nil)
+func request(method, url, body string, more []string) error {
+	req, err := http.NewRequest(method, url, strings.NewReader(body))
 	if err != nil {
 		return err
 	}
+	req.Header.Set("Content-Type", "application/json")
 	client := &http.Client{Timeout: 5 * time.Second}
 	if len(more) == 2 {
-		name, value, _ := cut(more[0])
+		name, value, _ := strings.Cut(more[0], ":")
 		req.Header.Set(name, value)
 		pem, err := os.ReadFile(more[1])
 		if err != nil {
@@ -103,15 +114,6 @@ func get(url string, more []string) error {
 		os.Exit(22)
 	}
 	return nil
-}
-
-func cut(s string) (name, value string, ok bool) {
-	for i := range s {
-		if s[i] == ':' {
-			return s[:i], s[i+1:], true
-		}
-	}
-	return s, "", false
 }
 
 func echo(network, addr string) error {

@@ -1,0 +1,182 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestContainerSettings runs one pod a row; its script prints what the kernel or the
+// runtime made of the settings.
+func TestContainerSettings(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	status := func(field string) string { return "awk '/^" + field + ":/{print $2}' /proc/self/status" }
+	for _, c := range []struct {
+		name            string
+		spec, container string // fields of each
+		script          string
+		want            string // all that is printed, with spaces for line breaks
+	}{
+		{"run-as-user", "securityContext: {runAsUser: 1234, runAsGroup: 2345, supplementalGroups: [3456]},", "", "id -u; id -g; id -G", "1234 2345 2345 3456"},
+		{"container-wins-over-pod", "securityContext: {runAsUser: 1234},", "securityContext: {runAsUser: 4321},", "id -u", "4321"},
+		// The 14 capabilities that containerd gives, which are all below bit 32.
+		{"default-capabilities", "", "", status("CapEff"), "00000000a80425fb"},
+		{"drop-all-capabilities", "", "securityContext: {capabilities: {drop: [ALL]}},", status("CapEff"), "0000000000000000"},
+		{"add-one-capability", "", "securityContext: {capabilities: {drop: [ALL], add: [NET_ADMIN]}},", status("CapEff"), "0000000000001000"},
+		{"default-capabilities-forbid-network", "", "", "ip link set eth0 mtu 1400 2>/dev/null || echo refused", "refused"},
+		{"net-admin-allows-network", "", "securityContext: {capabilities: {add: [NET_ADMIN]}},", "ip link set eth0 mtu 1400 && ip link show eth0 | grep -c 'mtu 1400'", "1"},
+		{"seccomp-by-default", "", "", status("Seccomp"), "2"},
+		{"seccomp-runtime-default", "securityContext: {seccompProfile: {type: RuntimeDefault}},", "", status("Seccomp"), "2"},
+		{"seccomp-unconfined", "securityContext: {seccompProfile: {type: Unconfined}},", "", status("Seccomp"), "0"},
+		{"privilege-escalation-by-default", "", "", status("NoNewPrivs"), "0"},
+		{"no-privilege-escalation", "", "securityContext: {allowPrivilegeEscalation: false},", status("NoNewPrivs"), "1"},
+		{"root-is-writable", "", "", "touch /x && echo written", "written"},
+		{"read-only-root", "volumes: [{name: v, emptyDir: {}}],", "securityContext: {readOnlyRootFilesystem: true}, volumeMounts: [{name: v, mountPath: /v}],", "touch /x 2>/dev/null || echo refused; touch /v/x && echo written", "refused written"},
+		{"unprivileged-mounts-nothing", "", "", "mount -t tmpfs none /etc 2>/dev/null || echo refused", "refused"},
+		{"privileged-mounts", "", "securityContext: {privileged: true},", "mount -t tmpfs none /etc && ls /etc | grep -c . || echo mounted", "0 mounted"},
+		{"sysctl", "securityContext: {sysctls: [{name: net.ipv4.ip_local_port_range, value: '20000 20100'}]},", "", "cat /proc/sys/net/ipv4/ip_local_port_range | tr '\\t' ' '", "20000 20100"},
+		{"working-directory", "", "workingDir: /proc,", "pwd", "/proc"},
+		{"host-aliases", "hostAliases: [{ip: 10.1.2.3, hostnames: [a.test, b.test]}],", "", "grep -c '10.1.2.3.a.test.b.test' /etc/hosts", "1"},
+		{"own-host-name", "hostname: chosen, subdomain: sub,", "", "hostname; hostname -f", "chosen chosen.sub." + ns + ".svc.cluster.local"},
+		{"own-dns", "dnsPolicy: None, dnsConfig: {nameservers: [192.0.2.7], searches: [x.test], options: [{name: ndots, value: '3'}]},", "", "cat /etc/resolv.conf", "search x.test nameserver 192.0.2.7 options ndots:3"},
+		{"own-processes-only", "", "", "cat /proc/1/comm; true", "sh"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			n.apply(t, ns, shellWith(c.name, c.script, c.spec, c.container))
+			if got := strings.Join(strings.Fields(n.output(t, ns, c.name)), " "); got != c.want {
+				t.Errorf("printed %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+// TestCommandAndArgsAgainstEntrypoint uses agnhost, whose image has both ENTRYPOINT
+// (/agnhost) and CMD (pause).
+func TestCommandAndArgsAgainstEntrypoint(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	for _, c := range []struct{ name, fields, want string }{
+		{"args-replace-cmd", "args: [entrypoint-tester, one, two],", "[/agnhost entrypoint-tester one two]"},
+		{"command-replaces-both", "command: [/agnhost, entrypoint-tester],", "[/agnhost entrypoint-tester]"},
+		{"both", "command: [/agnhost, entrypoint-tester], args: [\"$(WHO)\", \"$$(WHO)\"], env: [{name: WHO, value: me}],", "[/agnhost entrypoint-tester me $(WHO)]"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s}, spec: {restartPolicy: Never, containers: [{name: main, image: %q, %s}]}}`, c.name, agnhost, c.fields))
+			if got := n.output(t, ns, c.name); !strings.Contains(got, c.want) {
+				t.Errorf("printed %q, want %q", got, c.want)
+			}
+		})
+	}
+	t.Run("neither", func(t *testing.T) {
+		t.Parallel()
+		n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: neither}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %q}]}}`, agnhost))
+		n.waitPod(t, ns, "neither", false)
+		if got := n.kubectl(t, "logs", "-n", ns, "neither"); !strings.Contains(got, "Paused") {
+			t.Errorf("the image's own command printed %q", got)
+		}
+	})
+}
+
+func TestRunAsNonRootRefusesRoot(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, shell("root", "id", "securityContext: {runAsNonRoot: true},"))
+	eventually(t, 30*time.Second, func() error {
+		pod, err := n.pod(ns, "root")
+		if err != nil {
+			return err
+		}
+		for _, c := range pod.Status.ContainerStatuses {
+			if w := c.State.Waiting; w != nil && w.Reason == "CreateContainerConfigError" && strings.Contains(w.Message, "runAsNonRoot") {
+				return nil
+			}
+		}
+		return fmt.Errorf("status %+v", pod.Status.ContainerStatuses)
+	})
+}
+
+func TestNamespacesOfHostAndPod(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	pid := n.cmd.Process.Pid
+	seen := fmt.Sprintf("test -d /proc/%d && tr '\\0' ' ' </proc/%d/cmdline | grep -c -e --node-name=%s || echo hidden", pid, pid, n.name)
+	if got := strings.TrimSpace(n.runPod(t, ns, "host-pid", seen, "hostPID: true,")); got != "1" {
+		t.Errorf("with hostPID kedge is %q", got)
+	}
+	if got := strings.TrimSpace(n.runPod(t, ns, "own-pid", seen, "")); got != "hidden" {
+		t.Errorf("without hostPID kedge is %q", got)
+	}
+	address := n.address(t)
+	if got := n.runPod(t, ns, "host-net", "ip -4 addr show; hostname", "hostNetwork: true,"); !strings.Contains(got, "inet "+address+"/") {
+		t.Errorf("with hostNetwork no address %s in\n%s", address, got)
+	}
+	pod, err := n.pod(ns, "host-net")
+	if err != nil || pod.Status.PodIP != address {
+		t.Errorf("with hostNetwork the pod has %s, not %s: %v", pod.Status.PodIP, address, err)
+	}
+	two := func(name, spec string) string {
+		return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s}, spec: {terminationGracePeriodSeconds: 1, %s containers: [
+			{name: main, image: %q, command: [sh, -c, "exec sleep 3601"]}, {name: other, image: %q, command: [sh, -c, "exec sleep 3602"]}]}}`, name, spec, busybox, busybox)
+	}
+	n.apply(t, ns, two("together", "shareProcessNamespace: true,"))
+	n.apply(t, ns, two("apart", ""))
+	for name, want := range map[string]string{"together": "1", "apart": "0"} {
+		n.waitPod(t, ns, name, false)
+		out := n.kubectl(t, "exec", "-n", ns, name, "-c", "main", "--", "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c '[s]leep 3602' || true")
+		if strings.TrimSpace(out) != want {
+			t.Errorf("%s: the other container's process is seen %q times, want %s", name, out, want)
+		}
+	}
+}
+
+func TestHostPort(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	l, err := net.Listen("tcp", ":0") // a port that is free now
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	n.apply(t, ns, shellWith("web", "exec probe serve :8080 by-host-port", "", fmt.Sprintf("ports: [{containerPort: 8080, hostPort: %d}],", port)))
+	n.waitPod(t, ns, "web", false)
+	for _, host := range []string{n.address(t), "127.0.0.1"} {
+		url := fmt.Sprintf("http://%s:%d/", host, port)
+		eventually(t, 10*time.Second, func() error { return answers(url, "by-host-port") })
+	}
+	n.kubectl(t, "delete", "pod", "-n", ns, "web", "--wait")
+	url := fmt.Sprintf("http://%s:%d/", n.address(t), port)
+	eventually(t, 10*time.Second, func() error {
+		if answers(url, "by-host-port") == nil {
+			return fmt.Errorf("%s answers after the pod is gone", url)
+		}
+		return nil
+	})
+}
+
+// answers is nil when the URL's body is text.
+func answers(url, text string) error {
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Get(url)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body := make([]byte, 1000)
+	length, _ := resp.Body.Read(body)
+	if got := strings.TrimSpace(string(body[:length])); got != text {
+		return fmt.Errorf("%s answers %q, want %q", url, got, text)
+	}
+	return nil
+}
