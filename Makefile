@@ -46,8 +46,12 @@ build: deps payload ## build the executable for ARCH (amd64 or arm64)
 	@ls -l build/program/$(ARCH)/kedge $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
 
 .PHONY: run
-run: build ## boot a cluster on this machine and run an application on it
+run: build build-e2e ## boot a cluster on this machine and run an application on it
 	@scripts/run.sh
+
+.PHONY: stop
+stop: ## end the cluster of `make run` and its containers
+	@scripts/run.sh stop
 
 .PHONY: fmt
 fmt: ## format the source

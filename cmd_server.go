@@ -149,6 +149,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err != nil {
 		return err
 	}
+	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
 	net := network.New(s.network, log)
 	containerd := group.Add(runtime.New(s.runtime, log))
 	hNet := group.Add(net)
@@ -199,6 +200,7 @@ func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Grou
 	}
 	// The first pods come now; what the start needed is given back after them.
 	time.AfterFunc(settleAfter, func() {
+		logging.Settled()
 		if err := footprint.Settle(); err != nil {
 			log.Debug("memory of the start was not given back", "err", err)
 		}
