@@ -154,7 +154,7 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
-		newKeeper(s.cfg, s.log, &serverSpace{server: server, transport: t, dir: s.cfg.Dir}).run(keeperCtx)
+		newKeeper(s.cfg.Defrag, s.log, &serverSpace{server: server, transport: t, dir: s.cfg.Dir}).run(keeperCtx)
 	}()
 
 	var err error
