@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func listTables(t *testing.T) []string {
+func listTables(t testing.TB) []string {
 	t.Helper()
 	conn, err := nftables.New()
 	if err != nil {
