@@ -8,6 +8,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -80,6 +81,27 @@ func (n *node) waitEvent(t *testing.T, namespace, object, reason, text string) {
 		}
 		return fmt.Errorf("no event %s with %q of %s, but\n%s", reason, text, object, strings.Join(seen, "\n"))
 	})
+}
+
+// gone waits until there is no such pod.
+func (n *node) gone(t *testing.T, namespace, name string) {
+	t.Helper()
+	eventually(t, 40*time.Second, func() error {
+		pod, err := n.pod(namespace, name)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("pod %s is still %s: %v", name, pod.Status.Phase, err)
+	})
+}
+
+// logsHave is nil when the pod has printed text.
+func (n *node) logsHave(namespace, name, text string) error {
+	out, err := n.tryKubectl(nil, "logs", "-n", namespace, name, "--all-containers")
+	if err == nil && !strings.Contains(out, text) {
+		err = fmt.Errorf("no %q in the logs of %s:\n%s", text, name, out)
+	}
+	return err
 }
 
 // runPod runs script in a pod of its own to the end and returns what it printed.

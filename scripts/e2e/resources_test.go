@@ -1,0 +1,210 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// cgroups is where the kernel shows them.
+const cgroups = "/sys/fs/cgroup"
+
+// unified says whether the machine has cgroups of version 2 only.
+func unified() bool {
+	_, err := os.Stat(cgroups + "/cgroup.controllers")
+	return err == nil
+}
+
+// cgroupOf is the folder of the cgroup whose name has id in it, of the controller
+// (which version 2 does not ask for). It has to be below the node's own cgroup.
+func cgroupOf(t *testing.T, n *node, controller, id string) string {
+	t.Helper()
+	root := cgroups
+	if !unified() {
+		root = filepath.Join(cgroups, controller)
+	}
+	found := ""
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // of a container that just ended
+		}
+		if err == nil && d.IsDir() && strings.Contains(d.Name(), id) && strings.Contains(path, "/kedge-"+n.name) {
+			found = path
+			return fs.SkipAll
+		}
+		return err
+	})
+	if err != nil || found == "" {
+		t.Fatalf("no cgroup of %s in %s: %v", id, root, err)
+	}
+	return found
+}
+
+// containerID is the runtime's name of a container.
+func containerID(pod *corev1.Pod, name string) string {
+	_, id, _ := strings.Cut(container(pod, name).ContainerID, "://")
+	return id
+}
+
+// podID is how a pod's identity is written in names of cgroups.
+func podID(pod *corev1.Pod) string {
+	if unified() {
+		if _, err := os.Stat("/run/systemd/system"); err == nil {
+			return "pod" + strings.ReplaceAll(string(pod.UID), "-", "_")
+		}
+	}
+	return "pod" + string(pod.UID)
+}
+
+func TestResourcesAreCgroupSettings(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, shellWith("sized", "exec sleep 3600", "", "resources: {requests: {cpu: 500m, memory: 32Mi}, limits: {cpu: 700m, memory: 64Mi}},"))
+	n.apply(t, ns, shell("unsized", "exec sleep 3600", ""))
+	sized, unsized := n.waitPod(t, ns, "sized", false), n.waitPod(t, ns, "unsized", false)
+	const mem = "67108864"
+	// By version 1 and by version 2: the same numbers in other files.
+	type setting struct{ controller, file, want string }
+	settings := []setting{{"cpu", "cpu.shares", "512"}, {"cpu", "cpu.cfs_quota_us", "70000"}, {"cpu", "cpu.cfs_period_us", "100000"}, {"memory", "memory.limit_in_bytes", mem}}
+	pod := append(settings, setting{"pids", "pids.max", "4096"})
+	free := []setting{{"cpu", "cpu.shares", "2"}, {"cpu", "cpu.cfs_quota_us", "-1"}, {"memory", "memory.limit_in_bytes", "9223372036854771712"}}
+	if unified() {
+		settings = []setting{{"", "cpu.max", "70000 100000"}, {"", "memory.max", mem}}
+		pod = append(settings, setting{"", "pids.max", "4096"})
+		free = []setting{{"", "cpu.weight", "1"}, {"", "cpu.max", "max 100000"}, {"", "memory.max", "max"}}
+	}
+	check := func(id string, list []setting) {
+		for _, s := range list {
+			if got := content(cgroupOf(t, n, s.controller, id), s.file); got != s.want {
+				t.Errorf("%s of %s is %q, want %q", s.file, id, got, s.want)
+			}
+		}
+	}
+	check(containerID(sized, "main"), settings)
+	check(podID(sized), pod)
+	check(containerID(unsized, "main"), free)
+	if path := cgroupOf(t, n, "cpu", podID(sized)); !strings.Contains(path, "burstable") {
+		t.Errorf("the pod's cgroup is %s", path)
+	}
+	weight := func(p *corev1.Pod) int {
+		file := "cpu.shares"
+		if unified() {
+			file = "cpu.weight"
+		}
+		w, _ := strconv.Atoi(content(cgroupOf(t, n, "cpu", containerID(p, "main")), file))
+		return w
+	}
+	if weight(sized) < 10*weight(unsized) {
+		t.Errorf("weights are %d with and %d without a request", weight(sized), weight(unsized))
+	}
+	// The pod's cgroup goes with the pod.
+	path := cgroupOf(t, n, "memory", podID(sized))
+	n.kubectl(t, "delete", "pod", "-n", ns, "sized", "--wait")
+	eventually(t, 20*time.Second, func() error {
+		if _, err := os.Stat(path); err == nil {
+			return fmt.Errorf("%s is still there", path)
+		}
+		return nil
+	})
+}
+
+func TestOutOfMemory(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, shellWith("eats", "probe eat 200", "", "resources: {limits: {memory: 48Mi}},"))
+	c := container(n.waitPod(t, ns, "eats", true), "main").State.Terminated
+	if c == nil || c.ExitCode != 137 || c.Reason != "OOMKilled" {
+		t.Errorf("container ended as %+v", c)
+	}
+	n.apply(t, ns, shellWith("fits", "probe eat 20 & sleep 2; kill $!; true", "", "resources: {limits: {memory: 64Mi}},"))
+	if got := n.output(t, ns, "fits"); !strings.Contains(got, "ate 20") {
+		t.Errorf("a container that keeps its limit printed %q", got)
+	}
+}
+
+func TestProcessorLimitThrottles(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, shellWith("spins", "exec probe spin 20", "", "resources: {limits: {cpu: 50m}},"))
+	pod := n.waitPod(t, ns, "spins", false)
+	stat := func() (throttled int) {
+		for line := range strings.Lines(content(cgroupOf(t, n, "cpu", containerID(pod, "main")), "cpu.stat")) {
+			if name, value, _ := strings.Cut(strings.TrimSpace(line), " "); name == "nr_throttled" {
+				throttled, _ = strconv.Atoi(value)
+			}
+		}
+		return throttled
+	}
+	for range 2 { // it grows, and goes on growing
+		before := stat()
+		eventually(t, 15*time.Second, func() error {
+			if now := stat(); now <= before {
+				return fmt.Errorf("nr_throttled is %d, as before", now)
+			}
+			return nil
+		})
+	}
+}
+
+// mayLowerOOMScore says whether this process has CAP_SYS_RESOURCE (number 24), as
+// kedge then has.
+func mayLowerOOMScore() bool {
+	for line := range strings.Lines(content("/proc/self/status")) {
+		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			bits, _ := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+			return bits&(1<<24) != 0
+		}
+	}
+	return false
+}
+
+func TestQualityOfServiceClasses(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	for _, c := range []struct {
+		name, resources string
+		class           corev1.PodQOSClass
+		least, most     int // of oom_score_adj
+	}{
+		{"guaranteed", "resources: {limits: {cpu: 20m, memory: 32Mi}},", corev1.PodQOSGuaranteed, -997, -997},
+		{"burstable", "resources: {requests: {memory: 32Mi}},", corev1.PodQOSBurstable, 3, 999},
+		{"best-effort", "", corev1.PodQOSBestEffort, 1000, 1000},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			n.apply(t, ns, shellWith(c.name, "cat /proc/self/oom_score_adj; exec sleep 3600", "", c.resources))
+			pod := n.waitPod(t, ns, c.name, false)
+			if pod.Status.QOSClass != c.class {
+				t.Errorf("class is %s", pod.Status.QOSClass)
+			}
+			path := cgroupOf(t, n, "memory", podID(pod))
+			for _, class := range []corev1.PodQOSClass{corev1.PodQOSBurstable, corev1.PodQOSBestEffort} {
+				if in := strings.Contains(path, strings.ToLower(string(class))); in != (c.class == class) {
+					t.Errorf("cgroup is %s", path)
+				}
+			}
+			score, err := strconv.Atoi(strings.TrimSpace(n.kubectl(t, "logs", "-n", ns, c.name)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.least < 0 && !mayLowerOOMScore() {
+				t.Skip("not checked: oom_score_adj, which cannot be lowered on a machine without CAP_SYS_RESOURCE; the rest was")
+			}
+			if score < c.least || score > c.most {
+				t.Errorf("oom_score_adj is %d, want %d to %d", score, c.least, c.most)
+			}
+		})
+	}
+}
