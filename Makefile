@@ -22,7 +22,7 @@ LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buil
 	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
 
 # Packages whose tests do not link the Kubernetes components: small binaries.
-UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e')
+UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
 
 .PHONY: help
 help: ## list the targets
