@@ -90,7 +90,11 @@ func Load(files []string, keys []Key) (map[string]Value, error) {
 func load(file string, data []byte, keys []Key, into map[string]Value) error {
 	var doc yaml.Node
 	if err := yaml.Unmarshal(data, &doc); err != nil {
-		return fmt.Errorf("%s: not valid YAML: %s", file, strings.TrimPrefix(err.Error(), "yaml: "))
+		what := strings.TrimPrefix(err.Error(), "yaml: ")
+		if line, text, ok := strings.Cut(what, ": "); ok && strings.HasPrefix(line, "line ") {
+			return fmt.Errorf("%s:%s: not valid YAML: %s", file, strings.TrimPrefix(line, "line "), text)
+		}
+		return fmt.Errorf("%s:1: not valid YAML: %s", file, what) // the parser leaves line 1 out
 	}
 	if len(doc.Content) == 0 {
 		return nil // empty, or only comments
