@@ -7,8 +7,9 @@ import (
 	"kedge/internal/mounts"
 )
 
-// Cleanup detaches the volumes that the kubelet has mounted and removes the pods'
-// cgroups. The containers must have ended. What is stored in volumes stays.
+// Cleanup ends processes of pods that the runtime has lost track of, detaches the
+// volumes that the kubelet has mounted and removes the pods' cgroups. The runtime
+// must have ended its containers. What is stored in volumes stays.
 func Cleanup(cfg Config) error {
-	return errors.Join(mounts.DetachBelow(cfg.kubeletDir()), cgroup.Remove(cfg.CgroupRoot))
+	return errors.Join(cgroup.End(cfg.CgroupRoot), mounts.DetachBelow(cfg.kubeletDir()), cgroup.Remove(cfg.CgroupRoot))
 }
