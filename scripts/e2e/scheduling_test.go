@@ -26,11 +26,20 @@ func (n *node) fakeNode(t *testing.T, namespace, name string, labels map[string]
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.client.CoreV1().Nodes().Delete(ctx, full, metav1.DeleteOptions{}) })
-	status := fmt.Appendf(nil, `{"status":{"capacity":{"cpu":"4","memory":"4Gi","pods":"20"},"allocatable":{"cpu":"4","memory":"4Gi","pods":"20"},
-		"conditions":[{"type":"Ready","status":"True","reason":"Fake","lastHeartbeatTime":%q}]}}`, time.Now().UTC().Format(time.RFC3339))
-	if _, err := n.client.CoreV1().Nodes().Patch(ctx, full, types.StrategicMergePatchType, status, metav1.PatchOptions{}, "status"); err != nil {
+	report := func() error {
+		status := fmt.Appendf(nil, `{"status":{"capacity":{"cpu":"4","memory":"4Gi","pods":"20"},"allocatable":{"cpu":"4","memory":"4Gi","pods":"20"},
+			"conditions":[{"type":"Ready","status":"True","reason":"Fake","lastHeartbeatTime":%q}]}}`, time.Now().UTC().Format(time.RFC3339))
+		_, err := n.client.CoreV1().Nodes().Patch(ctx, full, types.StrategicMergePatchType, status, metav1.PatchOptions{}, "status")
+		return err
+	}
+	if err := report(); err != nil {
 		t.Fatal(err)
 	}
+	go func() { // or the cluster gives the node up after some time
+		for report() == nil {
+			time.Sleep(10 * time.Second)
+		}
+	}()
 	// The admission taints new nodes as not ready; a controller takes that away.
 	eventually(t, 30*time.Second, func() error {
 		now, err := n.client.CoreV1().Nodes().Get(ctx, full, metav1.GetOptions{})
