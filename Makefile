@@ -83,3 +83,8 @@ e2e: build build-e2e ## end-to-end tests with real containers; needs root
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream
+
+.PHONY: reference
+reference: build ## write docs/reference from the program
+	@mkdir -p docs/reference
+	@for page in commands configuration; do bin/kedge reference $$page > docs/reference/$$page.md; done

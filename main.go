@@ -69,6 +69,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			ctrCommand(),
 			versionCommand(),
 			completionCommand(),
+			referenceCommand(),
 		},
 	}
 	app.Action = func(c *cli.Context) error {
