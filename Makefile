@@ -88,3 +88,7 @@ test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 reference: build ## write docs/reference from the program
 	@mkdir -p docs/reference
 	@for page in commands configuration; do bin/kedge reference $$page > docs/reference/$$page.md; done
+
+.PHONY: licences
+licences: ## write docs/third-party-licences.md
+	@go run ./scripts/licences > build/licences.md && mv build/licences.md docs/third-party-licences.md
