@@ -114,6 +114,7 @@ func compose(c *cli.Context) (settings, error) {
 	}
 	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
+	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
 

@@ -26,6 +26,7 @@ type Config struct {
 
 	RuntimeEndpoint string // containerd's socket
 	CgroupRoot      string // below which all pods are; carries the node's name
+	SystemdCgroups  bool   // systemd owns the tree of control groups
 
 	// The kubelet's serving certificate and whom it lets in.
 	ServingCert string
