@@ -2,8 +2,11 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-ARCH ?= $(shell go env GOARCH 2>/dev/null || echo amd64)
-HOSTARCH := $(shell go env GOARCH 2>/dev/null || echo amd64)
+# scripts/deps.sh puts a Go there on machines whose own is missing or too old.
+export PATH := $(CURDIR)/build/go/bin:$(PATH):/usr/local/go/bin
+
+ARCH ?= $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
+HOSTARCH := $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
 BIN := bin/kedge$(if $(filter-out $(HOSTARCH),$(ARCH)),-$(ARCH))
 
 # One set of flags for everything, so that builds and tests share one cache.
@@ -22,7 +25,7 @@ LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buil
 	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
 
 # Packages whose tests do not link the Kubernetes components: small binaries.
-UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts')
+UNIT = $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
 
 .PHONY: help
 help: ## list the targets
@@ -31,19 +34,28 @@ help: ## list the targets
 .PHONY: deps
 deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
 	@scripts/deps.sh
+	@[ $(ARCH) = $(HOSTARCH) ] || [ -e /usr/lib/$(if $(filter arm64,$(ARCH)),aarch64,x86_64)-linux-gnu/libseccomp.a ] || scripts/install-build-deps.sh $(ARCH)
 
 .PHONY: payload
 payload: ## build shim, runc and pause, compressed, for ARCH
 	@scripts/build-payload.sh $(ARCH)
 
+# The large program is compressed into the small one, which is what users get.
 .PHONY: build
 build: deps payload ## build the executable for ARCH (amd64 or arm64)
-	@GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o $(BIN) .
-	@ls -l $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
+	@mkdir -p bin build/program/$(ARCH)
+	@GOARCH=$(ARCH) go build -ldflags '$(LDFLAGS)' -o build/program/$(ARCH)/kedge .
+	@if [ build/program/$(ARCH)/kedge -nt launcher/payload/$(ARCH)/manifest.json ]; then go run ./scripts/pack build/program/$(ARCH)/kedge launcher/payload/$(ARCH); fi
+	@GOARCH=$(ARCH) go build -ldflags '-s -w' -o $(BIN) ./launcher
+	@ls -l build/program/$(ARCH)/kedge $(BIN) | awk '{printf "%s: %.1f MB\n", $$9, $$5/1e6}'
 
 .PHONY: run
-run: build ## boot a cluster on this machine and run an application on it
+run: build build-e2e ## boot a cluster on this machine and run an application on it
 	@scripts/run.sh
+
+.PHONY: stop
+stop: ## end the cluster of `make run` and its containers
+	@scripts/run.sh stop
 
 .PHONY: fmt
 fmt: ## format the source
@@ -75,3 +87,12 @@ e2e: build build-e2e ## end-to-end tests with real containers; needs root
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream
+
+.PHONY: reference
+reference: build ## write docs/reference from the program
+	@mkdir -p docs/reference
+	@for page in commands configuration; do bin/kedge reference $$page > docs/reference/$$page.md; done
+
+.PHONY: licences
+licences: ## write docs/third-party-licences.md
+	@go run ./scripts/licences > build/licences.md && mv build/licences.md docs/third-party-licences.md

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -17,10 +18,14 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/datastore/hook"
+	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
+	"kedge/internal/footprint"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
+	"kedge/internal/packed"
+	"kedge/internal/preflight"
 	"kedge/network"
 	"kedge/runtime"
 	"kedge/server"
@@ -52,6 +57,7 @@ func serverCommand() *cli.Command {
 // runServer prepares what is done once, wires the components, and runs them
 // until a signal comes or one of them fails.
 func runServer(ctx context.Context, s settings) error {
+	footprint.Boot()
 	notify := lifecycle.TakeNotifier()
 	log := logging.New(os.Stderr, s.log)
 	logging.Setup(log)
@@ -67,15 +73,23 @@ func runServer(ctx context.Context, s settings) error {
 	}
 	defer dir.Close()
 	log.Info("kedge starts", "version", version, "node", s.nodeName, "data", s.dataDir)
+	ctx, hurry, stop := signals(ctx, log)
+	defer stop()
+	if err := clock.Wait(ctx, buildTime(), log); err != nil {
+		return nil // a signal came while it waited
+	}
+	if !s.disableAgent {
+		if err := checkMachine(ctx, s.preflight, log); err != nil {
+			return err
+		}
+	}
 
 	identity, err := server.Prepare(s.server, time.Now())
 	if err != nil {
 		return err
 	}
-	ctx, hurry, stop := signals(ctx, log)
-	defer stop()
 	var group *lifecycle.Group
-	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group) }))
+	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group, s.dataDir) }))
 	if err := wire(group, s, identity, log); err != nil {
 		return err
 	}
@@ -84,6 +98,18 @@ func runServer(ctx context.Context, s settings) error {
 		_ = notify.Stopping()
 	}()
 	return group.Run(ctx)
+}
+
+// checkMachine fails when something is missing without which no pod can run, and
+// warns of the rest.
+func checkMachine(ctx context.Context, c preflight.Config, log *slog.Logger) error {
+	results, err := preflight.Required(ctx, c)
+	for _, r := range results {
+		if r.Level == preflight.Warning {
+			log.Warn(r.Message, "check", r.Check, "remedy", r.Remedy)
+		}
+	}
+	return err
 }
 
 // wire is the whole graph: which parts there are and what each comes after.
@@ -123,6 +149,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err != nil {
 		return err
 	}
+	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
 	net := network.New(s.network, log)
 	containerd := group.Add(runtime.New(s.runtime, log))
 	hNet := group.Add(net)
@@ -164,14 +191,36 @@ func signals(ctx context.Context, log *slog.Logger) (stopping context.Context, h
 }
 
 // announce tells the log and the service manager that start-up is complete.
-func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group) {
+func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, dataDir string) {
 	var table strings.Builder
 	_ = lifecycle.WriteTable(&table, group.Status(nil)) //nolint:staticcheck // nil: do not ask checkers
 	fmt.Fprint(os.Stderr, table.String())
 	if err := notify.Ready(); err != nil {
 		log.Warn("the service manager was not told", "err", err)
 	}
+	// The first pods come now; what the start needed is given back after them.
+	time.AfterFunc(settleAfter, func() {
+		logging.Settled()
+		if err := footprint.Settle(); err != nil {
+			log.Debug("memory of the start was not given back", "err", err)
+		}
+		if err := keepProgram(dataDir); err != nil {
+			log.Warn("the unpacked program may not survive a power cut; the next start unpacks it again", "err", err)
+		}
+	})
 }
+
+// keepProgram makes durable what the launcher has unpacked for us.
+func keepProgram(dataDir string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return packed.Keep(filepath.Join(dataDir, "program"), self)
+}
+
+// settleAfter is how long after everything is ready the start counts as over.
+const settleAfter = 10 * time.Second
 
 // reporter answers "kedge status".
 func reporter(group *lifecycle.Group, node string) func(context.Context) control.Report {

@@ -17,6 +17,8 @@ import (
 	"kedge/datastore"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
+	"kedge/internal/preflight"
+	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/runtime"
 	"kedge/server"
@@ -29,6 +31,7 @@ type settings struct {
 	nodeName        string
 	disableAgent    bool
 	log             logging.Config
+	preflight       preflight.Config
 
 	datastore datastore.Config
 	server    server.Config
@@ -88,6 +91,7 @@ func compose(c *cli.Context) (settings, error) {
 	n := &s.network
 	n.DataDir, n.RunDir = s.dataDir, s.runDir
 	n.NodeName = s.nodeName
+	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
 
 	r := &s.runtime
@@ -105,11 +109,22 @@ func compose(c *cli.Context) (settings, error) {
 	a.NodeTaints = splitList(c.StringSlice("node-taint"))
 	a.ClusterDNS = p.clusterDNS(sv.ServiceCIDRs)
 	a.ClusterDomain = sv.ClusterDomain
-	a.ResolvConf = c.String("resolv-conf")
+	if a.ResolvConf = c.String("resolv-conf"); a.ResolvConf == "" {
+		a.ResolvConf = resolvconf.Find()
+	}
 	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
+	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
+
+	s.preflight = preflight.DefaultConfig()
+	pf := &s.preflight
+	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
+	pf.IPv6 = slices.ContainsFunc(sv.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	pf.VXLAN = false // there is one machine
+	pf.BuildDate = buildTime()
+	pf.Ports = []preflight.Port{{Number: sv.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: a.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
 
 	for _, name := range splitList(c.StringSlice("disable")) {
 		p.fail(fmt.Errorf("--disable: there is no part called %q", name))
@@ -122,6 +137,15 @@ func compose(c *cli.Context) (settings, error) {
 	}
 	return s, p.err()
 }
+
+// launcherPath is the executable that the user started: the launcher, which says so,
+// or this program itself in development. As a plug-in the launcher starts faster.
+func launcherPath() string {
+	defer os.Unsetenv(launcherVariable) // nothing that we start has a use for it
+	return os.Getenv(launcherVariable)
+}
+
+const launcherVariable = "KEDGE_LAUNCHER"
 
 // flagParser reads typed values of flags and collects what is wrong with them.
 type flagParser struct {

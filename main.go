@@ -62,12 +62,14 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Commands: []*cli.Command{
 			serverCommand(),
 			statusCommand(),
+			checkCommand(),
 			imagesCommand(),
 			killallCommand(),
 			kubectlCommand(),
 			ctrCommand(),
 			versionCommand(),
 			completionCommand(),
+			referenceCommand(),
 		},
 	}
 	app.Action = func(c *cli.Context) error {

@@ -142,6 +142,9 @@ func (k *Kubelet) defaults() error {
 	c.ContainerRuntimeEndpoint = "unix://" + k.cfg.RuntimeEndpoint
 	c.ImageServiceEndpoint = c.ContainerRuntimeEndpoint
 	c.CgroupRoot = k.cfg.CgroupRoot
+	if k.cfg.SystemdCgroups {
+		c.CgroupDriver = "systemd"
+	}
 	c.FailCgroupV1 = false
 	c.FailSwapOn = false
 	c.MakeIPTablesUtilChains = false // would run iptables
@@ -236,7 +239,7 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	if err := atomicfile.MkdirAll(c.StaticPodPath, 0o700); err != nil {
 		return fmt.Errorf("prepare the folder for static pods: %w", err)
 	}
-	if err := cgroup.Ensure(c.CgroupRoot); err != nil {
+	if err := ensureCgroup(ctx, k.cfg.SystemdCgroups, c.CgroupRoot); err != nil {
 		return err
 	}
 	kubelet.ContainerLogsDir = filepath.Join(k.cfg.logDir(), "containers")

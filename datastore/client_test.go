@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/kubernetes"
 )
@@ -141,6 +143,28 @@ func TestClientRangeStreamErrors(t *testing.T) {
 		t.Errorf("stream failed with %v, a get with %v", gotErr, wantErr)
 	}
 
+}
+
+// The API server clears the list of a chunk while etcd still looks at its own.
+func TestRangeStreamDoesNotShareLists(t *testing.T) {
+	g := newGate(func() bool { return true })
+	defer g.close()
+	sent := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{}}}}
+	list := sent.RangeResponse.Kvs
+	client, err := openStream(g, t.Context(), runGuarded, func(s *serverStream[pb.RangeRequest, pb.RangeStreamResponse]) error {
+		return rangeStream{s}.Send(sent)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := client.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.RangeResponse.Kvs[0] = nil
+	if list[0] == nil {
+		t.Error("client and server share a list")
+	}
 }
 
 func TestClientLeaseExpires(t *testing.T) {

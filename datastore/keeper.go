@@ -8,39 +8,47 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 )
 
 // keeper keeps the database file from growing without end. Compaction, which the API server does, frees pages
 // inside the file; only rewriting the file gives them back to the file system.
 //
-// It also takes back the alarm that etcd raises at the quota, once there is room again. etcd leaves that, and
-// with it a cluster that refuses all writes, to a human.
+// It also brings a store back that has reached its quota and refuses writes. etcd leaves that to a human, and
+// the API server cannot help: its compactions begin with a write.
 type keeper struct {
 	cfg   DefragConfig
-	quota int64
 	log   *slog.Logger
 	space space
 
 	lastApplied uint64
 	// wantedSince is when rewriting was first wanted, or zero.
 	wantedSince time.Time
+	// emptied is the revision up to which a full store has been compacted and rewritten.
+	emptied int64
 }
 
 // space is what the keeper needs of the server.
 type space interface {
-	// size returns the size of the database file and how much of it is in use.
-	size() (total, inUse int64)
-	// free returns the free space of the volume.
-	free() (int64, error)
-	// applied counts raft entries.
-	applied() uint64
+	usage() (usage, error)
+	// compact drops all history before revision.
+	compact(ctx context.Context, revision int64) error
+	// defragment rewrites the file.
 	defragment(context.Context) error
-	// full reports whether writes are refused because the file has reached its quota.
-	full() bool
 	// clearFull allows writes again.
 	clearFull(context.Context) error
-	quota() int64
+}
+
+// usage is the state of the space at one moment, sizes in bytes.
+type usage struct {
+	total    int64 // of the file
+	inUse    int64 // of that, as of the last commit but one
+	free     int64 // on the volume
+	quota    int64
+	full     bool   // writes are refused because the file has reached its quota
+	applied  uint64 // raft entries so far
+	revision int64
 }
 
 const (
@@ -50,8 +58,8 @@ const (
 	refillLevel = 0.9
 )
 
-func newKeeper(cfg Config, log *slog.Logger, s space) *keeper {
-	return &keeper{cfg: cfg.Defrag, quota: s.quota(), log: log, space: s, lastApplied: s.applied()}
+func newKeeper(cfg DefragConfig, log *slog.Logger, s space) *keeper {
+	return &keeper{cfg: cfg, log: log, space: s}
 }
 
 func (k *keeper) run(ctx context.Context) {
@@ -71,61 +79,75 @@ func (k *keeper) run(ctx context.Context) {
 
 // tick is one look at the space.
 func (k *keeper) tick(ctx context.Context, now time.Time) error {
-	applied := k.space.applied()
-	busy := float64(applied-k.lastApplied) > k.cfg.QuietRate*k.cfg.Interval.Seconds()
-	k.lastApplied = applied
+	u, err := k.space.usage()
+	if err != nil {
+		return err
+	}
+	busy := float64(u.applied-k.lastApplied) > k.cfg.QuietRate*k.cfg.Interval.Seconds()
+	k.lastApplied = u.applied
+	if u.full {
+		return k.empty(ctx, u)
+	}
 
-	full := k.space.full()
-	total, inUse := k.space.size()
-	// At the quota there is nothing to wait for: no write gets through. But only if it can help.
-	urgent := full && float64(inUse) < refillLevel*float64(k.quota)
-	if !urgent && !k.wanted(total, inUse) {
+	if u.total <= k.cfg.MinSize || float64(u.total-u.inUse) <= k.cfg.MaxFree*float64(u.total) {
 		k.wantedSince = time.Time{}
 		return nil
 	}
 	if k.wantedSince.IsZero() {
 		k.wantedSince = now
 	}
-	if !urgent && busy && now.Sub(k.wantedSince) < k.cfg.Patience {
+	if busy && now.Sub(k.wantedSince) < k.cfg.Patience {
 		return nil
 	}
+	k.wantedSince = time.Time{}
+	_, err = k.rewrite(ctx, u)
+	return err
+}
 
-	if !full || float64(total) >= refillLevel*float64(k.quota) {
-		if err := k.rewrite(ctx, inUse); err != nil {
+// empty makes room in a store that is full. There is no quiet moment to wait for, since no write gets through,
+// but deletions do; so it is worth trying whenever the revision has moved. The history that is dropped makes
+// some clients list again.
+func (k *keeper) empty(ctx context.Context, u usage) error {
+	room := refillLevel * float64(u.quota)
+	if float64(u.total) >= room {
+		if u.revision == k.emptied {
+			return nil
+		}
+		if err := k.space.compact(ctx, u.revision); err != nil {
+			return fmt.Errorf("compact: %w", err)
+		}
+		var err error
+		if u, err = k.rewrite(ctx, u); err != nil {
 			return err
 		}
-		total, _ = k.space.size()
-	}
-	k.wantedSince = time.Time{}
-	if full && float64(total) < refillLevel*float64(k.quota) {
-		if err := k.space.clearFull(ctx); err != nil {
-			return fmt.Errorf("allow writes again: %w", err)
+		k.emptied = u.revision
+		if float64(u.total) >= room {
+			k.log.Warn("datastore full, delete something", "bytes", u.total, "quota", u.quota)
+			return nil
 		}
-		k.log.Info("datastore below its quota again, taking writes", "bytes", total, "quota", k.quota)
 	}
+	if err := k.space.clearFull(ctx); err != nil {
+		return fmt.Errorf("allow writes again: %w", err)
+	}
+	k.log.Info("datastore below its quota again, taking writes", "bytes", u.total, "quota", u.quota)
 	return nil
 }
 
-func (k *keeper) wanted(total, inUse int64) bool {
-	return total > k.cfg.MinSize && float64(total-inUse) > k.cfg.MaxFree*float64(total)
-}
-
-func (k *keeper) rewrite(ctx context.Context, inUse int64) error {
-	free, err := k.space.free()
-	if err != nil {
-		return err
+// rewrite rewrites the file and returns the usage after that.
+func (k *keeper) rewrite(ctx context.Context, before usage) (usage, error) {
+	if need := before.inUse + defragSlack; before.free < need {
+		return before, fmt.Errorf("cannot defragment: needs %d bytes, the volume has %d free", need, before.free)
 	}
-	if need := inUse + defragSlack; free < need {
-		return fmt.Errorf("cannot defragment: needs %d bytes, the volume has %d free", need, free)
-	}
-	before, _ := k.space.size()
 	began := time.Now()
 	if err := k.space.defragment(ctx); err != nil {
-		return err
+		return before, err
 	}
-	after, _ := k.space.size()
-	k.log.Info("datastore defragmented", "before", before, "after", after, "took", time.Since(began).Round(time.Millisecond))
-	return nil
+	after, err := k.space.usage()
+	if err != nil {
+		return before, err
+	}
+	k.log.Info("datastore defragmented", "before", before.total, "after", after.total, "took", time.Since(began).Round(time.Millisecond))
+	return after, nil
 }
 
 // serverSpace is the space of a running server.
@@ -135,40 +157,48 @@ type serverSpace struct {
 	dir       string
 }
 
-func (s *serverSpace) size() (total, inUse int64) {
-	backend := s.server.Backend()
-	return backend.Size(), backend.SizeInUse()
-}
-
-func (s *serverSpace) free() (int64, error) {
+func (s *serverSpace) usage() (usage, error) {
 	_, free, err := volume(s.dir)
-	return free, err
+	if err != nil {
+		return usage{}, err
+	}
+	backend := s.server.Backend()
+	return usage{
+		total:    backend.Size(),
+		inUse:    backend.SizeInUse(),
+		free:     free,
+		quota:    s.server.Cfg.QuotaBackendBytes,
+		full:     len(s.alarms()) > 0,
+		applied:  s.server.AppliedIndex(),
+		revision: s.server.KV().Rev(),
+	}, nil
 }
 
-func (s *serverSpace) applied() uint64 { return s.server.AppliedIndex() }
+func (s *serverSpace) alarms() (noSpace []*pb.AlarmMember) {
+	for _, alarm := range s.server.Alarms() {
+		if alarm.Alarm == pb.AlarmType_NOSPACE {
+			noSpace = append(noSpace, alarm)
+		}
+	}
+	return noSpace
+}
 
-func (s *serverSpace) quota() int64 { return s.server.Cfg.QuotaBackendBytes }
+func (s *serverSpace) compact(ctx context.Context, revision int64) error {
+	_, err := kvClient{s.transport}.Compact(ctx, &pb.CompactionRequest{Revision: revision, Physical: true})
+	if errors.Is(err, rpctypes.ErrGRPCCompacted) {
+		return nil
+	}
+	return err
+}
 
 func (s *serverSpace) defragment(ctx context.Context) error {
 	_, err := maintenanceClient{s.transport}.Defragment(ctx, &pb.DefragmentRequest{})
 	return err
 }
 
-func (s *serverSpace) full() bool {
-	for _, alarm := range s.server.Alarms() {
-		if alarm.Alarm == pb.AlarmType_NOSPACE {
-			return true
-		}
-	}
-	return false
-}
-
 func (s *serverSpace) clearFull(ctx context.Context) error {
 	var errs []error
-	for _, alarm := range s.server.Alarms() {
-		if alarm.Alarm != pb.AlarmType_NOSPACE {
-			continue
-		}
+	for _, alarm := range s.alarms() {
 		_, err := maintenanceClient{s.transport}.Alarm(ctx, &pb.AlarmRequest{
 			Action: pb.AlarmRequest_DEACTIVATE, MemberID: alarm.MemberID, Alarm: alarm.Alarm,
 		})

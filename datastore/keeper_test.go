@@ -16,60 +16,66 @@ import (
 const mib = int64(1 << 20)
 
 type fakeSpace struct {
-	total, inUse, freeBytes, limit int64
-	entries                        uint64
-	isFull                         bool
-	rewrites, cleared              int
+	now               usage
+	live              int64 // what remains in use after a compaction
+	rewrites, cleared int
 }
 
-func (s *fakeSpace) size() (int64, int64) { return s.total, s.inUse }
-func (s *fakeSpace) free() (int64, error) { return s.freeBytes, nil }
-func (s *fakeSpace) applied() uint64      { return s.entries }
-func (s *fakeSpace) full() bool           { return s.isFull }
-func (s *fakeSpace) quota() int64         { return s.limit }
-func (s *fakeSpace) defragment(context.Context) error {
-	s.rewrites++
-	s.total = s.inUse
+func (s *fakeSpace) usage() (usage, error) { return s.now, nil }
+
+func (s *fakeSpace) compact(_ context.Context, revision int64) error {
+	s.now.inUse = s.live
 	return nil
 }
+
+func (s *fakeSpace) defragment(context.Context) error {
+	s.rewrites++
+	s.now.total = s.now.inUse
+	return nil
+}
+
 func (s *fakeSpace) clearFull(context.Context) error {
 	s.cleared++
-	s.isFull = false
+	s.now.full = false
 	return nil
 }
 
 func TestKeeper(t *testing.T) {
-	plenty := fakeSpace{freeBytes: 1000 * mib, limit: 1000 * mib}
 	for _, tc := range []struct {
 		name string
-		// busy is how many entries are applied in each interval of a minute.
-		busy              uint64
-		space             fakeSpace
+		// busy is how many entries are applied in each interval of a minute, deletions how the revision moves.
+		busy      uint64
+		deletions int64
+		// The volume has 1000 MiB free and the quota is 1000 MiB unless it says otherwise.
+		space             usage
+		live              int64
 		ticks             int
 		rewrites, cleared int
 		wantErr           string
 	}{
-		{name: "half empty and large", space: fakeSpace{total: 100 * mib, inUse: 49 * mib}, ticks: 5, rewrites: 1},
-		{name: "half full", space: fakeSpace{total: 100 * mib, inUse: 51 * mib}, ticks: 5},
-		{name: "small", space: fakeSpace{total: 60 * mib, inUse: 1 * mib}, ticks: 5},
-		{name: "quiet enough", busy: 120, space: fakeSpace{total: 100 * mib, inUse: 10 * mib}, ticks: 1, rewrites: 1},
-		{name: "busy", busy: 121, space: fakeSpace{total: 100 * mib, inUse: 10 * mib}, ticks: 60},
-		{name: "busy for too long", busy: 121, space: fakeSpace{total: 100 * mib, inUse: 10 * mib}, ticks: 62, rewrites: 1},
-		{name: "no room for the copy", space: fakeSpace{total: 100 * mib, inUse: 49 * mib, freeBytes: 60 * mib}, ticks: 1, wantErr: "needs"},
-		{name: "at the quota, with free pages", busy: 1000, space: fakeSpace{total: 1000 * mib, inUse: 600 * mib, isFull: true}, ticks: 3, rewrites: 1, cleared: 1},
-		{name: "at the quota, full of data", space: fakeSpace{total: 1000 * mib, inUse: 950 * mib, isFull: true}, ticks: 3},
-		{name: "alarm left from before", space: fakeSpace{total: 500 * mib, inUse: 400 * mib, isFull: true}, ticks: 3, cleared: 1},
+		{name: "half empty and large", space: usage{total: 100 * mib, inUse: 49 * mib}, ticks: 5, rewrites: 1},
+		{name: "half full", space: usage{total: 100 * mib, inUse: 51 * mib}, ticks: 5},
+		{name: "small", space: usage{total: 60 * mib, inUse: 1 * mib}, ticks: 5},
+		{name: "quiet enough", busy: 120, space: usage{total: 100 * mib, inUse: 10 * mib}, ticks: 1, rewrites: 1},
+		{name: "busy", busy: 121, space: usage{total: 100 * mib, inUse: 10 * mib}, ticks: 60},
+		{name: "busy for too long", busy: 121, space: usage{total: 100 * mib, inUse: 10 * mib}, ticks: 62, rewrites: 1},
+		{name: "no room for the copy", space: usage{total: 100 * mib, inUse: 49 * mib, free: 60 * mib}, ticks: 1, wantErr: "needs"},
+		{name: "full of history", busy: 1000, space: usage{total: 1000 * mib, inUse: 900 * mib, full: true}, live: 600 * mib, ticks: 3, rewrites: 1, cleared: 1},
+		{name: "full of data", space: usage{total: 1000 * mib, inUse: 950 * mib, full: true}, live: 950 * mib, ticks: 3, rewrites: 1},
+		{name: "full of data, being deleted", deletions: 1, space: usage{total: 1000 * mib, inUse: 950 * mib, full: true}, live: 950 * mib, ticks: 3, rewrites: 3},
+		{name: "full no more", space: usage{total: 500 * mib, inUse: 400 * mib, full: true}, ticks: 3, cleared: 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			space := tc.space
-			space.limit = plenty.limit
-			if space.freeBytes == 0 {
-				space.freeBytes = plenty.freeBytes
+			space := fakeSpace{now: tc.space, live: tc.live}
+			space.now.quota, space.now.revision = 1000*mib, 1
+			if space.now.free == 0 {
+				space.now.free = 1000 * mib
 			}
-			k := newKeeper(DefaultConfig(), testLog(t), &space)
+			k := newKeeper(DefaultConfig().Defrag, testLog(t), &space)
 			now := time.Now()
 			for range tc.ticks {
-				space.entries += tc.busy
+				space.now.applied += tc.busy
+				space.now.revision += tc.deletions
 				now = now.Add(time.Minute)
 				err := k.tick(t.Context(), now)
 				switch {
@@ -90,6 +96,7 @@ func TestStoreDefragmentsByItself(t *testing.T) {
 	cfg.BatchInterval = 10 * time.Millisecond
 	cfg.Defrag.Interval = 50 * time.Millisecond
 	cfg.Defrag.MinSize = 1 << 20
+	cfg.Defrag.QuietRate = 1e6 // the test writes while it waits
 	s, _ := start(t, cfg)
 	c := newClient(t, s)
 	fill(t, c, "/a/", 300, string(bytes.Repeat([]byte("x"), 20_000)))
@@ -103,7 +110,12 @@ func TestStoreDefragmentsByItself(t *testing.T) {
 	if before < 4*mib {
 		t.Fatalf("the test's file has only %d bytes", before)
 	}
-	if !within(10*time.Second, func() bool { return dbSize(t, s) < 1*mib }) {
+	shrunk := func() bool {
+		// What one commit frees, bbolt counts as free from the next.
+		fill(t, c, "/b/", 1, "keep")
+		return dbSize(t, s) < 1*mib
+	}
+	if !within(10*time.Second, shrunk) {
 		t.Fatalf("the file still has %d of %d bytes", dbSize(t, s), before)
 	}
 	if got, err := c.KV.Get(t.Context(), "/b/", clientv3.WithPrefix()); err != nil || len(got.Kvs) != 3 {
@@ -121,12 +133,8 @@ func TestStoreRecoversFromQuota(t *testing.T) {
 	c := newClient(t, s)
 	value := string(bytes.Repeat([]byte("x"), 100_000))
 	var err error
-	var last int64
 	for i := 0; err == nil; i++ {
-		var resp *clientv3.PutResponse
-		if resp, err = c.Put(t.Context(), fmt.Sprintf("/a/%d", i), value); err == nil {
-			last = resp.Header.Revision
-		}
+		_, err = c.Put(t.Context(), fmt.Sprintf("/a/%d", i), value)
 	}
 	if !errors.Is(err, rpctypes.ErrNoSpace) {
 		t.Fatalf("writing ended with %v", err)
@@ -135,11 +143,10 @@ func TestStoreRecoversFromQuota(t *testing.T) {
 		t.Errorf("Check: %v, want ErrNoSpace", err)
 	}
 
-	// Deletes are allowed at the quota, and the API server compacts.
+	// Deletions are allowed at the quota.
 	if _, err := c.Delete(t.Context(), "/a/", clientv3.WithPrefix()); err != nil {
 		t.Fatal(err)
 	}
-	compact(t, s, last+1)
 	if !within(10*time.Second, func() bool { return s.Check(t.Context()) == nil }) {
 		t.Fatalf("still not taking writes: %v", s.Check(t.Context()))
 	}

@@ -3,6 +3,7 @@ package datastore
 import (
 	"context"
 	"crypto/rand"
+	"expvar"
 	"fmt"
 	"net/url"
 	"sync"
@@ -83,12 +84,8 @@ func newServer(c Config, quota int64, log *zap.Logger) (*etcdserver.EtcdServer, 
 	return server, nil
 }
 
-const (
-	// campaignInterval is how often campaign looks whether it is time.
-	campaignInterval = 2 * time.Millisecond
-	// campaignPatience is after how many looks it tries all the same.
-	campaignPatience = 25
-)
+// campaignInterval is how often campaign looks whether it is time.
+const campaignInterval = 2 * time.Millisecond
 
 // campaign makes the only member of a cluster stand for election as soon as it can, and returns when there is
 // a leader or ctx has ended.
@@ -101,7 +98,7 @@ const (
 func campaign(ctx context.Context, server *etcdserver.EtcdServer) {
 	ticker := time.NewTicker(campaignInterval)
 	defer ticker.Stop()
-	for looks := 0; ; looks++ {
+	for {
 		select {
 		case <-ctx.Done():
 			return
@@ -114,12 +111,26 @@ func campaign(ctx context.Context, server *etcdserver.EtcdServer) {
 		if members := server.Cluster().Members(); len(members) != 1 || uint64(members[0].ID) != self {
 			continue // not known yet, or not alone
 		}
-		// Raft refuses, and says so, while what it knows to be committed is not applied.
-		applied := server.AppliedIndex()
-		if looks < campaignPatience && (applied == 0 || applied < server.CommittedIndex()) {
+		if !applied(self) {
 			continue
 		}
 		// An error means that the server stops.
 		_ = server.Process(ctx, &raftpb.Message{Type: raftpb.MsgTimeoutNow.Enum(), From: &self, To: &self})
 	}
+}
+
+// applied reports whether raft knows that everything committed is applied. Until then it must not be told to
+// stand for election: it would look through its log for changes of membership, of which etcd may have dropped
+// the beginning, and panic. Once it is so it stays so, because without a leader nothing is committed.
+//
+// It is raft's own view that counts, which lags behind etcd's, and etcd publishes it as a debug variable only:
+// that of the last member started in this process. Members of other stores of the process, if there are any,
+// wait for the election timeout.
+func applied(self uint64) bool {
+	published, ok := expvar.Get("raft.status").(expvar.Func)
+	if !ok {
+		return false
+	}
+	status, ok := published.Value().(raft.Status)
+	return ok && status.ID == self && status.Applied == status.HardState.GetCommit()
 }

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/raft/v3"
 	"go.uber.org/zap"
@@ -153,7 +154,7 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
-		newKeeper(s.cfg, s.log, &serverSpace{server: server, transport: t, dir: s.cfg.Dir}).run(keeperCtx)
+		newKeeper(s.cfg.Defrag, s.log, &serverSpace{server: server, transport: t, dir: s.cfg.Dir}).run(keeperCtx)
 	}()
 
 	var err error
@@ -202,16 +203,14 @@ func (s *Store) close(server *etcdserver.EtcdServer, g *gate) error {
 
 // Check reports whether the store answers reads that see every acknowledged write, and takes writes.
 func (s *Store) Check(ctx context.Context) error {
-	c, err := s.NewClient()
-	if err != nil {
-		return err
+	t := s.transport.Load()
+	if t == nil {
+		return ErrNotServing
 	}
-	defer c.Close()
-
-	if _, err := c.KV.Get(ctx, checkKey); err != nil {
+	if _, err := (kvClient{t}).Range(ctx, &pb.RangeRequest{Key: []byte(checkKey)}); err != nil {
 		return fmt.Errorf("read: %w", err)
 	}
-	alarms, err := c.AlarmList(ctx)
+	alarms, err := maintenanceClient{t}.Alarm(ctx, &pb.AlarmRequest{Action: pb.AlarmRequest_GET})
 	if err != nil {
 		return fmt.Errorf("list alarms: %w", err)
 	}

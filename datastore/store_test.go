@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"go.etcd.io/bbolt"
 	"go.etcd.io/etcd/client/v3/kubernetes"
@@ -142,5 +143,19 @@ func TestStoreRemovesLeftovers(t *testing.T) {
 	start(t, cfg)
 	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s is still there: %v", left, err)
+	}
+}
+
+// A lone member has nobody to hear from, and does not wait for an election timeout.
+func TestStoreDoesNotWaitForElection(t *testing.T) {
+	cfg := testConfig(t.TempDir())
+	cfg.Tick, cfg.Election = time.Second, 50*time.Second
+	for range 2 { // new, and again
+		began := time.Now()
+		_, stop := start(t, cfg)
+		if took := time.Since(began); took > cfg.Election/5 {
+			t.Errorf("ready after %v", took)
+		}
+		stop()
 	}
 }

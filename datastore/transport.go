@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -109,8 +110,19 @@ func (c kvClient) Compact(ctx context.Context, in *pb.CompactionRequest, _ ...gr
 
 func (c kvClient) RangeStream(ctx context.Context, in *pb.RangeRequest, _ ...grpc.CallOption) (pb.KV_RangeStreamClient, error) {
 	return openStream(c.gate, ctx, c.guard, func(s *serverStream[pb.RangeRequest, pb.RangeStreamResponse]) error {
-		return c.kv.RangeStream(in, s)
+		return c.kv.RangeStream(in, rangeStream{s})
 	})
+}
+
+// rangeStream gives every chunk a list of its own. etcd measures the list again after it was sent, while the API
+// server, to free memory early, already clears the elements that it has read.
+type rangeStream struct {
+	*serverStream[pb.RangeRequest, pb.RangeStreamResponse]
+}
+
+func (s rangeStream) Send(m *pb.RangeStreamResponse) error {
+	m.RangeResponse.Kvs = slices.Clone(m.RangeResponse.Kvs)
+	return s.serverStream.Send(m)
 }
 
 type leaseClient struct{ *transport }

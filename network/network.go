@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/network/cni"
 	"kedge/network/ipam"
@@ -64,11 +68,16 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	if slices.Equal(n.podCIDRs, ranges) {
 		return nil
 	}
+	before := n.podCIDRs
 	n.podCIDRs = slices.Clone(ranges)
 	if n.plugin == nil {
 		return nil // Run begins with them
 	}
-	return n.configure()
+	if err := n.configure(); err != nil {
+		n.podCIDRs = before // so that the same call may be tried again
+		return err
+	}
+	return nil
 }
 
 // Run sets the node up and answers CNI requests until ctx is cancelled. It is
@@ -237,7 +246,19 @@ func Cleanup(cfg Config) error {
 		cni.RemovePlugin(cfg.BinDir()),
 		os.RemoveAll(cfg.ledgerDir()),
 		removeSocket(cfg.socket()),
+		removeEmpty(cfg.BinDir(), cfg.ConfDir(), filepath.Dir(cfg.BinDir()), filepath.Dir(cfg.ledgerDir())),
 	)
+}
+
+// removeEmpty removes directories unless somebody else has files in them.
+func removeEmpty(dirs ...string) error {
+	for _, dir := range dirs {
+		err := os.Remove(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+			return fmt.Errorf("remove directory: %w", err)
+		}
+	}
+	return nil
 }
 
 func removeSocket(path string) error {

@@ -2,13 +2,15 @@ package network
 
 import (
 	"errors"
+	"net"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
-func listTables(t *testing.T) []string {
+func listTables(t testing.TB) []string {
 	t.Helper()
 	conn, err := nftables.New()
 	if err != nil {
@@ -83,5 +85,43 @@ func TestHostPorts(t *testing.T) {
 	}
 	if _, err := w.ask(w.outside.Do, "tcp", "192.0.2.1:8000"); err == nil {
 		t.Error("host port answers after its pod is gone")
+	}
+}
+
+// TestDatagramsFollowTheirHostPort: a client that never stops sending from one
+// port keeps its tracked flow alive, and must still reach the pod of the moment.
+func TestDatagramsFollowTheirHostPort(t *testing.T) {
+	w := newWorld(t, podsV4)
+	var client net.Conn
+	w.must(w.outside.Do(func() (err error) {
+		client, err = net.Dial("udp4", "192.0.2.1:8053")
+		return err
+	}))
+	defer client.Close()
+	answered := func(patience time.Duration) bool {
+		for end := time.Now().Add(patience); time.Now().Before(end); {
+			client.Write([]byte("?")) // refused while there is no pod
+			client.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if _, err := client.Read(make([]byte, 64)); err == nil {
+				return true
+			}
+		}
+		return false
+	}
+	if answered(100 * time.Millisecond) {
+		t.Fatal("somebody answers before there is a pod")
+	}
+	for range 2 {
+		p := w.pod(port{8053, 53, "UDP", ""})
+		w.serve(p.ns.Do, "udp", at(p.addrs[0], 53))
+		if !answered(5 * time.Second) {
+			t.Fatal("the pod is not reached")
+		}
+		if _, err := p.call("DEL"); err != nil {
+			t.Fatal(err)
+		}
+		if answered(100 * time.Millisecond) {
+			t.Error("a pod that is gone answers")
+		}
 	}
 }

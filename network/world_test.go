@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -27,7 +28,7 @@ import (
 // world is a node (the test program's own namespace) joined by a cable to a
 // host that stands for the outside, and the pods that the node's network serves.
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	cfg     Config
 	network *Network
 	outside *netns.NS
@@ -48,7 +49,7 @@ func dualStack() []netip.Prefix { return []netip.Prefix{podsV4, podsV6} }
 
 // newWorld starts a network with the given ranges. Everything is removed after
 // the test, and the test fails if the network's own cleaning leaves something.
-func newWorld(t *testing.T, ranges ...netip.Prefix) *world {
+func newWorld(t testing.TB, ranges ...netip.Prefix) *world {
 	t.Helper()
 	testhost.RequireIsolation(t)
 	dir, err := os.MkdirTemp("", "kedge-net") // short: holds a socket
@@ -156,6 +157,12 @@ func (w *world) noLeftovers() {
 			w.t.Errorf("interface left over: %s", l.Attrs().Name)
 		}
 	}
+	filepath.WalkDir(filepath.Dir(w.cfg.DataDir), func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && path != filepath.Dir(w.cfg.DataDir) && path != w.cfg.DataDir && path != w.cfg.RunDir {
+			w.t.Errorf("file left over: %s", path)
+		}
+		return nil
+	})
 	if tables := listTables(w.t); len(tables) > 0 {
 		w.t.Errorf("nftables tables left over: %v", tables)
 	}

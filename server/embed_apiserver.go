@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 	"k8s.io/apiserver/pkg/authentication/request/union"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	openapicommon "k8s.io/kube-openapi/pkg/common"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
 
@@ -212,27 +214,27 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
+	// Three copies of every type's schema; the documents that need them are
+	// built, and a later user would make them again from the code.
+	for _, g := range []*openapicommon.OpenAPIV3Config{
+		config.KubeAPIs.ControlPlane.Generic.OpenAPIV3Config,
+		config.ApiExtensions.GenericConfig.OpenAPIV3Config,
+		config.Aggregator.GenericConfig.OpenAPIV3Config,
+	} {
+		if g != nil {
+			g.Definitions = nil
+		}
+	}
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
 }
 
 // waitReady returns nil when /readyz answers ok, or why it never will.
 func (s *APIServer) waitReady(ctx context.Context, done <-chan error) error {
-	client, err := rest.HTTPClientFor(s.loopback.Admin())
-	if err != nil {
-		return err
-	}
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kedge.internal/readyz", nil)
-		if err != nil {
-			return err
-		}
-		if resp, err := client.Do(req); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
-			}
+		if s.Check(ctx) == nil {
+			return nil
 		}
 		select {
 		case err := <-done:
@@ -261,9 +263,14 @@ func (s *APIServer) Check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	resp.Body.Close()
+	defer resp.Body.Close()
+	// All of it, or the server notes a client that hung up.
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("/readyz answers %s", resp.Status)
+		return fmt.Errorf("/readyz answers %s: %s", resp.Status, strings.ReplaceAll(strings.TrimSpace(string(body)), "\n", ", "))
 	}
 	return nil
 }

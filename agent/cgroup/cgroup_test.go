@@ -46,3 +46,11 @@ func TestEnsureAndRemove(t *testing.T) {
 		}
 	}
 }
+
+func TestSliceIsNamedAsTheKubeletNamesIt(t *testing.T) {
+	for root, want := range map[string]string{"/kedge-n1": "kedge_n1.slice", "/kedge-edge-1.site": "kedge_edge_1.site.slice"} {
+		if got := Slice(root); got != want {
+			t.Errorf("%s: %s, want %s", root, got, want)
+		}
+	}
+}

@@ -30,6 +30,7 @@ var floors = map[string]struct {
 	"network":   {[]string{"network", "internal"}, "a craft knows no other craft"},
 	"dns":       {[]string{"dns", "internal"}, "a craft knows no other craft"},
 	"internal":  {[]string{"internal"}, "the cellar carries the house and rests on nothing of it"},
+	"launcher":  {[]string{"network", "internal"}, "the launcher must stay small: of the crafts it knows the plug-in's client only"},
 	"scripts":   {[]string{"scripts", "internal"}, "scripts use the executable from outside"},
 }
 

@@ -97,7 +97,13 @@ func (q *quieter) Enabled(ctx context.Context, l slog.Level) bool {
 }
 
 func (q *quieter) Handle(ctx context.Context, r slog.Record) error {
-	out := slog.NewRecord(r.Time, lower(r.Level), strings.TrimSpace(r.Message), r.PC)
+	message, level := strings.TrimSpace(r.Message), lower(r.Level)
+	if r.Level >= slog.LevelWarn && isBenign(message) {
+		if level = slog.LevelDebug; !q.next.Enabled(ctx, level) {
+			return nil
+		}
+	}
+	out := slog.NewRecord(r.Time, level, message, r.PC)
 	if !q.named {
 		out.AddAttrs(slog.String(Component, q.component))
 	}

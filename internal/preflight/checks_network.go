@@ -54,7 +54,7 @@ func checkNftables(_ context.Context, _ Config, p probes) []finding {
 
 func checkConntrack(_ context.Context, _ Config, p probes) []finding {
 	if err := p.tryConntrack(); err != nil {
-		return fail(fmt.Sprintf("tracked connections cannot be listed: %v", err), "use a kernel with CONFIG_NF_CONNTRACK and CONFIG_NF_CT_NETLINK, or load the module nf_conntrack_netlink")
+		return fail(fmt.Sprintf("connections cannot be tracked: %v", err), "use a kernel with CONFIG_NF_CONNTRACK and CONFIG_NF_CT_NETLINK, or load the module nf_conntrack_netlink")
 	}
 	return fine("connection tracking")
 }

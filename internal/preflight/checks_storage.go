@@ -98,7 +98,7 @@ func checkDiskSpace(_ context.Context, c Config, p probes) []finding {
 }
 
 const (
-	leastMemory  = 160 * mebi
+	leastMemory  = 128 * mebi
 	enoughMemory = 512 * mebi
 )
 

@@ -180,7 +180,7 @@ func TestFindings(t *testing.T) {
 		{"disk small", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.free = gibi })) }, "disk-space", Warning, "1.0 GiB"},
 		{"disk nearly full", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.free = 14 * gibi })) }, "disk-space", Warning, "evicted"},
 		{"few inodes", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.avail = 10 })) }, "disk-space", Warning, "inodes"},
-		{"little memory", func(_ *Config, p *probes) { p.file("/proc/meminfo", "MemTotal: 131072 kB\n") }, "memory", Error, "128 MiB"},
+		{"little memory", func(_ *Config, p *probes) { p.file("/proc/meminfo", "MemTotal: 98304 kB\n") }, "memory", Error, "only 96 MiB"},
 		{"container's memory limit", func(_ *Config, p *probes) { p.file("/sys/fs/cgroup/memory.max", "268435456\n") }, "memory", Warning, "this container has only 256 MiB"},
 		{"swap", func(_ *Config, p *probes) { p.file("/proc/swaps", "Filename\n/dev/sda2 partition 1 0 -2\n") }, "swap", OK, "swap is on"},
 		{"few open files", func(_ *Config, p *probes) { p.openFileLimit = func() (uint64, error) { return 1024, nil } }, "open-files", Error, "LimitNOFILE"},
@@ -379,4 +379,12 @@ func listenSomewhere() (busyPort, error) {
 		return busyPort{}, err
 	}
 	return busyPort{l, l.Addr().(*net.TCPAddr).Port}, nil
+}
+
+func BenchmarkRun(b *testing.B) {
+	testhost.RequireIsolation(b)
+	c := Config{DataDir: b.TempDir(), RunDir: b.TempDir(), VXLAN: true}
+	for b.Loop() {
+		Run(b.Context(), c)
+	}
 }

@@ -26,7 +26,7 @@ type probes struct {
 	tryOverlay    func(dir string) error              // an overlay with its layers in dir can be mounted
 	tryLink       func(kind string) error             // an interface of this kind can be made
 	tryNft        func(feature nftFeature) error      // rules that use a feature are accepted
-	tryConntrack  func() error                        // tracked connections can be listed
+	tryConntrack  func() error                        // connections are tracked
 	dropsForwards func() ([]string, error)            // chains that drop forwarded packets unless told otherwise
 	defaultRoute  func() (bool, error)                // there is one, of either family
 	listen        func(network, address string) error // the port is free

@@ -5,14 +5,19 @@ import (
 	"net"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"kedge/internal/netns"
 )
+
+// trialTimeout bounds the waiting for an answer of the kernel that never comes.
+const trialTimeout = 2 * time.Second
 
 // inEmptyNetwork runs fn on a thread in a network namespace that has nothing
 // in it and that ends with the trial.
@@ -115,9 +120,23 @@ func tryNft(f nftFeature) error {
 	})
 }
 
+// tryConntrack asks the subsystem for its statistics: a list of connections
+// would need a walk through a table that may be large.
 func tryConntrack() error {
+	const getStatistics = unix.NFNL_SUBSYS_CTNETLINK<<8 | 4 // IPCTNL_MSG_CT_GET_STATS_CPU
 	return inEmptyNetwork(func() error {
-		_, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		conn, err := mdnetlink.Dial(unix.NETLINK_NETFILTER, nil)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(trialTimeout)); err != nil {
+			return err
+		}
+		_, err = conn.Execute(mdnetlink.Message{
+			Header: mdnetlink.Header{Type: getStatistics, Flags: mdnetlink.Request | mdnetlink.Dump},
+			Data:   []byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0},
+		})
 		return err
 	})
 }

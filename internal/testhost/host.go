@@ -181,6 +181,29 @@ func (h *Host) Cut() error { return h.plug(false) }
 // Restore undoes Cut.
 func (h *Host) Restore() error { return h.plug(true) }
 
+// Drop makes the host throw away what it sends to a range, which must be smaller
+// than that of its link, such as one address: packets go in one
+// direction only, as when half of a link is broken. The other direction, and
+// both between all other hosts, go on.
+func (h *Host) Drop(dst netip.Prefix) error {
+	if err := h.nl.RouteReplace(blackhole(dst)); err != nil {
+		return fmt.Errorf("drop packets to %s: %w", dst, err)
+	}
+	return nil
+}
+
+// Undrop undoes Drop.
+func (h *Host) Undrop(dst netip.Prefix) error {
+	if err := h.nl.RouteDel(blackhole(dst)); err != nil {
+		return fmt.Errorf("let packets to %s pass: %w", dst, err)
+	}
+	return nil
+}
+
+func blackhole(dst netip.Prefix) *netlink.Route {
+	return &netlink.Route{Dst: ipNet(dst.Masked()), Type: unix.RTN_BLACKHOLE}
+}
+
 func (h *Host) plug(in bool) error {
 	cable, err := h.lan.nl.LinkByName(h.cable)
 	if err != nil {

@@ -194,7 +194,7 @@ func (f faultyFile) Truncate(size int64) error {
 // TestModel runs random operations with crashes and failing writes in between,
 // and compares with a model that knows what was acknowledged.
 func TestModel(t *testing.T) {
-	seeds := 60
+	seeds := 25
 	if testing.Short() {
 		seeds = 10
 	}

@@ -1,0 +1,126 @@
+// Package footprint keeps the process small: it tunes the garbage collector for a
+// fast start and then for a long quiet life, and gives back the pages of the
+// executable that only the start needed.
+//
+// It is not for limits on containers. Only package main imports it; its settings
+// are of the whole process. docs/performance.md says what each of them gives.
+package footprint
+
+import (
+	"bufio"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// bootGC collects more often than Go's default during the start: garbage
+	// that is collected late leaves holes between what stays, for good.
+	bootGC = 50
+	// settledGC trades a little processor time, of which an idle node has
+	// plenty, for memory, of which a small machine does not.
+	settledGC = 30
+	// limitShare is the part of the control group's memory limit from which on
+	// the collector works harder. The rest is for pages of the executable, which
+	// the kernel can drop, and for what is not on Go's heap.
+	limitShare = 0.7
+)
+
+// Boot prepares for the start. Users' GOGC and GOMEMLIMIT win.
+func Boot() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(bootGC)
+	}
+	if limit, ok := cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup"); ok && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(int64(float64(limit) * limitShare))
+	}
+}
+
+// Settle is called when the start is over. It takes some ten milliseconds of
+// processor time.
+func Settle() error {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(settledGC)
+	}
+	debug.FreeOSMemory()
+	return dropExecutablePages()
+}
+
+// dropExecutablePages forgets the mapping of every clean page of the executable.
+// The kernel keeps their contents in its cache as long as it likes, and maps those
+// that are used again; what only initialisation used stops counting as ours.
+func dropExecutablePages() error {
+	self, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	f, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		begin, end, ok := readOnlyMapping(s.Text(), self)
+		if !ok {
+			continue
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, unix.MADV_DONTNEED); errno != 0 {
+			return fmt.Errorf("drop pages of the executable: %w", errno)
+		}
+	}
+	return nil
+}
+
+// readOnlyMapping parses a line of /proc/self/maps and reports whether it is of
+// file and cannot have been written to.
+func readOnlyMapping(line, file string) (begin, end uintptr, ok bool) {
+	fields := strings.Fields(line)
+	if len(fields) < 6 || fields[5] != file || fields[1] != "r-xp" && fields[1] != "r--p" {
+		return 0, 0, false
+	}
+	from, to, _ := strings.Cut(fields[0], "-")
+	b, err1 := strconv.ParseUint(from, 16, 64)
+	e, err2 := strconv.ParseUint(to, 16, 64)
+	return uintptr(b), uintptr(e), err1 == nil && err2 == nil && e > b
+}
+
+// cgroupLimit is the smallest memory limit of the process's control group and its
+// parents, in bytes; v1 and v2.
+func cgroupLimit(self, root string) (int64, bool) {
+	data, err := os.ReadFile(self)
+	if err != nil {
+		return 0, false
+	}
+	smallest := int64(math.MaxInt64)
+	for line := range strings.Lines(string(data)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) != 3 {
+			continue
+		}
+		base, file := root, "memory.max"
+		switch {
+		case parts[1] == "memory":
+			base, file = filepath.Join(root, "memory"), "memory.limit_in_bytes"
+		case parts[1] != "":
+			continue
+		}
+		for dir := filepath.Clean("/" + parts[2]); ; dir = filepath.Dir(dir) {
+			if v, err := os.ReadFile(filepath.Join(base, dir, file)); err == nil {
+				// "max" does not parse; v1 has a number near 2^63 for it.
+				if n, err := strconv.ParseInt(strings.TrimSpace(string(v)), 10, 64); err == nil && n > 0 {
+					smallest = min(smallest, n)
+				}
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return smallest, smallest < 1<<60
+}

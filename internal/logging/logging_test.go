@@ -1,0 +1,65 @@
+package logging
+
+import (
+	"bytes"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/sirupsen/logrus"
+	"k8s.io/klog/v2"
+)
+
+// All three loggers are global, so one test goes through them.
+func TestEmbeddedLoggersEndHere(t *testing.T) {
+	var out bytes.Buffer
+	Setup(New(&out, Config{Level: slog.LevelInfo}))
+	t.Cleanup(func() {
+		klog.ClearLogger()
+		logrus.StandardLogger().ReplaceHooks(logrus.LevelHooks{})
+	})
+	klog.InfoS("chatter")
+	klog.ErrorS(errors.New("why"), "klog trouble", "key", "v")
+	logrus.WithField("id", 7).WithError(errors.New("why")).Info("more chatter")
+	logrus.WithField("id", 7).WithError(errors.New("why")).Warn("logrus trouble")
+	slog.Info("ours", Component, "x")
+	klog.ErrorS(nil, "Skipping pod synchronization")
+	Settled()
+	klog.ErrorS(nil, "Skipping pod synchronization")
+	klog.Flush()
+
+	var got []string
+	for line := range strings.Lines(out.String()) {
+		_, rest, _ := strings.Cut(strings.TrimSpace(line), " ") // the time
+		got = append(got, rest)
+	}
+	want := []string{
+		`level=ERROR msg="klog trouble" component=kubernetes err=why key=v`,
+		`level=WARN msg="logrus trouble" component=containerd`,
+		`level=INFO msg=ours component=x`,
+		`level=ERROR msg="Skipping pod synchronization" component=kubernetes`,
+	}
+	if len(got) != len(want) {
+		t.Fatalf("%d lines, want %d:\n%s", len(got), len(want), out.String())
+	}
+	for i := range want {
+		if !strings.HasPrefix(got[i], want[i]) {
+			t.Errorf("line %d is %s\nwant %s", i, got[i], want[i])
+		}
+	}
+	if !strings.Contains(got[1], "id=7") || !strings.Contains(got[1], "error=why") {
+		t.Errorf("fields are missing: %s", got[1])
+	}
+}
+
+func TestParseLevel(t *testing.T) {
+	for in, want := range map[string]slog.Level{"": slog.LevelInfo, "DEBUG": slog.LevelDebug, "warning": slog.LevelWarn, "trace": LevelTrace} {
+		if got, err := ParseLevel(in); err != nil || got != want {
+			t.Errorf("%q: %v, %v", in, got, err)
+		}
+	}
+	if _, err := ParseLevel("loud"); err == nil {
+		t.Error("a level that does not exist was accepted")
+	}
+}

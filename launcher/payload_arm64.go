@@ -1,0 +1,8 @@
+package main
+
+import "embed"
+
+//go:embed payload/arm64
+var payloadFS embed.FS
+
+const payloadDir = "payload/arm64"

@@ -1,0 +1,68 @@
+#!/bin/sh
+# Boots a cluster on this machine with the executable just built, runs an
+# application on it and asks it for an answer. Called by `make run`.
+#
+# The cluster is a real one with the default settings (/var/lib/kedge, port 6443);
+# it goes on running. `scripts/run.sh stop` ends it and its containers.
+set -eu
+cd "$(dirname "$0")/.."
+kedge=$PWD/bin/kedge
+log=$PWD/build/run.log
+
+step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+if [ "$(id -u)" != 0 ]; then
+	exec sudo "$0" "$@"
+fi
+
+if [ "${1:-}" = stop ]; then
+	if [ -s build/run.pid ] && kill -TERM "$(cat build/run.pid)" 2>/dev/null; then
+		while kill -0 "$(cat build/run.pid)" 2>/dev/null; do sleep 0.1; done
+	fi
+	rm -f build/run.pid
+	exec "$kedge" killall
+fi
+
+if "$kedge" status >/dev/null 2>&1; then
+	step "A kedge runs already; using it."
+else
+	step "\$ kedge server   (log: build/run.log)"
+	mkdir -p build
+	setsid "$kedge" server >"$log" 2>&1 </dev/null &
+	echo $! >build/run.pid
+	n=0
+	until "$kedge" status >/dev/null 2>&1; do
+		n=$((n + 1))
+		if ! kill -0 "$(cat build/run.pid)" 2>/dev/null || [ $n -gt 300 ]; then
+			cat "$log" >&2
+			exit 1
+		fi
+		sleep 0.2
+	done
+fi
+"$kedge" status
+
+step "\$ kedge kubectl get nodes -o wide"
+"$kedge" kubectl get nodes -o wide
+
+step "\$ kedge images import build/hello.tar"
+CGO_ENABLED=0 go run ./scripts/demo build/e2e/probe build/hello.tar
+"$kedge" images import build/hello.tar
+
+step "\$ kedge kubectl apply -f scripts/demo/hello.yaml"
+"$kedge" kubectl apply -f scripts/demo/hello.yaml
+"$kedge" kubectl rollout status deployment/hello --timeout=60s
+"$kedge" kubectl get pods -o wide
+
+step "Asking the application, through the API:"
+pod=$("$kedge" kubectl get pods -l app=hello -o 'jsonpath={.items[0].metadata.name}')
+"$kedge" kubectl get --raw "/api/v1/namespaces/default/pods/$pod:8080/proxy/"
+
+cat <<EOF
+
+The cluster goes on running. Try
+  sudo $kedge kubectl get pods -A
+  sudo $kedge status
+and end it, with its containers, with
+  make stop
+EOF
