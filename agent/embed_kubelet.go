@@ -39,7 +39,6 @@ import (
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
-	"kedge/agent/cgroup"
 	"kedge/agent/mounter"
 	"kedge/internal/atomicfile"
 	"kedge/internal/componentflags"
