@@ -202,7 +202,7 @@ func TestPlainCompositionHasOurVersions(t *testing.T) {
 	ours, theirs := versions(t, root+"/go.mod"), versions(t, root+"/scripts/bench/plain/go.mod")
 	for name, v := range ours {
 		if w, ok := theirs[name]; ok && v != w {
-			t.Errorf("scripts/bench/plain/go.mod has %s %s, and go.mod has %s: copy the require and replace lines of ours into it, then run go mod tidy there", name, w, v)
+			t.Errorf("scripts/bench/plain/go.mod has %s %s, and go.mod has %s: copy the require and replace lines of ours into it; make bench-plain says what is still missing", name, w, v)
 		}
 	}
 	for _, name := range []string{"k8s.io/kubernetes", "k8s.io/apiserver =>", "github.com/containerd/containerd/v2", "go.etcd.io/etcd/server/v3"} {
