@@ -164,6 +164,9 @@ func (s *APIServer) listen(ctx context.Context) (net.Listener, error) {
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%w: another program listens on %s; stop it, or choose another port with --https-listen-port", ErrPortTaken, addr)
 	}
+	if errors.Is(err, syscall.EADDRNOTAVAIL) {
+		return nil, fmt.Errorf("this machine has no address %s; give another with --bind-address", host)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}

@@ -150,10 +150,10 @@ func own(t *testing.T, flags ...string) *node {
 }
 
 func newNode(name string) *node {
-	if len(name) > 20 {
-		name = name[:20]
-	}
 	port := int(lastPort.Add(2))
+	if len(name) > 16 { // or the run directory is too long for sockets in it
+		name = fmt.Sprint(name[:10], "-", port)
+	}
 	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
 	return n
