@@ -29,6 +29,12 @@ func killallCommand() *cli.Command {
 			if err := applyConfigFiles(c, flags); err != nil {
 				return err
 			}
+			// Addresses are of no use here, and the machine may have none.
+			if !c.IsSet("node-ip") {
+				if err := c.Set("node-ip", "127.0.0.1"); err != nil {
+					return err
+				}
+			}
 			s, err := compose(c)
 			if err != nil {
 				return err
