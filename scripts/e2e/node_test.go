@@ -154,6 +154,9 @@ func newNode(name string) *node {
 		name = name[:20]
 	}
 	port := int(lastPort.Add(2))
+	if os.Getenv("KEDGE_E2E_PORT") != "" { // the name is in cgroups and rules, which other runs have too
+		name = fmt.Sprint(name, "-", port)
+	}
 	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
 	return n
