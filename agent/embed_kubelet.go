@@ -93,6 +93,11 @@ func (k *Kubelet) parse(args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return fmt.Errorf("--kubelet-arg: %w", err)
 	}
+	// Upstream has this one twice and takes either for a yes: the flag alone could
+	// not say no to what the configuration says.
+	if fs.Changed("seccomp-default") {
+		k.server.KubeletConfiguration.SeccompDefault = k.server.KubeletFlags.SeccompDefault
+	}
 	return nil
 }
 
