@@ -85,6 +85,11 @@ func runServer(ctx context.Context, s settings) error {
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
 		}
+		release, err := agent.Prepare(ctx, s.agent)
+		if err != nil {
+			return err
+		}
+		defer release()
 		if _, err := runtime.LoadRegistries(s.runtime.RegistriesFile); err != nil {
 			return err // before anything runs that would have to be stopped
 		}

@@ -243,9 +243,6 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	if err := atomicfile.MkdirAll(c.StaticPodPath, 0o700); err != nil {
 		return fmt.Errorf("prepare the folder for static pods: %w", err)
 	}
-	if err := ensureCgroup(ctx, k.cfg.SystemdCgroups, c.CgroupRoot); err != nil {
-		return err
-	}
 	kubelet.ContainerLogsDir = filepath.Join(k.cfg.logDir(), "containers")
 	deps, err := k.dependencies(ctx)
 	if err != nil {

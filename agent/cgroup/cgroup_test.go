@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -96,4 +97,30 @@ func TestSliceIsNamedAsTheKubeletNamesIt(t *testing.T) {
 			t.Errorf("%s: %s, want %s", root, got, want)
 		}
 	}
+}
+
+func TestClaim(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("making control groups needs root")
+	}
+	const root = "/kedge-test-claim"
+	if err := Ensure(root); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = Remove(root) })
+	release, err := Claim(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Claim(root); !errors.Is(err, ErrClaimed) {
+		t.Errorf("a second claim: %v, want ErrClaimed", err)
+	}
+	if err := release(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Claim(root)
+	if err != nil {
+		t.Fatalf("after release: %v", err)
+	}
+	again()
 }
