@@ -79,6 +79,7 @@ build-e2e: ## build the programs of the end-to-end tests' images
 	@mkdir -p build/e2e
 	@go build -ldflags '-s -w' -o build/e2e/agnhost k8s.io/kubernetes/test/images/agnhost
 	@go build -ldflags '-s -w' -o build/e2e/probe ./scripts/e2e/probe
+	@go build -ldflags '-s -w -X main.buildDate=2100-01-01T00:00:00Z' -o build/e2e/kedge-of-2100 .
 
 .PHONY: e2e
 e2e: build build-e2e ## end-to-end tests with real containers; needs root

@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 )
@@ -52,6 +54,34 @@ compdef _kedge kedge
 end
 complete -c kedge -f -a '(__kedge_complete)'
 `,
+}
+
+const completionFlag = "--generate-bash-completion"
+
+// completeFlag prints the flags that the last word may become, if it is one begun and
+// the shell asks for it. The library completes commands, and panics for flags.
+func completeFlag(app *cli.App, args []string) bool {
+	if len(args) < 3 || args[len(args)-1] != completionFlag {
+		return false
+	}
+	begun, ok := strings.CutPrefix(args[len(args)-2], "-")
+	if !ok {
+		return false
+	}
+	begun = strings.TrimPrefix(begun, "-")
+	commands, flags := app.Commands, app.Flags
+	for _, word := range args[1 : len(args)-2] {
+		i := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(word) })
+		if i >= 0 {
+			commands, flags = commands[i].Subcommands, commands[i].Flags
+		}
+	}
+	for _, f := range append(flags, cli.HelpFlag) {
+		if name := f.Names()[0]; strings.HasPrefix(name, begun) {
+			fmt.Fprintln(app.Writer, "--"+name)
+		}
+	}
+	return true
 }
 
 func completionCommand() *cli.Command {

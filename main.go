@@ -29,7 +29,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case "kedge-cni":
 		return cniclient.Main()
 	}
-	err := newApp(stdout, stderr).RunContext(ctx, args)
+	app := newApp(stdout, stderr)
+	if completeFlag(app, args) {
+		return 0
+	}
+	err := app.RunContext(ctx, args)
 	if err == nil {
 		return 0
 	}

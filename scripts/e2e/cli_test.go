@@ -42,6 +42,7 @@ func TestCommandLine(t *testing.T) {
 				t.Fatal(err)
 			}
 			s := script{t: t, n: own(t), file: file}
+			s.n.flags = nil
 			if err := os.MkdirAll(s.n.dir, 0o755); err != nil {
 				t.Fatal(err)
 			}

@@ -17,10 +17,21 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// refuses runs the node, which must end by itself with exit code 1, and returns what
-// it printed besides its log.
+// refuses is [node.refusal] of a node that leaves nothing behind.
 func (n *node) refuses(t *testing.T) string {
 	t.Helper()
+	said := n.refusal(t)
+	if err := n.leftovers(); err != nil {
+		t.Error(err)
+	}
+	return said
+}
+
+// refusal runs the node, which must end by itself with exit code 1, and returns what
+// it printed besides its log.
+func (n *node) refusal(t *testing.T) string {
+	t.Helper()
+	_ = os.Remove(n.logFile())
 	if err := n.launch(); err != nil {
 		t.Fatal(err)
 	}
@@ -42,9 +53,6 @@ func (n *node) refuses(t *testing.T) string {
 		if !bytes.HasPrefix(line, []byte("time=")) {
 			said.Write(line)
 		}
-	}
-	if err := n.leftovers(); err != nil {
-		t.Error(err)
 	}
 	n.world = nil // for the cleaning up
 	return said.String()

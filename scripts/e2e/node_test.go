@@ -38,6 +38,7 @@ type node struct {
 	env        []string  // in place of the test's own environment, when not nil
 	world      *world    // in place of the machine as it is, when not nil
 	network    *netns.NS // in place of the machine's own, when not nil
+	program    string    // in place of binary(), when not empty
 	apiPort    int
 	kubeconfig string
 
@@ -148,7 +149,8 @@ func shared(t *testing.T) *node {
 func own(t *testing.T, flags ...string) *node {
 	t.Helper()
 	n := newNode(strings.ToLower(strings.NewReplacer("Test", "", "/", "", "_", "").Replace(t.Name())))
-	n.flags = flags
+	// Nodes that run at the same time share the machine's routes.
+	n.flags = append([]string{fmt.Sprintf("--cluster-cidr=10.%d.0.0/16", 100+n.apiPort/2%100)}, flags...)
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("log of the node:\n%s", n.tail(60))
@@ -201,6 +203,9 @@ func (n *node) launch() error {
 	}
 	defer log.Close()
 	cmd := n.world.command(n.env, append([]string{"server"}, n.args()...)...)
+	if n.program != "" {
+		cmd.Path = n.program
+	}
 	cmd.Stdout, cmd.Stderr = log, log
 	// The node must not end with the test's terminal, nor its signals reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -1,0 +1,160 @@
+package e2e
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/internal/pki"
+)
+
+const day = 24 * time.Hour
+
+// TestClockBehind: a clock that shows a time before the executable was built is waited
+// for. This executable was built in the year 2100.
+func TestClockBehind(t *testing.T) {
+	t.Parallel()
+	later, err := filepath.Abs("../../build/e2e/kedge-of-2100")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(later); err != nil {
+		t.Skip("run make build-e2e:", err)
+	}
+	n := own(t)
+	n.program = later
+	if err := n.launch(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, func() error {
+		if log := n.tail(50); !strings.Contains(log, `and this kedge was built on 2100-01-01; set the clock, or connect a time server"`) {
+			return errors.New("it does not say what it waits for:\n" + log)
+		}
+		return nil
+	})
+	if strings.Count(n.tail(50), "waiting for the right time") != 1 {
+		t.Errorf("once is enough:\n%s", n.tail(50))
+	}
+	select {
+	case <-n.done:
+		t.Fatalf("it ended: %v", n.err)
+	default:
+	}
+	for _, path := range []string{"server", "containerd", "kubelet"} {
+		if _, err := os.Stat(filepath.Join(n.dataDir(), path)); err == nil {
+			t.Errorf("%s was made while the clock is wrong", path)
+		}
+	}
+	if out, err := exec.Command(binary(), "status", "--run-dir="+n.runDir()).CombinedOutput(); err == nil {
+		t.Errorf("status calls it ready:\n%s", out)
+	}
+	n.stop(t, syscall.SIGTERM, 5*time.Second)
+}
+
+// certificate reads one of the node's.
+func (n *node) certificate(t *testing.T, name string) *x509.Certificate {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(n.dataDir(), "server/tls", name+".crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(data)
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestCertificatesOfAnotherTime: authorities and certificates that were made while the
+// clock was five years ahead, and such that have expired or nearly so, are no obstacle.
+func TestCertificatesOfAnotherTime(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	if err := prepareImages(n.dataDir()); err != nil {
+		t.Fatal(err)
+	}
+	tls := filepath.Join(n.dataDir(), "server/tls")
+	if err := os.MkdirAll(tls, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	ahead := now.Add(5 * 365 * day)
+	hashes := map[string]string{}
+	authority := func(name string, at time.Time) *pki.Authority {
+		a, err := pki.EnsureAuthority(tls, name, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hashes[name] = a.Hash()
+		return a
+	}
+	for _, name := range []string{"server-ca", "client-ca", "request-header-ca"} {
+		authority(name, ahead)
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	ns := n.namespace(t)
+	n.apply(t, ns, shell("box", "exec sleep 3600", ""))
+	n.waitPod(t, ns, "box", false)
+	n.stop(t, syscall.SIGTERM, 10*time.Second)
+
+	serials := map[string]string{}
+	for _, c := range []struct {
+		name, ca string
+		signed   time.Time
+	}{
+		{"serving-kube-apiserver", "server-ca", ahead},
+		{"serving-kubelet", "server-ca", now.Add(-400 * day)},
+		{"client-kube-apiserver", "client-ca", now.Add(-300 * day)},
+		{"client-admin", "client-ca", ahead},
+		{"client-auth-proxy", "request-header-ca", now.Add(-364 * day)},
+	} {
+		old := n.certificate(t, c.name)
+		want := pki.Leaf{CommonName: old.Subject.CommonName, Organizations: old.Subject.Organization, DNSNames: old.DNSNames, IPs: old.IPAddresses}
+		for _, u := range old.ExtKeyUsage {
+			want.Client = want.Client || u == x509.ExtKeyUsageClientAuth
+			want.Server = want.Server || u == x509.ExtKeyUsageServerAuth
+		}
+		if err := os.Remove(filepath.Join(tls, c.name+".crt")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := authority(c.ca, now).EnsureLeaf(tls, c.name, want, c.signed); err != nil {
+			t.Fatal(err)
+		}
+		serials[c.name] = n.certificate(t, c.name).SerialNumber.String()
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	for name, serial := range serials {
+		c := n.certificate(t, name)
+		if c.SerialNumber.String() == serial {
+			t.Errorf("%s, valid until %s, was not renewed", name, c.NotAfter)
+		}
+		if left := time.Until(c.NotAfter); left < 360*day || left > 366*day {
+			t.Errorf("%s is now valid for %s", name, left)
+		}
+	}
+	for name, hash := range hashes {
+		if authority(name, now); hashes[name] != hash {
+			t.Errorf("%s was replaced", name)
+		}
+	}
+	// The API, its way to the kubelet, and back.
+	eventually(t, 10*time.Second, func() error {
+		_, err := n.tryKubectl(nil, "exec", "-n", ns, "box", "--", "true")
+		return err
+	})
+	if got := n.runPod(t, ns, "new", "echo works", ""); got != "works\n" {
+		t.Errorf("a new pod prints %q", got)
+	}
+}
