@@ -96,3 +96,18 @@ reference: build ## write docs/reference from the program
 .PHONY: licences
 licences: ## write docs/third-party-licences.md
 	@go run ./scripts/licences > build/licences.md && mv build/licences.md docs/third-party-licences.md
+
+# The composition that kedge is measured against is a module of its own, with the
+# versions of ours: what only it needs must not come into kedge's go.mod.
+PLAIN := github.com/containerd/containerd/v2/cmd/containerd github.com/containerd/containerd/v2/cmd/ctr k8s.io/kubernetes/cmd/kubelet \
+	$(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/loopback ipam/host-local meta/portmap)
+
+.PHONY: bench-plain
+bench-plain: ## build the plain composition that kedge is measured against
+	@mkdir -p build/bench/plain
+	@go build -C scripts/bench/plain -ldflags '-s -w' -o $(CURDIR)/build/bench/plain/ ./control $(PLAIN)
+
+.PHONY: bench
+bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
+	@go build -o build/bench/bench ./scripts/bench
+	@build/bench/bench $(BENCHFLAGS)

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 
 	"github.com/urfave/cli/v2"
 
+	"kedge/internal/control"
 	"kedge/runtime"
 	"kedge/runtime/ctr"
 )
@@ -21,11 +23,29 @@ func socketOf(c *cli.Context) string {
 	return cfg.Socket()
 }
 
+// runtimeAnswers returns nil, or why there is no containerd to ask. Its client would
+// find out in ten seconds and say so in the words of gRPC.
+func runtimeAnswers(c *cli.Context) error {
+	conn, err := (&net.Dialer{}).DialContext(c.Context, "unix", socketOf(c))
+	if err == nil {
+		return conn.Close()
+	}
+	if _, notRunning := control.Ask(c.Context, c.String("run-dir")); notRunning != nil {
+		return notRunning
+	}
+	return fmt.Errorf("containerd is not ready: %w; see \"kedge status\"", err)
+}
+
 func imagesCommand() *cli.Command {
 	sub := func(name, args, usage string, run func(c *cli.Context, socket string, args []string) error) *cli.Command {
 		return &cli.Command{
 			Name: name, ArgsUsage: args, Usage: usage, Flags: []cli.Flag{runDirFlag()}, OnUsageError: usageError,
-			Action: func(c *cli.Context) error { return run(c, socketOf(c), c.Args().Slice()) },
+			Action: func(c *cli.Context) error {
+				if err := runtimeAnswers(c); err != nil {
+					return err
+				}
+				return run(c, socketOf(c), c.Args().Slice())
+			},
 		}
 	}
 	needArgs := func(run func(context.Context, string, io.Writer, []string) error, what string) func(*cli.Context, string, []string) error {
@@ -39,8 +59,9 @@ func imagesCommand() *cli.Command {
 	export := sub("export", "IMAGE...", "Write images to an archive", exportImages)
 	export.Flags = append(export.Flags, &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "`FILE` to write (default: standard output)"})
 	return &cli.Command{
-		Name:  "images",
-		Usage: "Import, export, list, remove or pull images",
+		Name:   "images",
+		Usage:  "Import, export, list, remove or pull images",
+		Action: subcommandsOnly,
 		Subcommands: []*cli.Command{
 			sub("import", "FILE...", "Import archives (Docker or OCI; tar, tar.gz, tar.zst)", needArgs(runtime.ImportImages, "archive")),
 			export,

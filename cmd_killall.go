@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"time"
 
@@ -28,6 +29,12 @@ func killallCommand() *cli.Command {
 			if err := applyConfigFiles(c, flags); err != nil {
 				return err
 			}
+			// Addresses are of no use here, and the machine may have none.
+			if !c.IsSet("node-ip") {
+				if err := c.Set("node-ip", "127.0.0.1"); err != nil {
+					return err
+				}
+			}
 			s, err := compose(c)
 			if err != nil {
 				return err
@@ -44,7 +51,8 @@ func killall(ctx context.Context, s settings) error {
 	log := logging.New(os.Stderr, s.log)
 	logging.Setup(log)
 	if _, err := os.Stat(s.dataDir); errors.Is(err, os.ErrNotExist) {
-		return err // nothing to clean, and most likely a typing error
+		// Nothing to clean, and most likely a typing error.
+		return fmt.Errorf("there is no data directory %s; name the node's with --data-dir", s.dataDir)
 	}
 	dir, err := datadir.Open(s.dataDir, s.nodeName, version, time.Now())
 	if err != nil {

@@ -75,12 +75,18 @@ func runServer(ctx context.Context, s settings) error {
 	log.Info("kedge starts", "version", version, "node", s.nodeName, "data", s.dataDir)
 	ctx, hurry, stop := signals(ctx, log)
 	defer stop()
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	logging.OnFatal(func() { giveUp(errGaveUp) })
 	if err := clock.Wait(ctx, buildTime(), log); err != nil {
 		return nil // a signal came while it waited
 	}
 	if !s.disableAgent {
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
+		}
+		if _, err := runtime.LoadRegistries(s.runtime.RegistriesFile); err != nil {
+			return err // before anything runs that would have to be stopped
 		}
 	}
 
@@ -97,8 +103,14 @@ func runServer(ctx context.Context, s settings) error {
 		<-ctx.Done()
 		_ = notify.Stopping()
 	}()
-	return group.Run(ctx)
+	err = group.Run(ctx)
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, errGaveUp) {
+		return cause
+	}
+	return err
 }
+
+var errGaveUp = errors.New("an embedded component gave up; its last messages say why")
 
 // checkMachine fails when something is missing without which no pod can run, and
 // warns of the rest.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -137,9 +138,15 @@ func applyConfigFiles(c *cli.Context, flags []cli.Flag) error {
 	return nil
 }
 
+// invalidValue is how the flag parser says so.
+var invalidValue = regexp.MustCompile(`^invalid (?:boolean )?value "(.*)" for (?:flag )?-([^:]*): parse error$`)
+
 // usageError makes one sentence of what the flag parser says, with the nearest
 // name for an unknown flag.
 func usageError(c *cli.Context, err error, _ bool) error {
+	if m := invalidValue.FindStringSubmatch(err.Error()); m != nil {
+		return fmt.Errorf("--%s: %q is not %s", m[2], m[1], kindOf(c, m[2]))
+	}
 	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	if !unknown {
 		return fmt.Errorf("%w; see %q", err, "kedge help")
@@ -157,15 +164,43 @@ func usageError(c *cli.Context, err error, _ bool) error {
 	return fmt.Errorf("unknown flag --%s; see %q", name, "kedge help")
 }
 
-func unknownCommand(app *cli.App, name string) error {
+// kindOf says what values a flag takes.
+func kindOf(c *cli.Context, name string) string {
+	if c.Command != nil {
+		for _, f := range c.Command.Flags {
+			if f.Names()[0] != name {
+				continue
+			}
+			switch f.(type) {
+			case *cli.IntFlag:
+				return "a whole number"
+			case *cli.BoolFlag:
+				return "true or false"
+			}
+		}
+	}
+	return "a value it takes"
+}
+
+// unknownCommand is the error for name, which is none of commands; prefix is what
+// was typed before it.
+func unknownCommand(prefix, name string, commands []*cli.Command) error {
 	var names []string
-	for _, cmd := range app.Commands {
+	for _, cmd := range commands {
 		names = append(names, cmd.Name)
 	}
 	if best := config.Nearest(name, names); best != "" {
-		return fmt.Errorf("unknown command %q; did you mean %q?", name, best)
+		return fmt.Errorf("unknown command %q; did you mean %q?", prefix+name, prefix+best)
 	}
-	return fmt.Errorf("unknown command %q; see %q", name, "kedge help")
+	return fmt.Errorf("unknown command %q; see %q", prefix+name, strings.TrimSpace("kedge help "+prefix))
+}
+
+// subcommandsOnly is the action of a command that does nothing by itself.
+func subcommandsOnly(c *cli.Context) error {
+	if c.Args().Present() {
+		return unknownCommand(c.Command.Name+" ", c.Args().First(), c.Command.Subcommands)
+	}
+	return cli.ShowSubcommandHelp(c)
 }
 
 // splitList splits the values of a flag whose items cannot contain commas, so

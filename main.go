@@ -74,7 +74,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 	}
 	app.Action = func(c *cli.Context) error {
 		if c.Args().Present() {
-			return unknownCommand(app, c.Args().First())
+			return unknownCommand("", c.Args().First(), app.Commands)
 		}
 		return cli.ShowAppHelp(c)
 	}

@@ -8,10 +8,15 @@ import (
 	"kedge/internal/mounts"
 )
 
-// Cleanup detaches the volumes that the kubelet has mounted and removes the pods'
-// cgroups. The containers must have ended. What is stored in volumes stays.
+// Cleanup ends processes of pods that the runtime has lost track of, detaches the
+// volumes that the kubelet has mounted and removes the pods' cgroups. The runtime
+// must have ended its containers. What is stored in volumes stays.
 func Cleanup(ctx context.Context, cfg Config) error {
-	return errors.Join(mounts.DetachBelow(cfg.kubeletDir()), removeCgroup(ctx, cfg.SystemdCgroups, cfg.CgroupRoot))
+	root := cfg.CgroupRoot
+	if cfg.SystemdCgroups {
+		root = "/" + cgroup.Slice(root)
+	}
+	return errors.Join(cgroup.End(root), mounts.DetachBelow(cfg.kubeletDir()), removeCgroup(ctx, cfg.SystemdCgroups, cfg.CgroupRoot))
 }
 
 func ensureCgroup(ctx context.Context, systemd bool, root string) error {

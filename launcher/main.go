@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"kedge/internal/datadir"
 	"kedge/internal/packed"
 	"kedge/network/cniclient"
 )
@@ -36,8 +37,12 @@ func launch(args, env []string) error {
 	if err != nil {
 		return err
 	}
-	program, err := find(m, places(args, env, os.Geteuid()))
-	if err != nil {
+	in := places(args, env, os.Geteuid())
+	program, err := find(m, in)
+	switch {
+	case err != nil && len(in) == 1: // a server
+		return datadir.Unwritable(filepath.Dir(in[0].dir), err)
+	case err != nil:
 		return err
 	}
 	// The program makes the plug-in's link lead to the launcher.
@@ -68,6 +73,9 @@ func places(args, env []string, uid int) []place {
 	dataDir := dataDirOf(args, vars)
 	server := len(args) > 1 && (args[1] == "server" || args[1] == "agent")
 	out := []place{{dir: filepath.Join(dataDir, "program"), create: server && uid == 0}}
+	if out[0].create {
+		return out
+	}
 	if dataDir != defaultDataDir {
 		out = append(out, place{dir: filepath.Join(defaultDataDir, "program")})
 	}
@@ -189,10 +197,11 @@ func unpack(m packed.Manifest, dir string) (name string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("unpack the program: %w", err)
 	}
-	tmp, err := os.MkdirTemp(dir, ".tmp-")
+	tmp, release, err := tempDir(dir)
 	if err != nil {
 		return "", fmt.Errorf("unpack the program: %w", err)
 	}
+	defer release()
 	defer os.RemoveAll(tmp)
 	f, err := os.OpenFile(filepath.Join(tmp, packed.ProgramName), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
 	if err != nil {

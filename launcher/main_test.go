@@ -58,6 +58,39 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
+// A launcher that is killed leaves its folder behind; one that is at work keeps it.
+func TestAbandonedFoldersAreRemoved(t *testing.T) {
+	dir := t.TempDir()
+	os.MkdirAll(filepath.Join(dir, tempPrefix+"killed"), 0o755)
+	os.WriteFile(filepath.Join(dir, tempPrefix+"killed", "kedge"), []byte("abc"), 0o755)
+	first, release, err := tempDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, tempPrefix+"killed")); !os.IsNotExist(err) {
+		t.Errorf("the abandoned folder is still there: %v", err)
+	}
+	second, releaseSecond, err := tempDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseSecond()
+	if _, err := os.Stat(first); err != nil {
+		t.Errorf("a folder in use was removed: %v", err)
+	}
+	release()
+	if _, release, err = tempDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	if _, err := os.Stat(first); !os.IsNotExist(err) {
+		t.Errorf("the folder that was given back is still there: %v", err)
+	}
+	if _, err := os.Stat(second); err != nil {
+		t.Errorf("a folder in use was removed: %v", err)
+	}
+}
+
 func TestComplete(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "kedge")

@@ -88,7 +88,9 @@ func LoadRegistries(name string) (Registries, error) {
 func ParseRegistries(data []byte) (Registries, error) {
 	var r Registries
 	if err := yaml.UnmarshalStrict(data, &r); err != nil {
-		return Registries{}, err
+		// The parser's own way to it is nothing to the reader.
+		what := strings.TrimPrefix(err.Error(), "error unmarshaling JSON: while decoding JSON: ")
+		return Registries{}, errors.New(strings.TrimPrefix(what, "json: "))
 	}
 	return r, r.validate()
 }

@@ -142,6 +142,9 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 	go func() { done <- server.run(stop) }()
 	s.loopback.Serve(server.handler)
 	if err := s.waitReady(ctx, done); err != nil {
+		if ctx.Err() != nil {
+			return nil // it was stopped, and what upstream makes of that is no failure
+		}
 		return err
 	}
 	if err := ensureBootstrapObjects(ctx, s.loopback.Admin(), s.cfg); err != nil && ctx.Err() == nil {
@@ -163,6 +166,9 @@ func (s *APIServer) listen(ctx context.Context) (net.Listener, error) {
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%w: another program listens on %s; stop it, or choose another port with --https-listen-port", ErrPortTaken, addr)
+	}
+	if errors.Is(err, syscall.EADDRNOTAVAIL) {
+		return nil, fmt.Errorf("this machine has no address %s; give another with --bind-address", host)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
@@ -228,7 +234,8 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
 }
 
-// waitReady returns nil when /readyz answers ok, or why it never will.
+// waitReady returns nil when /readyz answers ok, or why it never will: ctx's error
+// when that has ended.
 func (s *APIServer) waitReady(ctx context.Context, done <-chan error) error {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
@@ -243,11 +250,20 @@ func (s *APIServer) waitReady(ctx context.Context, done <-chan error) error {
 			}
 			return err
 		case <-ctx.Done():
-			return <-done
+			// Nobody was served yet. Some parts of the start do not end when they
+			// are stopped and try for half a minute; the process ends before.
+			select {
+			case <-done:
+			case <-time.After(abandonAfter):
+			}
+			return ctx.Err()
 		case <-tick.C:
 		}
 	}
 }
+
+// abandonAfter is how long a start that was cut short may take to come to its end.
+const abandonAfter = time.Second
 
 // Check implements lifecycle.Checker.
 func (s *APIServer) Check(ctx context.Context) error {

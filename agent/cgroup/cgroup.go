@@ -11,7 +11,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -112,26 +114,92 @@ func delegate(dir string) error {
 }
 
 // Remove removes what Ensure made, from the leaves up. It
-// fails while a process is left in it.
+// fails while a process is left in it: see [End].
 func Remove(root string) error {
-	bases := []string{mountPoint}
-	if !Unified() {
-		entries, err := os.ReadDir(mountPoint)
-		if err != nil {
-			return err
-		}
-		bases = bases[:0]
-		for _, e := range entries {
-			if e.IsDir() {
-				bases = append(bases, filepath.Join(mountPoint, e.Name()))
-			}
-		}
-	}
-	var errs []error
-	for _, b := range bases {
-		errs = append(errs, removeTree(filepath.Join(b, root)))
+	groups, err := groupsOf(root)
+	errs := []error{err}
+	for _, g := range groups {
+		errs = append(errs, removeTree(g))
 	}
 	return errors.Join(errs...)
+}
+
+// groupsOf is where root is, in each hierarchy.
+func groupsOf(root string) ([]string, error) {
+	if Unified() {
+		return []string{filepath.Join(mountPoint, root)}, nil
+	}
+	entries, err := os.ReadDir(mountPoint)
+	if err != nil {
+		return nil, err
+	}
+	var groups []string
+	for _, e := range entries {
+		if e.IsDir() {
+			groups = append(groups, filepath.Join(mountPoint, e.Name(), root))
+		}
+	}
+	return groups, nil
+}
+
+// endLimit is how long killed processes may take to be gone.
+const endLimit = 10 * time.Second
+
+// End kills every process in the control group and those below it, and returns
+// when they are gone. All of them are of containers, also those of which nobody has
+// a record any more.
+func End(root string) error {
+	groups, err := groupsOf(root)
+	if err != nil {
+		return err
+	}
+	deadline := time.Now().Add(endLimit)
+	for {
+		left := 0
+		for _, g := range groups {
+			n, err := kill(g)
+			if err != nil {
+				return fmt.Errorf("end the processes in %s: %w", g, err)
+			}
+			left += n
+		}
+		if left == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d processes in cgroup %s do not end", left, root)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// kill kills what is in dir and below, and returns how many there were.
+func kill(dir string) (int, error) {
+	count := 0
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil || d.Name() != "cgroup.procs" {
+			return err
+		}
+		pids, err := os.ReadFile(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
+			return err
+		}
+		for text := range strings.FieldsSeq(string(pids)) {
+			pid, err := strconv.Atoi(text)
+			if err != nil || pid == 0 { // 0 is of another pid namespace
+				continue
+			}
+			count++
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+		}
+		return nil
+	})
+	return count, err
 }
 
 func removeTree(dir string) error {

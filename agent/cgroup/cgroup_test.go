@@ -2,10 +2,53 @@ package cgroup
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 )
+
+func TestEndKillsWhatIsInside(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("making control groups needs root")
+	}
+	const root = "/kedge-test-end"
+	t.Cleanup(func() { _ = Remove(root) })
+	if err := Ensure(root); err != nil {
+		t.Fatal(err)
+	}
+	if err := End(root); err != nil {
+		t.Errorf("nothing to end: %v", err)
+	}
+	groups, err := groupsOf(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(groups[0], "below")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Skip(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o644); err != nil {
+		_ = cmd.Process.Kill()
+		t.Fatal(err)
+	}
+	if err := End(root); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; err == nil {
+		t.Error("the process ended by itself")
+	}
+	if err := Remove(root); err != nil {
+		t.Error(err)
+	}
+}
 
 func TestEnsureAndRemove(t *testing.T) {
 	if os.Geteuid() != 0 {

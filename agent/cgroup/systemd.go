@@ -36,7 +36,7 @@ func EnsureSlice(ctx context.Context, root string) error {
 	}, done)
 	var already godbus.Error
 	if errors.As(err, &already) && already.Name == "org.freedesktop.systemd1.UnitExists" {
-		return nil
+		return ensureUnified("/" + Slice(root))
 	}
 	if err != nil {
 		return fmt.Errorf("ask systemd for slice %s: %w", Slice(root), err)
@@ -46,7 +46,9 @@ func EnsureSlice(ctx context.Context, root string) error {
 		if result != "done" {
 			return fmt.Errorf("ask systemd for slice %s: the job ended as %q", Slice(root), result)
 		}
-		return nil
+		// systemd delegates only the controllers that it knows; the kubelet
+		// insists on hugetlb too where the kernel has it.
+		return ensureUnified("/" + Slice(root))
 	case <-ctx.Done():
 		return ctx.Err()
 	}

@@ -90,7 +90,8 @@ func Load(files []string, keys []Key) (map[string]Value, error) {
 func load(file string, data []byte, keys []Key, into map[string]Value) error {
 	var doc yaml.Node
 	if err := yaml.Unmarshal(data, &doc); err != nil {
-		return fmt.Errorf("%s: not valid YAML: %s", file, strings.TrimPrefix(err.Error(), "yaml: "))
+		line, what := yamlError(err)
+		return fmt.Errorf("%s:%d: not valid YAML: %s", file, line, what)
 	}
 	if len(doc.Content) == 0 {
 		return nil // empty, or only comments
@@ -125,6 +126,20 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 		into[name] = Value{Items: items, Source: at}
 	}
 	return errors.Join(errs...)
+}
+
+// yamlError finds the line in the parser's message. The parser leaves out the first
+// line, and counts from 0 when it is the structure and not a character that is wrong.
+func yamlError(err error) (line int, what string) {
+	what = strings.TrimPrefix(err.Error(), "yaml: ")
+	if n, _ := fmt.Sscanf(what, "line %d: ", &line); n == 0 {
+		return 1, what
+	}
+	_, what, _ = strings.Cut(what, ": ")
+	if strings.HasPrefix(what, "did not find expected ") {
+		line++
+	}
+	return line, what
 }
 
 // items reads a YAML value as what the key takes.

@@ -59,7 +59,9 @@ func TestMistakesNameFileAndLine(t *testing.T) {
 		{"kubelet-arg: {a: b}\n", `config.yaml:1: kubelet-arg: want a value or a list of values`},
 		{"node-name+: a\n", `config.yaml:1: "node-name" takes one value, so "+" cannot append to it`},
 		{"- a\n", `config.yaml:1: want lines of the form "flag: value"`},
-		{"a: b: c\n", `config.yaml: not valid YAML: `},
+		{"a: b: c\n", `config.yaml:1: not valid YAML: `},
+		{"# x\na: b: c\n", `config.yaml:2: not valid YAML: `},
+		{"# x\nnode-label: [a\ndebug: true\n", `config.yaml:2: not valid YAML: `},
 	} {
 		path := write(t, t.TempDir(), "config.yaml", tc.content)
 		_, err := Load([]string{path}, keys)

@@ -4,7 +4,7 @@
 // is noticed.
 //
 // It is not for what is in the directory: each part has a folder of its own.
-// Only package main imports it.
+// Only package main and the launcher import it.
 package datadir
 
 import (
@@ -58,11 +58,11 @@ const descriptionFile = "kedge.json"
 // version is this kedge's own, for the description.
 func Open(path, nodeName, version string, now time.Time) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o755); err != nil {
-		return nil, unwritable(path, err)
+		return nil, Unwritable(path, err)
 	}
 	lock, err := os.OpenFile(filepath.Join(path, "kedge.lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, unwritable(path, err)
+		return nil, Unwritable(path, err)
 	}
 	d := &Dir{path: path, lock: lock}
 	if err := d.take(nodeName, version, now); err != nil {
@@ -72,7 +72,8 @@ func Open(path, nodeName, version string, now time.Time) (*Dir, error) {
 	return d, nil
 }
 
-func unwritable(path string, err error) error {
+// Unwritable is the error of a directory in which err kept us from writing.
+func Unwritable(path string, err error) error {
 	if errors.Is(err, unix.ENOSPC) {
 		return fmt.Errorf("%w: %s: the disk is full; free some space", ErrReadOnly, path)
 	}
@@ -101,7 +102,7 @@ func (d *Dir) take(nodeName, version string, now time.Time) error {
 	}
 	// Only for the message above, so that it can name us.
 	if err := d.lock.Truncate(0); err != nil {
-		return unwritable(d.path, err)
+		return Unwritable(d.path, err)
 	}
 	_, err := d.lock.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
 	return err
@@ -144,7 +145,7 @@ func (d *Dir) Saw(now time.Time) error {
 		return err
 	}
 	if _, err := atomicfile.WriteIfChanged(filepath.Join(d.path, descriptionFile), append(data, '\n'), 0o644); err != nil {
-		return unwritable(d.path, err)
+		return Unwritable(d.path, err)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 )
@@ -265,6 +266,9 @@ func (g *Group) set(m *member, state State, err error) {
 	g.mu.Unlock()
 	switch {
 	case state == Failed:
+		if errors.Is(err, ErrInterrupted) {
+			return // asked for, and said of all at the end
+		}
 		g.log.Error("failed", "component", m.c.Name(), "was", before, "err", err)
 	case state == Stopped && before == Waiting:
 		// It never ran; a line about it would only hide why the group stops.
@@ -303,10 +307,17 @@ func (g *Group) verdict(stop context.Context) error {
 	if first != nil {
 		errs = append(errs, first)
 	}
+	var interrupted []string
 	for _, m := range g.members {
-		if m.err != nil && (first == nil || m.c.Name() != first.Component) {
+		switch {
+		case errors.Is(m.err, ErrInterrupted):
+			interrupted = append(interrupted, m.c.Name())
+		case m.err != nil && (first == nil || m.c.Name() != first.Component):
 			errs = append(errs, &Error{Component: m.c.Name(), Err: m.err})
 		}
+	}
+	if len(interrupted) > 0 {
+		errs = append(errs, &Error{Component: strings.Join(interrupted, ", "), Err: ErrInterrupted})
 	}
 	return errors.Join(errs...)
 }

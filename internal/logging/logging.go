@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	goruntime "runtime"
 	"strings"
 
 	"k8s.io/klog/v2"
@@ -66,8 +67,18 @@ func Setup(log *slog.Logger) {
 	setupLogrus(log)
 }
 
-// setupKlog gives klog our handler. exit is not changed: nothing that kedge uses
-// of Kubernetes logs at klog's fatal level while it runs.
+// OnFatal keeps klog's fatal messages from ending the process at once, with its
+// datastore open: f is called and must begin an orderly stop, and the goroutine that
+// logged the message ends. The API server does so when a part of its start is cut
+// short by a stop, too.
+func OnFatal(f func()) {
+	klog.OsExit = func(int) {
+		f()
+		goruntime.Goexit()
+	}
+}
+
+// setupKlog gives klog our handler. How klog exits is not changed: see [OnFatal].
 func setupKlog(log *slog.Logger) {
 	h := &quieter{next: log.Handler(), component: "kubernetes"}
 	klog.SetSlogLogger(slog.New(h))

@@ -90,11 +90,13 @@ func fine(format string, args ...any) []finding {
 func warn(message, remedy string) []finding { return []finding{{Warning, message, remedy}} }
 func fail(message, remedy string) []finding { return []finding{{Error, message, remedy}} }
 
+const privileges = "privileges"
+
 // checks in the order in which a reader wants them: what must be right for the
 // next ones to mean anything comes first.
 func checks() []check {
 	return []check{
-		{"privileges", checkPrivileges},
+		{privileges, checkPrivileges},
 		{"namespaces", checkNamespaces},
 		{"cgroups", checkCgroups},
 		{"seccomp", checkSeccomp},
@@ -161,6 +163,12 @@ func Required(ctx context.Context, c Config) ([]Result, error) {
 }
 
 func verdict(results []Result) error {
+	// Without privileges the rest is not missing, it cannot be tried.
+	for _, r := range results {
+		if r.Check == privileges && r.Level == Error {
+			return &Missing{Results: []Result{r}}
+		}
+	}
 	missing := slices.DeleteFunc(slices.Clone(results), func(r Result) bool { return r.Level != Error })
 	if len(missing) == 0 {
 		return nil

@@ -246,17 +246,27 @@ func TestFindings(t *testing.T) {
 
 func TestMissingNamesEverything(t *testing.T) {
 	c, p := goodMachine()
-	p.euid = func() int { return 1 }
+	p.readable = func(string) error { return unix.EPERM }
 	p.trySeccomp = func() error { return unix.ENOSYS }
 	err := verdict(run(t.Context(), c, p))
 	var missing *Missing
 	if !errors.As(err, &missing) || len(missing.Results) != 2 {
 		t.Fatalf("verdict: %v", err)
 	}
-	for _, part := range []string{"privileges: ", "run it as root", "seccomp: ", "CONFIG_SECCOMP_FILTER"} {
+	for _, part := range []string{"kernel-log: ", "/dev/kmsg", "seccomp: ", "CONFIG_SECCOMP_FILTER"} {
 		if !strings.Contains(err.Error(), part) {
 			t.Errorf("error does not say %q: %v", part, err)
 		}
+	}
+}
+
+func TestWithoutPrivilegesNothingElseIsSaid(t *testing.T) {
+	c, p := goodMachine()
+	p.euid = func() int { return 1 }
+	p.trySeccomp = func() error { return unix.EPERM }
+	var missing *Missing
+	if err := verdict(run(t.Context(), c, p)); !errors.As(err, &missing) || len(missing.Results) != 1 || missing.Results[0].Check != privileges {
+		t.Errorf("verdict: %v", err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,6 +26,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"kedge/internal/netns"
 )
 
 // node is a kedge under test and the clients of its cluster.
@@ -32,7 +35,9 @@ type node struct {
 	name       string
 	dir        string // everything of it is below
 	flags      []string
-	env        []string // in place of the test's own environment, when not nil
+	env        []string  // in place of the test's own environment, when not nil
+	world      *world    // in place of the machine as it is, when not nil
+	network    *netns.NS // in place of the machine's own, when not nil
 	apiPort    int
 	kubeconfig string
 
@@ -61,7 +66,13 @@ var (
 	lastPort atomic.Int32
 )
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+func TestMain(m *testing.M) {
+	if w := os.Getenv(worldVar); w != "" {
+		fmt.Fprintln(os.Stderr, "enter the world of a test:", enterWorld(w))
+		os.Exit(125)
+	}
+	os.Exit(run(m))
+}
 
 func run(m *testing.M) int {
 	if os.Geteuid() != 0 {
@@ -150,13 +161,11 @@ func own(t *testing.T, flags ...string) *node {
 }
 
 func newNode(name string) *node {
-	if len(name) > 20 {
-		name = name[:20]
-	}
 	port := int(lastPort.Add(2))
-	if os.Getenv("KEDGE_E2E_PORT") != "" { // the name is in cgroups and rules, which other runs have too
-		name = fmt.Sprint(name, "-", port)
+	if len(name) > 10 { // or the run directory is too long for sockets in it
+		name = name[:10]
 	}
+	name = fmt.Sprint(name, "-", port) // it is in cgroups and rules, which other runs have too
 	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
 	return n
@@ -191,12 +200,11 @@ func (n *node) launch() error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(binary(), append([]string{"server"}, n.args()...)...)
+	cmd := n.world.command(n.env, append([]string{"server"}, n.args()...)...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Env = n.env
 	// The node must not end with the test's terminal, nor its signals reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	if err := n.inside(cmd.Start); err != nil {
 		return err
 	}
 	n.cmd, n.done = cmd, make(chan struct{})
@@ -237,6 +245,9 @@ func (n *node) waitReady(limit time.Duration) error {
 		return err
 	}
 	config.QPS = -1
+	if n.network != nil {
+		config.Dial = func(_ context.Context, network, address string) (net.Conn, error) { return n.dial(network, address) }
+	}
 	n.config = config
 	n.client, err = kubernetes.NewForConfig(config)
 	return err
@@ -270,6 +281,9 @@ func (n *node) destroy() error {
 		if out, err := n.command("killall"); err != nil {
 			errs = append(errs, fmt.Errorf("killall: %v: %s", err, out))
 		}
+	}
+	if n.network != nil {
+		errs = append(errs, n.network.Close())
 	}
 	errs = append(errs, n.leftovers(), os.RemoveAll(n.dir))
 	return errors.Join(errs...)
@@ -305,8 +319,11 @@ func (n *node) leftovers() error {
 
 // command runs another kedge command with this node's flags.
 func (n *node) command(name string, more ...string) (string, error) {
-	out, err := exec.Command(binary(), append(append([]string{name}, n.args()...), more...)...).CombinedOutput()
-	return string(out), err
+	var out bytes.Buffer
+	cmd := n.world.command(n.env, append(append([]string{name}, n.args()...), more...)...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := n.inside(cmd.Run)
+	return out.String(), err
 }
 
 // tail is the end of the node's log.
@@ -336,7 +353,7 @@ func (n *node) tryKubectl(stdin io.Reader, args ...string) (string, error) {
 	cmd.Stdin = stdin
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
-	if err := cmd.Run(); err != nil {
+	if err := n.inside(cmd.Run); err != nil {
 		return out.String() + errOut.String(), err
 	}
 	return out.String(), nil

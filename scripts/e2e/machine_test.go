@@ -1,0 +1,231 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// refuses runs the node, which must end by itself with exit code 1, and returns what
+// it printed besides its log.
+func (n *node) refuses(t *testing.T) string {
+	t.Helper()
+	if err := n.launch(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-n.done:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("still running after 30 s:\n%s", n.tail(20))
+	}
+	var exit *exec.ExitError
+	if !errors.As(n.err, &exit) || exit.ExitCode() != 1 {
+		t.Errorf("it ended with %v, want exit code 1", n.err)
+	}
+	log, err := os.ReadFile(n.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	for line := range bytes.Lines(log) {
+		if !bytes.HasPrefix(line, []byte("time=")) {
+			said.Write(line)
+		}
+	}
+	if err := n.leftovers(); err != nil {
+		t.Error(err)
+	}
+	n.world = nil // for the cleaning up
+	return said.String()
+}
+
+// TestMachineLacks: a machine on which pods cannot run is refused with what is missing
+// and how to get it, before anything is started.
+func TestMachineLacks(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name string
+		w    world
+		want string
+	}{
+		{"net-admin", world{Without: []uintptr{unix.CAP_NET_ADMIN}},
+			"  privileges: root lacks CAP_NET_ADMIN; start the container or service with all capabilities, in Docker with --privileged\n"},
+		{"sys-admin", world{Without: []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_SYS_PTRACE}},
+			"  privileges: root lacks CAP_SYS_PTRACE, CAP_SYS_ADMIN; start the container or service with all capabilities, in Docker with --privileged\n"},
+		{"sysctl", world{ReadOnly: []string{"/proc/sys"}},
+			"  kernel-parameters: kernel parameters cannot be set: open /proc/sys/net/ipv4/ip_forward: read-only file system; in a container start it with --privileged, so that /proc/sys is writable\n"},
+		{"cgroups", world{ReadOnly: []string{"/sys/fs/cgroup"}},
+			"  cgroups: control groups are mounted read-only; in a container start it with --privileged\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			n := own(t)
+			n.world = &c.w
+			if got, want := n.refuses(t), "kedge: this machine cannot run kedge\n"+c.want; got != want {
+				t.Errorf("it said\n%s\nwant\n%s", got, want)
+			}
+			for _, path := range []string{"data/server", "data/containerd", "data/kubelet", "kubeconfig"} {
+				if _, err := os.Stat(filepath.Join(n.dir, path)); err == nil {
+					t.Errorf("%s was written", path)
+				}
+			}
+		})
+	}
+}
+
+func TestReadOnlyDirectories(t *testing.T) {
+	t.Parallel()
+	for _, dir := range []string{"data", "run"} {
+		t.Run(dir, func(t *testing.T) {
+			t.Parallel()
+			n := own(t)
+			path := filepath.Join(n.dir, dir)
+			if err := os.MkdirAll(path, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			n.world = &world{ReadOnly: []string{path}}
+			got := n.refuses(t)
+			if !strings.Contains(got, "read-only file system; make") || !strings.Contains(got, "choose another with --"+dir+"-dir\n") || strings.Count(got, "\n") > 2 {
+				t.Errorf("it said\n%s", got)
+			}
+		})
+	}
+}
+
+// TestReadOnlyDirectoryOfNode: the same when the program is there already.
+func TestReadOnlyDirectoryOfNode(t *testing.T) {
+	t.Parallel()
+	n := own(t, "--disable-agent")
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.signal(syscall.SIGTERM, 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(n.logFile(), 0); err != nil {
+		t.Fatal(err)
+	}
+	n.world = &world{ReadOnly: []string{n.dataDir()}}
+	got := n.refuses(t)
+	if want := "kedge: the data directory cannot be written: open " + n.dataDir() + "/kedge.lock: read-only file system; make it writable, or choose another with --data-dir\n"; got != want {
+		t.Errorf("it said\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestNotRoot(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	dir, err := os.MkdirTemp("/tmp", "ke2e-nobody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	// A copy, for the way to the original may be closed to others.
+	program, err := os.ReadFile(binary())
+	if err != nil {
+		t.Fatal(err)
+	}
+	copied := filepath.Join(dir, "kedge")
+	if err := os.WriteFile(copied, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const nobody = 65534
+	if err := errors.Join(os.Chmod(copied, 0o755), os.Chown(dir, nobody, nobody), os.Chmod(dir, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	as := func(args ...string) string {
+		cmd := exec.Command(copied, args...)
+		cmd.Env = []string{"HOME=" + dir}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+			t.Errorf("%v ended with %v, want exit code 1", args, err)
+		}
+		return string(out)
+	}
+	flags := []string{"--config=" + dir + "/none/config.yaml", "--data-dir=" + dir + "/data", "--run-dir=" + dir + "/run", "--node-name=" + n.name}
+	if err := os.MkdirAll(dir+"/none", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/none/config.yaml", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const want = "kedge: kedge needs root to run containers; start it as root, for example with sudo\n"
+	for _, command := range []string{"server", "killall"} {
+		if got := as(append([]string{command}, flags...)...); got != want {
+			t.Errorf("%s said %q, want %q", command, got, want)
+		}
+	}
+	if got := as(append([]string{"check"}, flags...)...); !strings.HasPrefix(got, "error    privileges: kedge does not run as root; run it as root, for instance with sudo\n") {
+		t.Errorf("check said\n%s", got)
+	}
+	for _, made := range []string{"data", "run"} {
+		if _, err := os.Stat(filepath.Join(dir, made)); err == nil {
+			t.Errorf("the %s directory was made", made)
+		}
+	}
+}
+
+// TestNoAddress: without any address there can be no node, and that is said.
+func TestNoAddress(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	n.network = network(t, "")
+	const want = "kedge: this machine has no network address besides loopback; connect it, or give it an address and name it with --node-ip\n"
+	if got := n.refuses(t); got != want {
+		t.Errorf("it said %q, want %q", got, want)
+	}
+}
+
+// TestNoDefaultRoute: a machine that is on no network but its own runs pods.
+func TestNoDefaultRoute(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	n.network = network(t, "198.51.100.10/24")
+	if err := prepareImages(n.dataDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	ns := n.namespace(t)
+	n.apply(t, ns, shell("web", "exec probe serve :8080 alone", ""))
+	pod := n.waitPod(t, ns, "web", false)
+	if pod.Status.HostIP != "198.51.100.10" {
+		t.Errorf("the node's address is %s", pod.Status.HostIP)
+	}
+	if got := n.runPod(t, ns, "client", "probe get http://"+pod.Status.PodIP+":8080/", ""); got != "alone\n" {
+		t.Errorf("the other pod answers %q", got)
+	}
+	if got := n.kubectl(t, "exec", "-n", ns, "web", "--", "echo", "through the API"); got != "through the API\n" {
+		t.Errorf("exec gives %q", got)
+	}
+	log, err := os.ReadFile(n.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(log), "there is no default route") {
+		t.Error("the log does not say that there is no default route")
+	}
+	node, err := n.client.CoreV1().Nodes().Get(context.Background(), n.name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
+			t.Errorf("the node is not ready: %s", c.Message)
+		}
+	}
+}
