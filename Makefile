@@ -2,8 +2,11 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-ARCH ?= $(shell go env GOARCH 2>/dev/null || echo amd64)
-HOSTARCH := $(shell go env GOARCH 2>/dev/null || echo amd64)
+# scripts/deps.sh puts a Go there on machines whose own is missing or too old.
+export PATH := $(CURDIR)/build/go/bin:$(PATH):/usr/local/go/bin
+
+ARCH ?= $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
+HOSTARCH := $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
 BIN := bin/kedge$(if $(filter-out $(HOSTARCH),$(ARCH)),-$(ARCH))
 
 # One set of flags for everything, so that builds and tests share one cache.
@@ -22,7 +25,7 @@ LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buil
 	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
 
 # Packages whose tests do not link the Kubernetes components: small binaries.
-UNIT := $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
+UNIT = $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
 
 .PHONY: help
 help: ## list the targets
@@ -31,6 +34,7 @@ help: ## list the targets
 .PHONY: deps
 deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
 	@scripts/deps.sh
+	@[ $(ARCH) = $(HOSTARCH) ] || [ -e /usr/lib/$(if $(filter arm64,$(ARCH)),aarch64,x86_64)-linux-gnu/libseccomp.a ] || scripts/install-build-deps.sh $(ARCH)
 
 .PHONY: payload
 payload: ## build shim, runc and pause, compressed, for ARCH
@@ -84,3 +88,27 @@ e2e: build build-e2e ## end-to-end tests with real containers; needs root
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream
+
+.PHONY: reference
+reference: build ## write docs/reference from the program
+	@mkdir -p docs/reference
+	@for page in commands configuration; do bin/kedge reference $$page > docs/reference/$$page.md; done
+
+.PHONY: licences
+licences: ## write docs/third-party-licences.md
+	@go run ./scripts/licences > build/licences.md && mv build/licences.md docs/third-party-licences.md
+
+# The composition that kedge is measured against is a module of its own, with the
+# versions of ours: what only it needs must not come into kedge's go.mod.
+PLAIN := github.com/containerd/containerd/v2/cmd/containerd github.com/containerd/containerd/v2/cmd/ctr k8s.io/kubernetes/cmd/kubelet \
+	$(addprefix github.com/containernetworking/plugins/plugins/,main/bridge main/loopback ipam/host-local meta/portmap)
+
+.PHONY: bench-plain
+bench-plain: ## build the plain composition that kedge is measured against
+	@mkdir -p build/bench/plain
+	@go build -C scripts/bench/plain -ldflags '-s -w' -o $(CURDIR)/build/bench/plain/ ./control $(PLAIN)
+
+.PHONY: bench
+bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
+	@go build -o build/bench/bench ./scripts/bench
+	@build/bench/bench $(BENCHFLAGS)

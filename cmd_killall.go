@@ -62,5 +62,5 @@ func killall(ctx context.Context, s settings) error {
 	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
 		return err
 	}
-	return errors.Join(agent.Cleanup(s.agent), network.Cleanup(s.network))
+	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network))
 }

@@ -88,6 +88,11 @@ func runServer(ctx context.Context, s settings) error {
 		if _, err := runtime.LoadRegistries(s.runtime.RegistriesFile); err != nil {
 			return err // before anything runs that would have to be stopped
 		}
+		release, err := agent.Prepare(ctx, s.agent)
+		if err != nil {
+			return err
+		}
+		defer release()
 	}
 
 	identity, err := server.Prepare(s.server, time.Now())

@@ -18,6 +18,7 @@ import (
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
+	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/runtime"
 	"kedge/server"
@@ -108,9 +109,12 @@ func compose(c *cli.Context) (settings, error) {
 	a.NodeTaints = splitList(c.StringSlice("node-taint"))
 	a.ClusterDNS = p.clusterDNS(sv.ServiceCIDRs)
 	a.ClusterDomain = sv.ClusterDomain
-	a.ResolvConf = c.String("resolv-conf")
+	if a.ResolvConf = c.String("resolv-conf"); a.ResolvConf == "" {
+		a.ResolvConf = resolvconf.Find()
+	}
 	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
+	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
 

@@ -73,6 +73,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			ctrCommand(),
 			versionCommand(),
 			completionCommand(),
+			referenceCommand(),
 		},
 	}
 	app.Action = func(c *cli.Context) error {

@@ -22,10 +22,11 @@ type Config struct {
 
 	ClusterDNS    []netip.Addr
 	ClusterDomain string
-	ResolvConf    string // for pods with dnsPolicy Default; empty means: find one
+	ResolvConf    string // for pods with dnsPolicy Default; empty means: none
 
 	RuntimeEndpoint string // containerd's socket
 	CgroupRoot      string // below which all pods are; carries the node's name
+	SystemdCgroups  bool   // systemd owns the tree of control groups
 
 	// The kubelet's serving certificate and whom it lets in.
 	ServingCert string

@@ -39,7 +39,6 @@ import (
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
-	"kedge/agent/cgroup"
 	"kedge/agent/mounter"
 	"kedge/internal/atomicfile"
 	"kedge/internal/componentflags"
@@ -94,6 +93,11 @@ func (k *Kubelet) parse(args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return fmt.Errorf("--kubelet-arg: %w", err)
 	}
+	// Upstream has this one twice and takes either for a yes: the flag alone could
+	// not say no to what the configuration says.
+	if fs.Changed("seccomp-default") {
+		k.server.KubeletConfiguration.SeccompDefault = k.server.KubeletFlags.SeccompDefault
+	}
 	return nil
 }
 
@@ -142,6 +146,9 @@ func (k *Kubelet) defaults() error {
 	c.ContainerRuntimeEndpoint = "unix://" + k.cfg.RuntimeEndpoint
 	c.ImageServiceEndpoint = c.ContainerRuntimeEndpoint
 	c.CgroupRoot = k.cfg.CgroupRoot
+	if k.cfg.SystemdCgroups {
+		c.CgroupDriver = "systemd"
+	}
 	c.FailCgroupV1 = false
 	c.FailSwapOn = false
 	c.MakeIPTablesUtilChains = false // would run iptables
@@ -235,9 +242,6 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	}
 	if err := atomicfile.MkdirAll(c.StaticPodPath, 0o700); err != nil {
 		return fmt.Errorf("prepare the folder for static pods: %w", err)
-	}
-	if err := cgroup.Ensure(c.CgroupRoot); err != nil {
-		return err
 	}
 	kubelet.ContainerLogsDir = filepath.Join(k.cfg.logDir(), "containers")
 	deps, err := k.dependencies(ctx)

@@ -58,7 +58,7 @@ func DefaultConfig() Config {
 		MemberName:      "kedge",
 		Tick:            100 * time.Millisecond,
 		Election:        time.Second,
-		BatchInterval:   5 * time.Second,
+		BatchInterval:   30 * time.Second,
 		BatchLimit:      1000,
 		SnapshotCount:   1000,
 		SnapshotCatchUp: 500,

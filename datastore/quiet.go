@@ -1,6 +1,11 @@
 package datastore
 
-import "go.uber.org/zap/zapcore"
+import (
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap/zapcore"
+)
 
 // expected are etcd's warnings and errors about what is normal here; they are logged as debug. Everything else
 // keeps its level.
@@ -16,17 +21,34 @@ var expected = map[string]bool{
 	"failed to publish local member to cluster through raft": true, // and it says so again if it goes on
 }
 
-// quietCore is a zapcore.Core that keeps the expected out of sight.
-type quietCore struct{ zapcore.Core }
+// slowRequest is etcd's warning for each single request that waited for the disk or
+// a processor. On a slow machine there would be hundreds; one in a while says it.
+const (
+	slowRequest      = "apply request took too long"
+	slowRequestEvery = int64(time.Minute)
+)
 
-func newQuietCore(core zapcore.Core) zapcore.Core { return quietCore{core} }
+// quietCore is a zapcore.Core that keeps the expected out of sight, and repeats
+// itself little.
+type quietCore struct {
+	zapcore.Core
+	lastSlow *atomic.Int64 // when slowRequest was shown, in nanoseconds
+}
+
+func newQuietCore(core zapcore.Core) zapcore.Core { return quietCore{core, new(atomic.Int64)} }
 
 func (c quietCore) With(fields []zapcore.Field) zapcore.Core {
-	return quietCore{c.Core.With(fields)}
+	return quietCore{c.Core.With(fields), c.lastSlow}
+}
+
+// tooSoon reports whether the last slow request was told of just now.
+func (c quietCore) tooSoon(now time.Time) bool {
+	last := c.lastSlow.Load()
+	return now.UnixNano()-last < slowRequestEvery || !c.lastSlow.CompareAndSwap(last, now.UnixNano())
 }
 
 func (c quietCore) Check(entry zapcore.Entry, checked *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if expected[entry.Message] {
+	if expected[entry.Message] || entry.Message == slowRequest && c.tooSoon(entry.Time) {
 		entry.Level = zapcore.InfoLevel // which is debug to us
 	}
 	return c.Core.Check(entry, checked)

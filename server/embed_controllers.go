@@ -114,6 +114,9 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	descriptors := app.NewControllerDescriptors()
 	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
 	controllers, err := app.BuildControllers(ctx, cc, descriptors, mux, health)
+	if ctx.Err() != nil {
+		return nil // some of them wait for the API while they are built
+	}
 	if err != nil {
 		return fmt.Errorf("build the controllers: %w", err)
 	}

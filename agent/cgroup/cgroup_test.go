@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,4 +89,38 @@ func TestEnsureAndRemove(t *testing.T) {
 			t.Errorf("%s is still there: %v", g, err)
 		}
 	}
+}
+
+func TestSliceIsNamedAsTheKubeletNamesIt(t *testing.T) {
+	for root, want := range map[string]string{"/kedge-n1": "kedge_n1.slice", "/kedge-edge-1.site": "kedge_edge_1.site.slice"} {
+		if got := Slice(root); got != want {
+			t.Errorf("%s: %s, want %s", root, got, want)
+		}
+	}
+}
+
+func TestClaim(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("making control groups needs root")
+	}
+	const root = "/kedge-test-claim"
+	if err := Ensure(root); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = Remove(root) })
+	release, err := Claim(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Claim(root); !errors.Is(err, ErrClaimed) {
+		t.Errorf("a second claim: %v, want ErrClaimed", err)
+	}
+	if err := release(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Claim(root)
+	if err != nil {
+		t.Fatalf("after release: %v", err)
+	}
+	again()
 }

@@ -58,6 +58,11 @@ func sources(t *testing.T) []source {
 			if name := d.Name(); rel != "." && (strings.HasPrefix(name, ".") || name == "build" || name == "bin" || name == "testdata") {
 				return filepath.SkipDir
 			}
+			// A module of its own is no part of the house: scripts/bench/plain is
+			// the Kubernetes that ours is measured against.
+			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil && rel != "." {
+				return filepath.SkipDir
+			}
 			return nil
 		}
 		if !strings.HasSuffix(path, ".go") {
@@ -190,4 +195,38 @@ func TestOnlyMainExits(t *testing.T) {
 			return true
 		})
 	}
+}
+
+// A figure beside that of other versions says nothing.
+func TestPlainCompositionHasOurVersions(t *testing.T) {
+	ours, theirs := versions(t, root+"/go.mod"), versions(t, root+"/scripts/bench/plain/go.mod")
+	for name, v := range ours {
+		if w, ok := theirs[name]; ok && v != w {
+			t.Errorf("scripts/bench/plain/go.mod has %s %s, and go.mod has %s: copy the require and replace lines of ours into it; make bench-plain says what is still missing", name, w, v)
+		}
+	}
+	for _, name := range []string{"k8s.io/kubernetes", "k8s.io/apiserver =>", "github.com/containerd/containerd/v2", "go.etcd.io/etcd/server/v3"} {
+		if ours[name] == "" || theirs[name] == "" {
+			t.Errorf("%s is in only one of go.mod and scripts/bench/plain/go.mod", name)
+		}
+	}
+}
+
+// versions reads the require and replace lines of a go.mod.
+func versions(t *testing.T, path string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	for line := range strings.Lines(string(data)) {
+		switch f := strings.Fields(line); {
+		case len(f) >= 4 && f[1] == "=>":
+			out[f[0]+" =>"] = f[2] + " " + f[3]
+		case len(f) >= 2 && strings.HasPrefix(f[1], "v"):
+			out[f[0]] = f[1]
+		}
+	}
+	return out
 }

@@ -40,7 +40,7 @@ func TestAnonymousAccess(t *testing.T) {
 	for path, want := range map[string]int{
 		"/livez": 200, "/readyz": 200, "/healthz": 200,
 		"/": 401, "/version": 401, "/metrics": 401, "/api": 401, "/apis": 401, "/openapi/v2": 401, "/openid/v1/jwks": 401, "/.well-known/openid-configuration": 401,
-		"/api/v1/namespaces": 401, "/readyz/ping": 401, "/debug/pprof/": 401, "/api/v1/nodes/e2e/proxy/pods": 401,
+		"/api/v1/namespaces": 401, "/readyz/ping": 401, "/debug/pprof/": 401, "/api/v1/nodes/" + n.name + "/proxy/pods": 401,
 	} {
 		resp, err := client.Get(fmt.Sprintf("https://127.0.0.1:%d%s", n.apiPort, path))
 		if err != nil {

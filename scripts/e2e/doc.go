@@ -5,7 +5,8 @@
 // tests about starting and stopping have nodes of their own. Needs root and an
 // executable (`make build`; KEDGE_BIN names another). KEDGE_KEEP=1 leaves the
 // shared node running after a failure, to be looked at; KEDGE_E2E_PORT moves the
-// ports that nodes listen on (16443 and up).
+// ports that nodes listen on (16443 and up) and changes their names, so that two
+// runs at once do not meet.
 //
 // It contains tests only; nothing imports it.
 package e2e

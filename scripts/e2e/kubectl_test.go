@@ -111,7 +111,7 @@ func TestKubectlExec(t *testing.T) {
 		t.Errorf("without -t: %q", out)
 	}
 	master, slave := terminal(t, 37, 91)
-	n.startKubectl(t, slave, slave, "exec", "-it", "-n", ns, "box", "--", "sh", "-c", "test -t 0 && read l && echo got $l && stty size")
+	n.startKubectl(t, slave, slave, "exec", "-it", "-n", ns, "box", "--", "sh", "-c", "test -t 0 && read l && echo got $l && until stty size 2>/dev/null | grep .; do sleep 0.1; done")
 	if _, err := master.WriteString("typed\n"); err != nil {
 		t.Fatal(err)
 	}

@@ -164,9 +164,10 @@ func own(t *testing.T, flags ...string) *node {
 
 func newNode(name string) *node {
 	port := int(lastPort.Add(2))
-	if len(name) > 16 { // or the run directory is too long for sockets in it
-		name = fmt.Sprint(name[:10], "-", port)
+	if len(name) > 10 { // or the run directory is too long for sockets in it
+		name = name[:10]
 	}
+	name = fmt.Sprint(name, "-", port) // it is in cgroups and rules, which other runs have too
 	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
 	return n

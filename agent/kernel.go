@@ -1,0 +1,51 @@
+package agent
+
+import (
+	"context"
+	"errors"
+
+	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	"kedge/agent/cgroup"
+	"kedge/agent/stalesocket"
+	"kedge/internal/mounts"
+)
+
+// Prepare makes the cgroup of the node's pods and claims it for this process. It is
+// called once, before anything else makes kernel objects in the node's name; release
+// gives the claim back.
+func Prepare(ctx context.Context, cfg Config) (release func() error, err error) {
+	if cfg.SystemdCgroups {
+		err = cgroup.EnsureSlice(ctx, cfg.CgroupRoot)
+	} else {
+		err = cgroup.Ensure(cfg.CgroupRoot)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return cgroup.Claim(cfg.cgroupPath())
+}
+
+// cgroupPath is where the node's cgroup is in a hierarchy.
+func (c Config) cgroupPath() string {
+	if c.SystemdCgroups {
+		return "/" + cgroup.Slice(c.CgroupRoot)
+	}
+	return c.CgroupRoot
+}
+
+// Cleanup ends processes of pods that the runtime has lost track of, detaches the
+// volumes that the kubelet has mounted and removes the pods' cgroups. The runtime
+// must have ended its containers. What is stored in volumes stays.
+//
+// Of the folder for device plugins, which another node of this machine may use, it
+// removes the kubelet's socket if no kubelet listens on it.
+func Cleanup(ctx context.Context, cfg Config) error {
+	errs := []error{cgroup.End(cfg.cgroupPath()), mounts.DetachBelow(cfg.kubeletDir()), stalesocket.Remove(pluginapi.KubeletSocket)}
+	if cfg.SystemdCgroups {
+		errs = append(errs, cgroup.RemoveSlice(ctx, cfg.CgroupRoot))
+	} else {
+		errs = append(errs, cgroup.Remove(cfg.CgroupRoot))
+	}
+	return errors.Join(errs...)
+}

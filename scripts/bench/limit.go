@@ -1,0 +1,174 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+)
+
+// limitCgroup holds the process under test; pods are in groups of their own, their
+// shims in this one.
+const limitCgroup = "/kbench-limit"
+
+// limitSteps are what is tried, in MiB.
+var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 256, 320}
+
+// limitPods is how many pods a limit must carry.
+const limitPods = 10
+
+// smallestLimit searches between the steps, o.runs times.
+func smallestLimit(ctx context.Context, o options, images string, r *report) error {
+	for i := range o.runs {
+		var failure error
+		found := sort.Search(len(limitSteps), func(n int) bool {
+			if failure != nil {
+				return true
+			}
+			err := tryLimit(ctx, o, images, limitSteps[n])
+			if ctx.Err() != nil {
+				failure = context.Cause(ctx)
+			}
+			verdict := "enough"
+			if err != nil {
+				verdict, _, _ = strings.Cut(err.Error(), "\n")
+			}
+			fmt.Fprintf(os.Stderr, "run %d of %d: limit %d MiB: %s\n", i+1, o.runs, limitSteps[n], verdict)
+			return err == nil
+		})
+		if failure != nil {
+			return failure
+		}
+		if found == len(limitSteps) {
+			return fmt.Errorf("%d MiB are not enough", limitSteps[found-1])
+		}
+		r.add(figure{"smallest memory limit", "MiB"}, "kedge", float64(limitSteps[found]))
+	}
+	return nil
+}
+
+// tryLimit returns nil when kedge boots in a group of that size, runs the pods, and
+// then answers in a second each time it is asked.
+func tryLimit(ctx context.Context, o options, images string, mib int) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("it takes longer than two minutes"))
+	defer cancel()
+	k := newKedge(o)
+	if err := makeCgroup(limitCgroup); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, k.remove(), removeCgroup(limitCgroup)) }()
+	group, err := limitMemory(mib)
+	if err != nil {
+		return err
+	}
+	k.wrap = []string{"/bin/sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(group, "cgroup.procs")}
+	if err := k.prepare(ctx, images); err != nil {
+		return err
+	}
+	if _, err := start(ctx, k, "first"); err != nil {
+		return errors.Join(err, killed(group))
+	}
+	client, err := k.client()
+	if err != nil {
+		return err
+	}
+	for n := range limitPods - 1 {
+		if err := createPod(ctx, client, fmt.Sprint("pod-", n)); err != nil {
+			return err
+		}
+	}
+	if err := waitAllRunning(ctx, k, client); err != nil {
+		return errors.Join(err, killed(group))
+	}
+	if err := sleep(ctx, 5*time.Second); err != nil {
+		return context.Cause(ctx)
+	}
+	for range 10 {
+		if err := answers(ctx, client); err != nil {
+			return err
+		}
+		if err := sleep(ctx, 500*time.Millisecond); err != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return errors.Join(k.failed(), killed(group))
+}
+
+func waitAllRunning(ctx context.Context, k *kedgeNode, client kubernetes.Interface) error {
+	for {
+		running := 0
+		list, err := client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{})
+		if err == nil {
+			for _, p := range list.Items {
+				if p.Status.Phase == corev1.PodRunning {
+					running++
+				}
+			}
+		}
+		if running == limitPods {
+			return nil
+		}
+		if err := k.failed(); err != nil {
+			return err
+		}
+		if sleep(ctx, 200*time.Millisecond) != nil {
+			return fmt.Errorf("%d of %d pods run: %w", running, limitPods, context.Cause(ctx))
+		}
+	}
+}
+
+// answers fails when a question takes longer than a second.
+func answers(ctx context.Context, client *kubernetes.Clientset) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, errors.New("no answer within a second"))
+	defer cancel()
+	if err := client.RESTClient().Get().AbsPath("/readyz").Do(ctx).Error(); err != nil {
+		return fmt.Errorf("/readyz: %w", err)
+	}
+	if _, err := client.CoreV1().Pods("").List(ctx, metav1.ListOptions{}); err != nil {
+		return fmt.Errorf("list of pods: %w", err)
+	}
+	return nil
+}
+
+// limitMemory limits the group and returns its folder in the memory hierarchy.
+func limitMemory(mib int) (string, error) {
+	dirs, err := cgroupDirs(limitCgroup)
+	if err != nil {
+		return "", err
+	}
+	value := []byte(strconv.Itoa(mib << 20))
+	for _, d := range dirs {
+		for _, file := range []string{"memory.max", "memory.limit_in_bytes"} {
+			if _, err := os.Stat(filepath.Join(d, file)); err == nil {
+				return d, os.WriteFile(filepath.Join(d, file), value, 0o644)
+			}
+		}
+	}
+	return "", errors.New("no control group of this machine limits memory")
+}
+
+// killed says whether the kernel had to kill something in the group.
+func killed(group string) error {
+	for _, file := range []string{"memory.events", "memory.oom_control"} {
+		data, err := os.ReadFile(filepath.Join(group, file))
+		if err != nil {
+			continue
+		}
+		for line := range bytes.Lines(data) {
+			if n, ok := bytes.CutPrefix(bytes.TrimSpace(line), []byte("oom_kill ")); ok && string(n) != "0" {
+				return errors.New("the kernel has killed for memory")
+			}
+		}
+	}
+	return nil
+}

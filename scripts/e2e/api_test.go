@@ -1,0 +1,257 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+)
+
+func TestHealthAndMetrics(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	for _, path := range []string{"/readyz", "/livez", "/healthz"} {
+		out := n.kubectl(t, "get", "--raw", path+"?verbose")
+		for _, want := range []string{"[+]ping ok", "[+]etcd ok", "[+]poststarthook/rbac/bootstrap-roles ok", "check passed"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("no %q in %s:\n%s", want, path, out)
+			}
+		}
+		if strings.Contains(out, "[-]") {
+			t.Errorf("%s:\n%s", path, out)
+		}
+	}
+	out := n.kubectl(t, "get", "--raw", "/metrics")
+	for _, want := range []string{"apiserver_request_total{", "etcd_request_duration_seconds_bucket{", `apiserver_resource_objects{group="",resource="nodes"}`, "scheduler_pending_pods{", "workqueue_adds_total{"} {
+		if !strings.Contains(out, "\n"+want) {
+			t.Errorf("no %s in the metrics", want)
+		}
+	}
+	for path, want := range map[string]string{"/metrics": "kubelet_running_pods ", "/metrics/cadvisor": "container_cpu_usage_seconds_total{", "/metrics/resource": "node_memory_working_set_bytes ", "/stats/summary": `"nodeName"`} {
+		eventually(t, 40*time.Second, func() error {
+			out, err := n.tryKubectl(nil, "get", "--raw", "/api/v1/nodes/"+n.name+"/proxy"+path)
+			if err != nil || !strings.Contains(out, want) {
+				return fmt.Errorf("no %s in the kubelet's %s: %v", want, path, err)
+			}
+			return nil
+		})
+	}
+}
+
+func TestDiscoveryAndSchemas(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	out := n.kubectl(t, "api-resources")
+	for _, want := range []string{"deployments", "customresourcedefinitions", "apiservices", "endpointslices", "networkpolicies", "validatingadmissionpolicies", "leases"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no resource %s:\n%s", want, out)
+		}
+	}
+	if out := n.kubectl(t, "api-versions"); !strings.Contains(out, "apps/v1\n") || !strings.Contains(out, "networking.k8s.io/v1\n") {
+		t.Errorf("versions are %s", out)
+	}
+	var v2 struct {
+		Swagger     string
+		Definitions map[string]json.RawMessage
+	}
+	if err := json.Unmarshal([]byte(n.kubectl(t, "get", "--raw", "/openapi/v2")), &v2); err != nil || v2.Swagger != "2.0" || v2.Definitions["io.k8s.api.core.v1.Pod"] == nil {
+		t.Errorf("OpenAPI v2: %v, %q, %d definitions", err, v2.Swagger, len(v2.Definitions))
+	}
+	var v3 struct {
+		OpenAPI    string
+		Components struct{ Schemas map[string]json.RawMessage }
+	}
+	if err := json.Unmarshal([]byte(n.kubectl(t, "get", "--raw", "/openapi/v3/apis/apps/v1")), &v3); err != nil || !strings.HasPrefix(v3.OpenAPI, "3.") || v3.Components.Schemas["io.k8s.api.apps.v1.Deployment"] == nil {
+		t.Errorf("OpenAPI v3: %v, %q, %d schemas", err, v3.OpenAPI, len(v3.Components.Schemas))
+	}
+	if out := n.kubectl(t, "explain", "pod.spec.containers.livenessProbe.grpc.port"); !strings.Contains(out, "FIELD: port <integer>") || !strings.Contains(out, "Port number of the gRPC service") {
+		t.Errorf("explain: %s", out)
+	}
+	var version struct {
+		ServerVersion struct{ GitVersion, Minor string }
+		ClientVersion struct{ GitVersion string }
+	}
+	if err := json.Unmarshal([]byte(n.kubectl(t, "version", "-o", "json")), &version); err != nil || version.ServerVersion.GitVersion != version.ClientVersion.GitVersion || !strings.HasSuffix(version.ServerVersion.GitVersion, "+kedge") {
+		t.Errorf("version: %v, %+v", err, version)
+	}
+}
+
+func TestServerSideApply(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	manifest := func(data string) string {
+		return "{apiVersion: v1, kind: ConfigMap, metadata: {name: c}, data: {" + data + "}}"
+	}
+	apply := func(manager, data string, more ...string) (string, error) {
+		return n.tryKubectl(strings.NewReader(manifest(data)), append([]string{"apply", "--server-side", "-n", ns, "--field-manager=" + manager, "-f", "-"}, more...)...)
+	}
+	must := func(out string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	have := func(want string) {
+		t.Helper()
+		if got := n.kubectl(t, "get", "configmap", "-n", ns, "c", "-o", "jsonpath={.data}"); got != want {
+			t.Errorf("data is %s, want %s", got, want)
+		}
+	}
+	must(apply("first", "a: '1', b: '1'"))
+	out, err := apply("second", "a: '2'")
+	if err == nil || !strings.Contains(out, `conflict with "first": .data.a`) {
+		t.Errorf("no conflict, but %v: %s", err, out)
+	}
+	have(`{"a":"1","b":"1"}`)
+	must(apply("second", "c: '2'")) // another field: no conflict
+	must(apply("second", "a: '2', c: '2'", "--force-conflicts"))
+	have(`{"a":"2","b":"1","c":"2"}`)
+	// What a manager leaves out is removed when nobody else owns it.
+	must(apply("first", "b: '3'"))
+	must(apply("second", "a: '2'"))
+	have(`{"a":"2","b":"3"}`)
+	if got := n.kubectl(t, "get", "configmap", "-n", ns, "c", "--show-managed-fields", "-o", "jsonpath={.metadata.managedFields[*].manager}"); got != "first second" && got != "second first" {
+		t.Errorf("managers are %s", got)
+	}
+}
+
+func TestWatches(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	maps := n.client.CoreV1().ConfigMaps(ns)
+	make := func(name string) *corev1.ConfigMap {
+		c, err := maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"l": name}}}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	old := make("old")
+	expect := func(w watch.Interface, kind watch.EventType, name string) {
+		t.Helper()
+		for e := range w.ResultChan() {
+			c, ok := e.Object.(*corev1.ConfigMap)
+			if ok && c.Name == "kube-root-ca.crt" {
+				continue // which a controller makes
+			}
+			if e.Type != kind || ok && c.Name != name {
+				t.Fatalf("event %s of %v, want %s of %s", e.Type, e.Object, kind, name)
+			}
+			return
+		}
+		t.Fatalf("the watch ended before %s of %s", kind, name)
+	}
+	begin := func(o metav1.ListOptions) watch.Interface {
+		t.Helper()
+		w, err := maps.Watch(ctx, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(w.Stop)
+		return w
+	}
+	all := begin(metav1.ListOptions{ResourceVersion: old.ResourceVersion})
+	one := begin(metav1.ListOptions{ResourceVersion: old.ResourceVersion, LabelSelector: "l=new"})
+	fresh := make("new")
+	if _, err := maps.Patch(ctx, "old", types.MergePatchType, []byte(`{"data":{"k":"v"}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// An object that stops to match a selector is deleted for its watcher.
+	if _, err := maps.Patch(ctx, "new", types.MergePatchType, []byte(`{"metadata":{"labels":{"l":"other"}}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := maps.Delete(ctx, "old", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	expect(all, watch.Added, "new")
+	expect(all, watch.Modified, "old")
+	expect(all, watch.Modified, "new")
+	expect(all, watch.Deleted, "old")
+	expect(one, watch.Added, "new")
+	expect(one, watch.Deleted, "new")
+	// From the past: the same events, from the store's history.
+	again := begin(metav1.ListOptions{ResourceVersion: fresh.ResourceVersion})
+	expect(again, watch.Modified, "old")
+	expect(again, watch.Modified, "new")
+	expect(again, watch.Deleted, "old")
+	// A list as a watch: what is there, then a bookmark.
+	yes := true
+	list := begin(metav1.ListOptions{SendInitialEvents: &yes, AllowWatchBookmarks: true, ResourceVersionMatch: metav1.ResourceVersionMatchNotOlderThan})
+	expect(list, watch.Added, "new")
+	expect(list, watch.Bookmark, "")
+	// A version that is not there yet is waited for, but not for ever; an update of
+	// an old one is refused.
+	future := metav1.ListOptions{ResourceVersion: "99999999999", ResourceVersionMatch: metav1.ResourceVersionMatchNotOlderThan}
+	if _, err := maps.List(ctx, future); !apierrors.HasStatusCause(err, metav1.CauseTypeResourceVersionTooLarge) {
+		t.Errorf("a list of the future: %v", err)
+	}
+	if _, err := maps.Update(ctx, fresh, metav1.UpdateOptions{}); !apierrors.IsConflict(err) {
+		t.Errorf("an update of an old version: %v", err)
+	}
+	// Pages of one list show one state.
+	for i := range 5 {
+		make(fmt.Sprint("page", i))
+	}
+	page, err := maps.List(ctx, metav1.ListOptions{Limit: 2})
+	if err != nil || len(page.Items) != 2 || page.Continue == "" {
+		t.Fatalf("first page: %v, %d items", err, len(page.Items))
+	}
+	make("late")
+	seen := len(page.Items)
+	for page.Continue != "" {
+		if page, err = maps.List(ctx, metav1.ListOptions{Limit: 2, Continue: page.Continue}); err != nil {
+			t.Fatal(err)
+		}
+		seen += len(page.Items)
+		for _, c := range page.Items {
+			if c.Name == "late" {
+				t.Error("a later page shows what was made after the first")
+			}
+		}
+	}
+	if seen < 6 {
+		t.Errorf("pages have %d objects", seen)
+	}
+}
+
+func TestGarbageCollectionAndFinalizers(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, `{apiVersion: v1, kind: ConfigMap, metadata: {name: owner, finalizers: [kedge.test/wait]}}`)
+	uid := n.kubectl(t, "get", "configmap", "-n", ns, "owner", "-o", "jsonpath={.metadata.uid}")
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: ConfigMap, metadata: {name: owned, ownerReferences: [{apiVersion: v1, kind: ConfigMap, name: owner, uid: %s}]}}`, uid))
+	n.kubectl(t, "delete", "configmap", "-n", ns, "owner", "--wait=false")
+	names := func() string {
+		return n.kubectl(t, "get", "configmap", "-n", ns, "-o", "jsonpath={.items[*].metadata.name}")
+	}
+	if got := names(); !strings.Contains(got, "owner") {
+		t.Errorf("a finalizer does not keep its object: %s", got)
+	}
+	n.kubectl(t, "patch", "configmap", "-n", ns, "owner", "--type=merge", "-p", `{"metadata":{"finalizers":null}}`)
+	eventually(t, 30*time.Second, func() error {
+		if got := names(); strings.Contains(got, "own") {
+			return fmt.Errorf("there are still %s", got)
+		}
+		return nil
+	})
+	// A namespace takes everything in it along.
+	n.kubectl(t, "create", "namespace", ns+"-x")
+	n.kubectl(t, "create", "configmap", "-n", ns+"-x", "c")
+	n.kubectl(t, "delete", "namespace", ns+"-x", "--timeout=40s")
+	if out, err := n.tryKubectl(nil, "get", "configmap", "-n", ns+"-x", "c"); err == nil {
+		t.Errorf("left behind: %s", out)
+	}
+}
