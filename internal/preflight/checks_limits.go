@@ -2,16 +2,20 @@ package preflight
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
 	leastOpenFiles  = 4096
 	enoughOpenFiles = 65536
 
+	leastInotifyInstances  = 24 // what a node uses by itself; without them the kubelet ends the process
 	enoughInotifyInstances = 512
 	enoughInotifyWatches   = 65536
 )
@@ -32,6 +36,10 @@ func checkOpenFiles(_ context.Context, _ Config, p probes) []finding {
 }
 
 func checkInotify(_ context.Context, _ Config, p probes) []finding {
+	if err := p.tryInotify(leastInotifyInstances); errors.Is(err, unix.EMFILE) {
+		return fail(fmt.Sprintf("fewer than %d inotify instances are left: other programs have the rest", leastInotifyInstances),
+			fmt.Sprintf("set the kernel parameter fs.inotify.max_user_instances to %d, or end some of them", enoughInotifyInstances))
+	}
 	var found []finding
 	for _, l := range []struct {
 		name   string

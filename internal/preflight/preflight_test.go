@@ -55,6 +55,7 @@ func goodMachine() (Config, probes) {
 		writable:      func(string) error { return nil },
 		tryFiles:      func(string) error { return nil },
 		tryNamespace:  func(int) error { return nil },
+		tryInotify:    func(int) error { return nil },
 		trySeccomp:    func() error { return nil },
 		tryOverlay:    func(string) error { return nil },
 		tryLink:       func(string) error { return nil },
@@ -184,6 +185,7 @@ func TestFindings(t *testing.T) {
 		{"container's memory limit", func(_ *Config, p *probes) { p.file("/sys/fs/cgroup/memory.max", "268435456\n") }, "memory", Warning, "this container has only 256 MiB"},
 		{"swap", func(_ *Config, p *probes) { p.file("/proc/swaps", "Filename\n/dev/sda2 partition 1 0 -2\n") }, "swap", OK, "swap is on"},
 		{"few open files", func(_ *Config, p *probes) { p.openFileLimit = func() (uint64, error) { return 1024, nil } }, "open-files", Error, "LimitNOFILE"},
+		{"inotify used up", func(_ *Config, p *probes) { p.tryInotify = func(int) error { return unix.EMFILE } }, "inotify", Error, "to 512"},
 		{"inotify at its default", func(_ *Config, p *probes) { p.file("/proc/sys/fs/inotify/max_user_instances", "128\n") }, "inotify", Warning, "to 512"},
 		{"no VXLAN", func(_ *Config, p *probes) {
 			p.tryLink = func(kind string) error {

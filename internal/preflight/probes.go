@@ -22,6 +22,7 @@ type probes struct {
 	writable      func(path string) error             // can be opened for writing; nothing is written
 	tryFiles      func(dir string) error              // files can be made in dir, which may not exist yet
 	tryNamespace  func(flag int) error                // a namespace of this kind can be made
+	tryInotify    func(n int) error                   // n more instances can be made
 	trySeccomp    func() error                        // filters are there
 	tryOverlay    func(dir string) error              // an overlay with its layers in dir can be mounted
 	tryLink       func(kind string) error             // an interface of this kind can be made
@@ -53,6 +54,7 @@ func realProbes() probes {
 		writable:      func(path string) error { return tryOpen(path, os.O_WRONLY) },
 		tryFiles:      tryFiles,
 		tryNamespace:  tryNamespace,
+		tryInotify:    tryInotify,
 		trySeccomp:    trySeccomp,
 		tryOverlay:    tryOverlay,
 		tryLink:       tryLink,

@@ -12,6 +12,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// tryInotify makes n instances and lets go of them again.
+func tryInotify(n int) error {
+	for range n {
+		fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+	}
+	return nil
+}
+
 // existing returns the nearest directory above a path that is there: what the
 // path will be made in.
 func existing(path string) string {
