@@ -92,6 +92,28 @@ func TestMachineLacks(t *testing.T) {
 	}
 }
 
+// TestInotifyUsedUp: without inotify instances the kubelet would end the process in
+// the middle of its start. The limit is each user namespace's own, so that a lower one
+// disturbs nobody else; it is tried with the check alone.
+func TestInotifyUsedUp(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	if err := errors.Join(os.MkdirAll(n.dataDir(), 0o755), os.WriteFile(filepath.Join(n.dir, "config.yaml"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/bin/sh", "-c", `echo 3 >/proc/sys/user/max_inotify_instances && exec "$0" "$@"`, binary(), "check")
+	cmd.Args = append(cmd.Args, n.args()...)
+	root := []syscall.SysProcIDMap{{Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: root, GidMappings: root}
+	out, err := cmd.CombinedOutput()
+	if err != nil && strings.Contains(string(out), "max_inotify_instances") {
+		t.Skip("this kernel counts them otherwise: ", string(out))
+	}
+	if want := "error    inotify: fewer than 24 inotify instances are left: other programs have the rest; set the kernel parameter fs.inotify.max_user_instances to 512, or end some of them\n"; err == nil || !strings.Contains(string(out), want) {
+		t.Errorf("check said\n%s\nwant\n%s", out, want)
+	}
+}
+
 func TestReadOnlyDirectories(t *testing.T) {
 	t.Parallel()
 	for _, dir := range []string{"data", "run"} {
