@@ -45,10 +45,8 @@ func Boot() {
 		debug.SetMemoryLimit(int64(float64(limit) * limitShare))
 	}
 	var machine unix.Sysinfo_t
-	if unix.Sysinfo(&machine) == nil {
-		limit = min(limit, int64(machine.Totalram)*int64(machine.Unit))
-	}
-	if limit < tight {
+	small := unix.Sysinfo(&machine) == nil && int64(machine.Totalram)*int64(machine.Unit) < tight
+	if small || limited && limit < tight {
 		// Else the kernel reads what lies around each page that is needed, has to
 		// throw out others for it, and soon does nothing else.
 		_ = adviseExecutable(unix.MADV_RANDOM) // without it we are slow, not wrong
