@@ -85,14 +85,14 @@ func runServer(ctx context.Context, s settings) error {
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
 		}
+		if _, err := runtime.LoadRegistries(s.runtime.RegistriesFile); err != nil {
+			return err // before anything runs that would have to be stopped
+		}
 		release, err := agent.Prepare(ctx, s.agent)
 		if err != nil {
 			return err
 		}
 		defer release()
-		if _, err := runtime.LoadRegistries(s.runtime.RegistriesFile); err != nil {
-			return err // before anything runs that would have to be stopped
-		}
 	}
 
 	identity, err := server.Prepare(s.server, time.Now())

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 
+	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
 	"kedge/agent/cgroup"
+	"kedge/agent/stalesocket"
 	"kedge/internal/mounts"
 )
 
@@ -34,8 +37,11 @@ func (c Config) cgroupPath() string {
 // Cleanup ends processes of pods that the runtime has lost track of, detaches the
 // volumes that the kubelet has mounted and removes the pods' cgroups. The runtime
 // must have ended its containers. What is stored in volumes stays.
+//
+// Of the folder for device plugins, which another node of this machine may use, it
+// removes the kubelet's socket if no kubelet listens on it.
 func Cleanup(ctx context.Context, cfg Config) error {
-	errs := []error{cgroup.End(cfg.cgroupPath()), mounts.DetachBelow(cfg.kubeletDir())}
+	errs := []error{cgroup.End(cfg.cgroupPath()), mounts.DetachBelow(cfg.kubeletDir()), stalesocket.Remove(pluginapi.KubeletSocket)}
 	if cfg.SystemdCgroups {
 		errs = append(errs, cgroup.RemoveSlice(ctx, cfg.CgroupRoot))
 	} else {
