@@ -96,8 +96,9 @@ func run(m *testing.M) int {
 		return 1
 	}
 	lastPort.Store(int32(port))
-	// Tests wait for most of their time; go test would run one per processor.
-	if err := flag.Set("test.parallel", strconv.Itoa(max(12, goruntime.GOMAXPROCS(0)))); err != nil {
+	// Tests wait for most of their time, some of them for a slot of [own]; go test would
+	// run one per processor.
+	if err := flag.Set("test.parallel", strconv.Itoa(max(24, goruntime.GOMAXPROCS(0)))); err != nil {
 		fmt.Println("FAIL:", err)
 		return 1
 	}
@@ -144,10 +145,17 @@ func shared(t *testing.T) *node {
 	return sharedNode
 }
 
+// ownSlots is how many nodes besides the shared one run at a time: more than the
+// machine's processors can boot would only slow each other down, and the kernel's
+// default of 128 inotify instances is enough for five or so.
+var ownSlots = make(chan struct{}, 3)
+
 // own makes a node for one test, not yet started. It and all it left are gone
 // when the test ends.
 func own(t *testing.T, flags ...string) *node {
 	t.Helper()
+	ownSlots <- struct{}{}
+	t.Cleanup(func() { <-ownSlots })
 	n := newNode(strings.ToLower(strings.NewReplacer("Test", "", "/", "", "_", "").Replace(t.Name())))
 	// Nodes that run at the same time share the machine's routes.
 	n.flags = append([]string{fmt.Sprintf("--cluster-cidr=10.%d.0.0/16", 100+n.apiPort/2%100)}, flags...)
