@@ -30,6 +30,9 @@ const (
 	// the collector works harder. The rest is for pages of the executable, which
 	// the kernel can drop, and for what is not on Go's heap.
 	limitShare = 0.7
+	// tight is how much memory, ours or the machine's, is too little to keep the
+	// whole executable in beside the heap of the start.
+	tight = 512 << 20
 )
 
 // Boot prepares for the start. Users' GOGC and GOMEMLIMIT win.
@@ -37,8 +40,16 @@ func Boot() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(bootGC)
 	}
-	if limit, ok := cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup"); ok && os.Getenv("GOMEMLIMIT") == "" {
+	limit, limited := cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup")
+	if limited && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(float64(limit) * limitShare))
+	}
+	var machine unix.Sysinfo_t
+	small := unix.Sysinfo(&machine) == nil && int64(machine.Totalram)*int64(machine.Unit) < tight
+	if small || limited && limit < tight {
+		// Else the kernel reads what lies around each page that is needed, has to
+		// throw out others for it, and soon does nothing else.
+		_ = adviseExecutable(unix.MADV_RANDOM) // without it we are slow, not wrong
 	}
 }
 
@@ -49,13 +60,14 @@ func Settle() error {
 		debug.SetGCPercent(settledGC)
 	}
 	debug.FreeOSMemory()
-	return dropExecutablePages()
+	return adviseExecutable(unix.MADV_DONTNEED)
 }
 
-// dropExecutablePages forgets the mapping of every clean page of the executable.
-// The kernel keeps their contents in its cache as long as it likes, and maps those
-// that are used again; what only initialisation used stops counting as ours.
-func dropExecutablePages() error {
+// adviseExecutable advises the kernel on every clean page of the executable. With
+// MADV_DONTNEED it forgets their mapping: it keeps their contents in its cache as
+// long as it likes, and maps those that are used again; what only initialisation
+// used stops counting as ours.
+func adviseExecutable(advice uintptr) error {
 	self, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err
@@ -70,8 +82,8 @@ func dropExecutablePages() error {
 		if !ok {
 			continue
 		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, unix.MADV_DONTNEED); errno != 0 {
-			return fmt.Errorf("drop pages of the executable: %w", errno)
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, advice); errno != 0 {
+			return fmt.Errorf("advise on pages of the executable: %w", errno)
 		}
 	}
 	return nil
