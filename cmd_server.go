@@ -99,6 +99,8 @@ func runServer(ctx context.Context, s settings) error {
 	if err != nil {
 		return err
 	}
+	// A start that takes longer than this has trouble, which must be seen.
+	time.AfterFunc(startNoise, logging.Settled)
 	var group *lifecycle.Group
 	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group, s.dataDir) }))
 	if err := wire(group, s, identity, log); err != nil {
@@ -235,6 +237,10 @@ func keepProgram(dataDir string) error {
 	}
 	return packed.Keep(filepath.Join(dataDir, "program"), self)
 }
+
+// startNoise is how long lines that are normal while a node starts are kept out of
+// the log, if it does not get ready before.
+const startNoise = 20 * time.Second
 
 // settleAfter is how long after everything is ready the start counts as over.
 const settleAfter = 10 * time.Second
