@@ -135,15 +135,15 @@ func checkMachine(ctx context.Context, c preflight.Config, log *slog.Logger) err
 func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
-	api, err := server.NewAPIServer(s.server, id, lb, component(log, "api"))
+	api, err := server.NewAPIServer(s.server, id, lb)
 	if err != nil {
 		return err
 	}
-	controllers, err := server.NewControllers(s.server, id, lb, component(log, "controllers"))
+	controllers, err := server.NewControllers(s.server, id, lb)
 	if err != nil {
 		return err
 	}
-	scheduler, err := server.NewScheduler(s.server, lb, component(log, "scheduler"))
+	scheduler, err := server.NewScheduler(s.server, lb)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,8 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/atomicfile"
 )
 
 const (
@@ -55,7 +57,7 @@ func cleanDir(dir string) error {
 		if err := os.RemoveAll(member); err != nil {
 			return err
 		}
-		return syncDir(dir)
+		return atomicfile.SyncDir(dir)
 	case !errors.Is(err, os.ErrNotExist):
 		return err
 	}
@@ -66,7 +68,7 @@ func cleanDir(dir string) error {
 			return err
 		}
 		// The marker must be on disk before anything that it speaks of.
-		return syncDir(dir)
+		return atomicfile.SyncDir(dir)
 	case err != nil:
 		return err
 	}
@@ -93,15 +95,7 @@ func markCreated(dir string) error {
 	if err != nil {
 		return err
 	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return atomicfile.SyncDir(dir)
 }
 
 // volume returns the size of the volume that holds dir and what is free on it, in bytes.

@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/seccomp"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/atomicfile"
 )
 
 // hostFeatures is what differs between hosts and decides how containers are run.
@@ -94,5 +96,5 @@ func chooseSnapshotter(c Config) (name string, why error, err error) {
 	if why = overlayutils.Supported(c.tempDir()); why != nil {
 		name = SnapshotterNative
 	}
-	return name, why, replaceFile(file, []byte(name+"\n"), 0o600)
+	return name, why, atomicfile.Write(file, []byte(name+"\n"), 0o600)
 }

@@ -20,6 +20,8 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+
+	"kedge/internal/atomicfile"
 )
 
 // progressEvery is how often a long import says how far it is.
@@ -253,7 +255,7 @@ func (m *Images) writeRecords(before, now map[string]importRecord) error {
 	if old, err := os.ReadFile(m.recordFile()); err == nil && bytes.Equal(old, data) {
 		return nil // spares the disk a write at every start
 	}
-	return replaceFile(m.recordFile(), data, 0o600)
+	return atomicfile.Write(m.recordFile(), data, 0o600)
 }
 
 // progressReader hashes what is read and reports how much that is, now and then.

@@ -16,6 +16,8 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+
+	"kedge/internal/atomicfile"
 )
 
 // Programs that travel inside the executable.
@@ -154,7 +156,7 @@ func (p *payload) unpack(root string) (string, error) {
 	if err := os.Rename(tmp, dir); err != nil {
 		return "", err
 	}
-	return dir, syncDir(root)
+	return dir, atomicfile.SyncDir(root)
 }
 
 func (p *payload) verify(dir string) error {
@@ -227,25 +229,4 @@ func writeFileSync(name string, data []byte, mode os.FileMode) error {
 	}
 	_, err = f.Write(data)
 	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// replaceFile writes name so that a reader, or a machine that loses power, sees
-// either the old content or the new.
-func replaceFile(name string, data []byte, mode os.FileMode) error {
-	tmp := name + ".new"
-	if err := writeFileSync(tmp, data, mode); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, name); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(name))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+
+	"kedge/internal/atomicfile"
 )
 
 // repairDatabases makes sure that containerd can open its databases. One that is
@@ -55,7 +57,7 @@ func repairDatabases(ctx context.Context, c Config, log *slog.Logger) error {
 	if err := os.Remove(databases(c)[0]); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := syncDir(c.root()); err != nil {
+	if err := atomicfile.SyncDir(c.root()); err != nil {
 		return err
 	}
 	return emptyRoot(c)
@@ -73,7 +75,7 @@ func emptyRoot(c Config) error {
 			errs = append(errs, os.RemoveAll(filepath.Join(c.root(), e.Name())))
 		}
 	}
-	return errors.Join(append(errs, syncDir(c.root()))...)
+	return errors.Join(append(errs, atomicfile.SyncDir(c.root()))...)
 }
 
 // checkDatabase reads all of a bolt file, or reports that there is none to read.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -36,14 +35,13 @@ type APIServer struct {
 	cfg      Config
 	id       *Identity
 	loopback *loopback.Loopback
-	log      *slog.Logger
 	opts     *options.ServerRunOptions
 }
 
 // NewAPIServer parses the component's flags and keeps the rest. The store's
 // client factory must be installed before Run.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) (*APIServer, error) {
-	s := &APIServer{cfg: cfg, id: id, loopback: lb, log: log, opts: options.NewServerRunOptions()}
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback) (*APIServer, error) {
+	s := &APIServer{cfg: cfg, id: id, loopback: lb, opts: options.NewServerRunOptions()}
 	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags().FlagSets {
 		fs.AddFlagSet(f)

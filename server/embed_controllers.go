@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -34,17 +33,16 @@ type Controllers struct {
 	cfg      Config
 	id       *Identity
 	loopback *loopback.Loopback
-	log      *slog.Logger
 	opts     *options.KubeControllerManagerOptions
 }
 
 // NewControllers parses the component's flags and keeps the rest.
-func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) (*Controllers, error) {
+func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback) (*Controllers, error) {
 	opts, err := options.NewKubeControllerManagerOptions()
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)
 	}
-	c := &Controllers{cfg: cfg, id: id, loopback: lb, log: log, opts: opts}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts}
 	flags := opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	fs := pflag.NewFlagSet("kube-controller-manager", pflag.ContinueOnError)
 	for _, f := range flags.FlagSets {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
@@ -26,13 +25,12 @@ import (
 // Scheduler is the component that runs kube-scheduler.
 type Scheduler struct {
 	loopback *loopback.Loopback
-	log      *slog.Logger
 	opts     *options.Options
 }
 
 // NewScheduler parses the component's flags and keeps the rest.
-func NewScheduler(cfg Config, lb *loopback.Loopback, log *slog.Logger) (*Scheduler, error) {
-	s := &Scheduler{loopback: lb, log: log, opts: options.NewOptions()}
+func NewScheduler(cfg Config, lb *loopback.Loopback) (*Scheduler, error) {
+	s := &Scheduler{loopback: lb, opts: options.NewOptions()}
 	fs := pflag.NewFlagSet("kube-scheduler", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags.FlagSets {
 		fs.AddFlagSet(f)
