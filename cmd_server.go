@@ -169,11 +169,16 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 		return err
 	}
 	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
+	watches, err := agent.NewWatches(lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup))
+	if err != nil {
+		return err
+	}
 	net := network.New(s.network, log)
 	containerd := group.Add(runtime.New(s.runtime, log))
 	hNet := group.Add(net)
 	group.Add(runtime.NewImages(s.runtime, log), containerd)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
+	group.Add(watches, hAPI)
 	group.Add(kubelet, hAPI, containerd, hNet)
 	return nil
 }

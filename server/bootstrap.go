@@ -16,8 +16,8 @@ import (
 )
 
 // ensureBootstrapObjects writes what upstream leaves to the installer: the
-// binding that lets the API server call kubelets, and the addresses of the
-// service "kubernetes". It is called at every start and changes only what differs.
+// binding that lets the API server call kubelets, what the nodes' networks may
+// read, and the addresses of the service "kubernetes". It is called at every start and changes only what differs.
 func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) error {
 	c, err := kubernetes.NewForConfig(rc)
 	if err != nil {
@@ -31,8 +31,50 @@ func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) er
 	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("bind the API server's kubelet client: %w", err)
 	}
+	if err := ensureNetworkRole(ctx, c); err != nil {
+		return fmt.Errorf("let nodes read what their network needs: %w", err)
+	}
 	if err := publishEndpoints(ctx, c, []netip.Addr{cfg.AdvertiseAddress}, int32(cfg.HTTPSPort)); err != nil {
 		return fmt.Errorf("publish the API server's address: %w", err)
+	}
+	return nil
+}
+
+// NetworkGroup is the group of the users as which service proxy, policy and
+// resolver of the nodes read the API. A kubelet's own user may see only the pods
+// of its node, which is too little to route and judge by.
+const NetworkGroup = "system:kedge:network"
+
+func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
+	read := []string{"get", "list", "watch"}
+	role := &rbacv1.ClusterRole{
+		ObjectMeta: metav1.ObjectMeta{Name: NetworkGroup},
+		Rules: []rbacv1.PolicyRule{
+			{APIGroups: []string{""}, Resources: []string{"services", "pods", "namespaces", "nodes"}, Verbs: read},
+			{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: read},
+			{APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}, Verbs: read},
+			{APIGroups: []string{"", "events.k8s.io"}, Resources: []string{"events"}, Verbs: []string{"create", "patch", "update"}},
+		},
+	}
+	roles := c.RbacV1().ClusterRoles()
+	old, err := roles.Get(ctx, role.Name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		_, err = roles.Create(ctx, role, metav1.CreateOptions{})
+	case err == nil && !equality.Semantic.DeepEqual(old.Rules, role.Rules): // an older kedge's
+		role.ResourceVersion = old.ResourceVersion
+		_, err = roles.Update(ctx, role, metav1.UpdateOptions{})
+	}
+	if err != nil {
+		return err
+	}
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: NetworkGroup},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role.Name},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: NetworkGroup}},
+	}
+	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		return err
 	}
 	return nil
 }
