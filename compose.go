@@ -64,7 +64,7 @@ func compose(c *cli.Context) (settings, error) {
 
 	sv := &s.server
 	sv.Dir = serverDir
-	sv.NodeName = s.nodeName
+	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
 	if v := p.prefixes("cluster-cidr"); v != nil {
 		sv.ClusterCIDRs = v
 	}
