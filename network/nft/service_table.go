@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 )
 
@@ -405,7 +404,7 @@ func (t *ServiceTable) compare() (delta, error) {
 			d.add = append(d.add, element{r, w.val})
 		}
 	}
-	d.chains, err = t.wrongChains(conn, table)
+	d.chains, err = t.wrongChains(conn)
 	return d, err
 }
 
@@ -457,7 +456,7 @@ func (t *ServiceTable) wantedChains() []chain {
 
 // wrongChains returns the chains whose rules differ; all of them if they are
 // another process's. A foreign chain, or one with another hook, is another shape.
-func (t *ServiceTable) wrongChains(conn *nftables.Conn, table *nftables.Table) ([]chain, error) {
+func (t *ServiceTable) wrongChains(conn *nftables.Conn) ([]chain, error) {
 	all, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
@@ -468,26 +467,18 @@ func (t *ServiceTable) wrongChains(conn *nftables.Conn, table *nftables.Table) (
 			have[c.Name] = c
 		}
 	}
+	rules, err := comments(t.name)
+	if err != nil {
+		return nil, err
+	}
 	var wrong []chain
-	want := t.wantedChains()
-	for _, c := range want {
+	for _, c := range t.wantedChains() {
 		got := have[c.name]
 		delete(have, c.name)
 		if c.hook != nil && (got == nil || got.Hooknum == nil || *got.Hooknum != *c.hook || got.Priority == nil || *got.Priority != *c.priority) {
 			return nil, errOtherShape
 		}
-		same := got != nil && t.adopted
-		if same {
-			rules, err := conn.GetRules(table, &nftables.Chain{Name: c.name, Table: table})
-			if err != nil {
-				return nil, fmt.Errorf("read chain %s: %w", c.name, err)
-			}
-			same = slices.EqualFunc(c.rules, rules, func(want commented, got *nftables.Rule) bool {
-				comment, _ := userdata.GetString(got.UserData, userdata.TypeComment)
-				return comment == want.comment
-			})
-		}
-		if !same {
+		if got == nil || !t.adopted || !c.has(rules[c.name]) {
 			wrong = append(wrong, c)
 		}
 	}
