@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"kedge/network/cni"
@@ -152,4 +153,15 @@ func TestServiceIsReached(t *testing.T) {
 			t.Errorf("Repair: %d differences, %v", n, err)
 		}
 	})
+}
+
+func addLoopbackAddr(a netip.Addr) error { return loopbackAddr(netlink.AddrAdd, a) }
+func delLoopbackAddr(a netip.Addr) error { return loopbackAddr(netlink.AddrDel, a) }
+
+func loopbackAddr(do func(netlink.Link, *netlink.Addr) error, a netip.Addr) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return do(lo, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}})
 }

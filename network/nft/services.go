@@ -109,10 +109,14 @@ func keepPlaces(old, next []netip.AddrPort) []netip.AddrPort {
 	if len(old) == 0 {
 		return next
 	}
+	places := make(map[netip.AddrPort]int, len(old))
+	for i, a := range old {
+		places[a] = i
+	}
 	placed := make([]netip.AddrPort, len(next))
 	var rest []netip.AddrPort
 	for _, a := range next {
-		if i := slices.Index(old, a); i >= 0 && i < len(next) {
+		if i, ok := places[a]; ok && i < len(next) && !placed[i].IsValid() {
 			placed[i] = a
 		} else {
 			rest = append(rest, a)
