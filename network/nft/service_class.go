@@ -61,7 +61,7 @@ func (c class) bytes() string {
 }
 
 func parseClass(b string) class {
-	n := func(i int) uint32 { return binary.NativeEndian.Uint32([]byte(b[4*i:])) }
+	n := func(i int) uint32 { return parseNumber(b[4*i : 4*i+4]) }
 	return class{do: action(n(0)), cluster: n(1), local: n(2), sticky: n(3), turn: n(4)}
 }
 

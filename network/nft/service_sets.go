@@ -251,3 +251,5 @@ func bounds(r netip.Prefix) (first, last netip.Addr) {
 	last, _ = netip.AddrFromSlice(b)
 	return first, last
 }
+
+func parseNumber(b string) uint32 { return binary.NativeEndian.Uint32([]byte(b)) }

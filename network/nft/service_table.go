@@ -24,7 +24,8 @@ type ServiceTable struct {
 	want     map[ref]wanted        // every element that the kernel should have
 	inStep   bool                  // the kernel was given all of want
 	adopted  bool                  // the rules are this process's
-	unused   map[string]time.Time  // chains of classes that nobody uses, since when
+	idle     map[ref]time.Time     // elements of classes that no service uses any more, since when
+	unused   map[string]time.Time  // chains that no element leads to any more, since when
 	now      func() time.Time
 }
 
@@ -44,7 +45,7 @@ func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
 	return &ServiceTable{
 		name: TableName(node, "services"), cfg: cfg,
 		services: map[string]*renderedService{}, holders: map[frontend][]string{},
-		want: map[ref]wanted{}, unused: map[string]time.Time{}, now: time.Now,
+		want: map[ref]wanted{}, idle: map[ref]time.Time{}, unused: map[string]time.Time{}, now: time.Now,
 	}
 }
 
@@ -61,11 +62,11 @@ func (t *ServiceTable) Apply(changes map[string]Service) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	before := t.record(changes)
+	t.retire(before)
 	if !t.inStep {
 		_, err := t.synchronize()
 		return err
 	}
-	t.removeUnused()
 	if err := t.write(t.difference(before)); err != nil {
 		t.inStep = false
 		// Most likely somebody removed the table.
@@ -84,13 +85,23 @@ func (t *ServiceTable) Repair() (int, error) {
 	if !t.adopted {
 		return 0, nil // nothing was applied yet
 	}
-	t.removeUnused()
+	before := map[ref]presence{}
+	t.retire(before)
+	if err := t.write(t.difference(before)); err != nil {
+		t.inStep = false
+	}
 	return t.synchronize()
 }
 
+// presence is what an element was before a change.
+type presence struct {
+	val   string
+	there bool
+}
+
 // record takes the changes over and returns what the elements that they touch
-// were before; those that were not there have n == 0.
-func (t *ServiceTable) record(changes map[string]Service) map[ref]wanted {
+// were before.
+func (t *ServiceTable) record(changes map[string]Service) map[ref]presence {
 	affected := map[string]bool{}
 	for name, next := range changes {
 		affected[name] = true
@@ -115,7 +126,7 @@ func (t *ServiceTable) record(changes map[string]Service) map[ref]wanted {
 			t.claim(f, name, affected)
 		}
 	}
-	before := map[ref]wanted{}
+	before := map[ref]presence{}
 	for name := range affected {
 		s := t.services[name]
 		if s == nil {
@@ -140,19 +151,25 @@ func (t *ServiceTable) record(changes map[string]Service) map[ref]wanted {
 }
 
 // add counts one more or one less who needs an element.
-func (t *ServiceTable) add(e element, n int, before map[ref]wanted) {
-	w := t.want[e.ref]
+func (t *ServiceTable) add(e element, n int, before map[ref]presence) {
+	w, there := t.want[e.ref]
 	if _, ok := before[e.ref]; !ok {
-		before[e.ref] = w
+		before[e.ref] = presence{w.val, there}
 	}
 	w.n += n
 	if n > 0 {
 		w.val = e.val
 	}
-	if w.n == 0 {
-		delete(t.want, e.ref)
-	} else {
+	switch {
+	case w.n > 0:
 		t.want[e.ref] = w
+		delete(t.idle, e.ref)
+	case e.set.kind == kindClasses:
+		// A packet that has just read the class of its service must find it.
+		t.want[e.ref] = w
+		t.idle[e.ref] = t.now()
+	default:
+		delete(t.want, e.ref)
 	}
 }
 
@@ -217,14 +234,14 @@ type delta struct {
 func (d delta) size() int { return len(d.remove) + len(d.add) + len(d.chains) }
 
 // difference returns what leads from before to what is wanted now.
-func (t *ServiceTable) difference(before map[ref]wanted) delta {
+func (t *ServiceTable) difference(before map[ref]presence) delta {
 	var d delta
 	for r, was := range before {
 		is, ok := t.want[r]
-		if ok && was.n > 0 && is.val == was.val {
+		if ok && was.there && is.val == was.val {
 			continue
 		}
-		if was.n > 0 {
+		if was.there {
 			d.remove = append(d.remove, element{r, was.val})
 		}
 		if ok {
@@ -279,12 +296,24 @@ func (t *ServiceTable) noteUnused(d delta) {
 	}
 }
 
-// removeUnused removes chains that have not been used for a while. Kernels before
-// 6.2 hold on to a chain for a moment after the last element that led to it.
-func (t *ServiceTable) removeUnused() {
+// linger is how long what leads packets on stays when nothing leads to it any
+// more: packets on their way need it for a moment, and kernels before 6.2 hold on
+// to a chain for a moment after the last element that led to it.
+const linger = 2 * time.Second
+
+// retire gives up classes that no service has used for a while, and removes the
+// chains of those that were given up before.
+func (t *ServiceTable) retire(before map[ref]presence) {
+	for r, since := range t.idle {
+		if t.now().Sub(since) > linger {
+			before[r] = presence{t.want[r].val, true}
+			delete(t.want, r)
+			delete(t.idle, r)
+		}
+	}
 	var old []string
 	for name, since := range t.unused {
-		if t.now().Sub(since) > 2*time.Second {
+		if t.now().Sub(since) > linger {
 			old = append(old, name)
 		}
 	}
@@ -296,12 +325,12 @@ func (t *ServiceTable) removeUnused() {
 		return
 	}
 	table := t.table()
-	for _, name := range old {
+	for _, name := range old { // the rules first: they lead to other chains
 		conn.FlushChain(&nftables.Chain{Name: name, Table: table})
 	}
 	for _, name := range old {
 		conn.DelChain(&nftables.Chain{Name: name, Table: table})
-		t.unused[name] = t.now() // try again later
+		t.unused[name] = t.now() // when it is tried again
 	}
 	if conn.Flush() == nil {
 		maps.DeleteFunc(t.unused, func(name string, _ time.Time) bool { return slices.Contains(old, name) })
