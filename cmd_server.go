@@ -27,6 +27,7 @@ import (
 	"kedge/internal/packed"
 	"kedge/internal/preflight"
 	"kedge/network"
+	"kedge/network/proxy"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
@@ -180,7 +181,14 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hNet := group.Add(net)
 	group.Add(runtime.NewImages(s.runtime, log), containerd)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
-	group.Add(watches, hAPI)
+	hWatches := group.Add(watches, hAPI)
+	if s.proxy != nil {
+		services, err := proxy.New(*s.proxy, watches.Informers(), watches.Client(), component(log, "proxy"))
+		if err != nil {
+			return err
+		}
+		group.Add(services, hWatches)
+	}
 	group.Add(kubelet, hAPI, containerd, hNet)
 	return nil
 }

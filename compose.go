@@ -21,6 +21,8 @@ import (
 	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/network/cni"
+	"kedge/network/nft"
+	"kedge/network/proxy"
 	"kedge/runtime"
 	"kedge/server"
 )
@@ -38,6 +40,7 @@ type settings struct {
 	server    server.Config
 	runtime   runtime.Config
 	network   network.Config
+	proxy     *proxy.Config // nil to leave services to somebody else
 	agent     agent.Config
 }
 
@@ -95,6 +98,16 @@ func compose(c *cli.Context) (settings, error) {
 	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
 
+	if !c.Bool("disable-kube-proxy") {
+		px := proxy.DefaultConfig()
+		px.NodeName, px.NodeIPs = s.nodeName, sv.NodeIPs
+		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
+		px.ClusterRanges, px.ServiceRanges = sv.ClusterCIDRs, sv.ServiceCIDRs
+		px.NodePortsOn = p.nodePortAddresses()
+		px.Scheduler = nft.Scheduler(c.String("proxy-scheduler"))
+		s.proxy = &px
+	}
+
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
@@ -135,6 +148,9 @@ func compose(c *cli.Context) (settings, error) {
 		p.fail(sv.Validate(), s.datastore.Validate())
 		if !s.disableAgent {
 			p.fail(a.Validate(), r.Validate(), n.Validate())
+			if s.proxy != nil {
+				p.fail(s.proxy.Validate())
+			}
 		}
 	}
 	return s, p.err()
@@ -230,6 +246,14 @@ func (p *flagParser) addrs(flag string) []netip.Addr {
 		out = append(out, a)
 	}
 	return out
+}
+
+// nodePortAddresses are the ranges of the flag; none for the node's addresses.
+func (p *flagParser) nodePortAddresses() []netip.Prefix {
+	if v := splitList(p.c.StringSlice("nodeport-addresses")); len(v) == 1 && v[0] == "primary" {
+		return nil
+	}
+	return p.prefixes("nodeport-addresses")
 }
 
 func (p *flagParser) prefixes(flag string) []netip.Prefix {

@@ -75,6 +75,9 @@ func serverFlags() []cli.Flag {
 		list(catNetwork, "cluster-dns", "`ADDRESS` of the cluster's DNS (default: the tenth of the service range)"),
 		str(catNetwork, "cluster-domain", "cluster.local", "`DOMAIN` of the cluster"),
 		str(catNetwork, "service-node-port-range", "30000-32767", "`RANGE` of node ports"),
+		list(catNetwork, "nodeport-addresses", "`RANGE` of node addresses at which node ports answer, or \"primary\" for the node's own (default: primary)"),
+		str(catNetwork, "proxy-scheduler", "random", "`HOW` an endpoint of a service is chosen: random, round-robin or source-hash"),
+		boolean(catNetwork, "disable-kube-proxy", "Leave services to another proxy"),
 
 		str(catAPI, "bind-address", "", "`ADDRESS` that the API listens on (default: all)"),
 		&cli.IntFlag{Name: "https-listen-port", Category: catAPI, Value: 6443, Usage: "`PORT` of the API", EnvVars: env("https-listen-port")},

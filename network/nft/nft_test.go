@@ -29,7 +29,7 @@ func samplePods() PodRules {
 	}
 }
 
-func newTable(t *testing.T, node string) *PodTable {
+func newTable(t testing.TB, node string) *PodTable {
 	t.Helper()
 	testhost.RequireIsolation(t)
 	t.Cleanup(func() {
