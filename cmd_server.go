@@ -18,6 +18,7 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/datastore/hook"
+	"kedge/dns"
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
@@ -180,8 +181,15 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hNet := group.Add(net)
 	group.Add(runtime.NewImages(s.runtime, log), containerd)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
-	group.Add(watches, hAPI)
+	hWatches := group.Add(watches, hAPI)
 	group.Add(kubelet, hAPI, containerd, hNet)
+	if !s.disabled[partDNS] {
+		resolver, err := dns.New(s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
+		if err != nil {
+			return err
+		}
+		group.Add(resolver, hWatches)
+	}
 	return nil
 }
 
