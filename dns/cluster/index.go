@@ -32,11 +32,13 @@ type Index struct {
 	labels int    // of the domain
 	soa    message.SOA
 
-	mu         sync.RWMutex // guards what follows
+	events  sync.Mutex // one event at a time, from what it says to what is answered; guards sources
+	sources map[key]*source
+
+	mu         sync.RWMutex // guards what queries read; taken after events
 	namespaces map[string]bool
-	services   map[string]*record // by the first part of message.Name: service and namespace
+	services   map[string]*record // by service and namespace in wire format
 	reverse    map[netip.Addr][]pointer
-	sources    map[key]*source
 
 	serial atomic.Uint32 // grows with every change
 }
@@ -107,10 +109,11 @@ func (x *Index) SetNamespace(name string, exists bool) {
 	}
 }
 
-// change applies an event to a service and replaces its record.
+// change applies an event to a service and replaces its record. Queries wait only
+// while the record is replaced, not while it is made.
 func (x *Index) change(k key, apply func(*source)) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
+	x.events.Lock()
+	defer x.events.Unlock()
 	src := x.sources[k]
 	if src == nil {
 		src = &source{}
@@ -124,6 +127,8 @@ func (x *Index) change(k key, apply func(*source)) {
 	if next.equal(src.record) {
 		return // most updates of slices and services touch nothing that has a name
 	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
 	x.serial.Add(1)
 	for a := range src.record.pointers() {
 		x.unpoint(a, src.record)
