@@ -108,6 +108,7 @@ func runServer(ctx context.Context, s settings) error {
 	}
 	go func() {
 		<-ctx.Done()
+		logging.Stopping()
 		_ = notify.Stopping()
 	}()
 	err = group.Run(ctx)
@@ -164,6 +165,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
 	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
 	s.agent.ClientCA = id.ClientCA.CertFile()
+	s.agent.Controllers = controllers.Built()
 	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	"kedge/internal/preflight"
 	"kedge/internal/resolvconf"
 	"kedge/network"
+	"kedge/network/cni"
 	"kedge/runtime"
 	"kedge/server"
 )
@@ -64,7 +65,7 @@ func compose(c *cli.Context) (settings, error) {
 
 	sv := &s.server
 	sv.Dir = serverDir
-	sv.NodeName = s.nodeName
+	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
 	if v := p.prefixes("cluster-cidr"); v != nil {
 		sv.ClusterCIDRs = v
 	}
@@ -122,6 +123,7 @@ func compose(c *cli.Context) (settings, error) {
 	pf := &s.preflight
 	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
 	pf.IPv6 = slices.ContainsFunc(sv.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	pf.Ranges, pf.OwnLinks = slices.Concat(sv.ClusterCIDRs, sv.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
 	pf.VXLAN = false // there is one machine
 	pf.BuildDate = buildTime()
 	pf.Ports = []preflight.Port{{Number: sv.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: a.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}

@@ -12,6 +12,7 @@ import (
 type Config struct {
 	Dir      string // <data-dir>/server: keys, certificates, tokens
 	NodeName string // of the node on this machine, for its credentials
+	HasNode  bool   // a kubelet in this process will register it
 
 	BindAddress      netip.Addr   // the zero Addr means all addresses
 	HTTPSPort        int          // of the API

@@ -59,38 +59,39 @@ func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback) (*APIServer, 
 // defaults are the flags that kedge gives. Users can replace each of them.
 func (s *APIServer) defaults() map[string]string {
 	d := map[string]string{
-		"advertise-address":                  s.cfg.AdvertiseAddress.String(),
-		"allow-privileged":                   "true",
-		"authentication-config":              s.id.AuthnConfig,
-		"authorization-mode":                 "Node,RBAC",
-		"client-ca-file":                     s.id.ClientCA.CertFile(),
-		"enable-admission-plugins":           "NodeRestriction",
-		"enable-aggregator-routing":          "true", // webhooks and extension APIs are reached at their pods
-		"encryption-provider-config":         s.id.EncryptionConfig,
-		"endpoint-reconciler-type":           "none", // one server: see publishEndpoints
-		"etcd-servers":                       datastore.Endpoint,
-		"kubelet-certificate-authority":      s.id.ServerCA.CertFile(),
-		"kubelet-client-certificate":         s.id.KubeletClient.CertFile,
-		"kubelet-client-key":                 s.id.KubeletClient.KeyFile,
-		"kubelet-preferred-address-types":    "InternalIP,ExternalIP,Hostname",
-		"profiling":                          "false",
-		"proxy-client-cert-file":             s.id.ProxyClient.CertFile,
-		"proxy-client-key-file":              s.id.ProxyClient.KeyFile,
-		"requestheader-allowed-names":        proxyUser,
-		"requestheader-client-ca-file":       s.id.ProxyCA.CertFile(),
-		"requestheader-extra-headers-prefix": "X-Remote-Extra-",
-		"requestheader-group-headers":        "X-Remote-Group",
-		"requestheader-username-headers":     "X-Remote-User",
-		"secure-port":                        strconv.Itoa(s.cfg.HTTPSPort),
-		"service-account-issuer":             "https://kubernetes.default.svc." + s.cfg.ClusterDomain,
-		"service-account-key-file":           s.id.ServiceAccountKey,
-		"service-account-signing-key-file":   s.id.ServiceAccountKey,
-		"service-cluster-ip-range":           joinPrefixes(s.cfg.ServiceCIDRs),
-		"service-node-port-range":            s.cfg.NodePortRange,
-		"tls-cert-file":                      s.id.Serving.CertFile,
-		"tls-cipher-suites":                  strings.Join(cipherSuites, ","),
-		"tls-min-version":                    "VersionTLS12",
-		"tls-private-key-file":               s.id.Serving.KeyFile,
+		"advertise-address":                       s.cfg.AdvertiseAddress.String(),
+		"allow-privileged":                        "true",
+		"authentication-config":                   s.id.AuthnConfig,
+		"authorization-mode":                      "Node,RBAC",
+		"client-ca-file":                          s.id.ClientCA.CertFile(),
+		"enable-admission-plugins":                "NodeRestriction",
+		"enable-aggregator-routing":               "true", // webhooks and extension APIs are reached at their pods
+		"encryption-provider-config":              s.id.EncryptionConfig,
+		"endpoint-reconciler-type":                "none", // one server: see publishEndpoints
+		"etcd-servers":                            datastore.Endpoint,
+		"kubelet-certificate-authority":           s.id.ServerCA.CertFile(),
+		"kubelet-client-certificate":              s.id.KubeletClient.CertFile,
+		"kubelet-client-key":                      s.id.KubeletClient.KeyFile,
+		"kubelet-preferred-address-types":         "InternalIP,ExternalIP,Hostname",
+		"profiling":                               "false",
+		"proxy-client-cert-file":                  s.id.ProxyClient.CertFile,
+		"proxy-client-key-file":                   s.id.ProxyClient.KeyFile,
+		"requestheader-allowed-names":             proxyUser,
+		"requestheader-client-ca-file":            s.id.ProxyCA.CertFile(),
+		"requestheader-extra-headers-prefix":      "X-Remote-Extra-",
+		"requestheader-group-headers":             "X-Remote-Group",
+		"requestheader-username-headers":          "X-Remote-User",
+		"secure-port":                             strconv.Itoa(s.cfg.HTTPSPort),
+		"shutdown-watch-termination-grace-period": watchGrace.String(),
+		"service-account-issuer":                  "https://kubernetes.default.svc." + s.cfg.ClusterDomain,
+		"service-account-key-file":                s.id.ServiceAccountKey,
+		"service-account-signing-key-file":        s.id.ServiceAccountKey,
+		"service-cluster-ip-range":                joinPrefixes(s.cfg.ServiceCIDRs),
+		"service-node-port-range":                 s.cfg.NodePortRange,
+		"tls-cert-file":                           s.id.Serving.CertFile,
+		"tls-cipher-suites":                       strings.Join(cipherSuites, ","),
+		"tls-min-version":                         "VersionTLS12",
+		"tls-private-key-file":                    s.id.Serving.KeyFile,
 	}
 	if s.cfg.BindAddress.IsValid() {
 		d["bind-address"] = s.cfg.BindAddress.String()
@@ -100,6 +101,14 @@ func (s *APIServer) defaults() map[string]string {
 	}
 	return d
 }
+
+// When the server stops, watches of clients are ended within watchGrace, and
+// connections that are still open after connectionGrace are cut. Upstream's minute
+// is for load balancers in front; here every second is one in which nothing answers.
+const (
+	watchGrace      = time.Second
+	connectionGrace = 3 * time.Second
+)
 
 // cipherSuites for TLS 1.2: forward secrecy and authenticated encryption only.
 // TLS 1.3 has no others.
@@ -210,12 +219,17 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("configure the API server: %w", err)
 	}
+	installOpenAPIV2 := lateOpenAPIV2(config)
 	chain, err := app.CreateServerChain(complete)
 	if err != nil {
 		return nil, fmt.Errorf("assemble the API server: %w", err)
 	}
+	chain.GenericAPIServer.ShutdownTimeout = connectionGrace
 	prepared, err := chain.PrepareRun()
 	if err != nil {
+		return nil, fmt.Errorf("prepare the API server: %w", err)
+	}
+	if err := installOpenAPIV2(chain.GenericAPIServer); err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
 	// Three copies of every type's schema; the documents that need them are

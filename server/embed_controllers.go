@@ -34,6 +34,7 @@ type Controllers struct {
 	id       *Identity
 	loopback *loopback.Loopback
 	opts     *options.KubeControllerManagerOptions
+	built    chan struct{}
 }
 
 // NewControllers parses the component's flags and keeps the rest.
@@ -42,7 +43,7 @@ func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback) (*Controlle
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)
 	}
-	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts, built: make(chan struct{})}
 	flags := opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	fs := pflag.NewFlagSet("kube-controller-manager", pflag.ContinueOnError)
 	for _, f := range flags.FlagSets {
@@ -81,6 +82,10 @@ func (c *Controllers) defaults() map[string]string {
 	}
 }
 
+// Built is closed when the controllers exist and have initialised their volume
+// plugins, which a kubelet in the same process must wait for.
+func (c *Controllers) Built() <-chan struct{} { return c.built }
+
 // Name implements lifecycle.Component.
 func (c *Controllers) Name() string { return "controllers" }
 
@@ -118,6 +123,7 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return fmt.Errorf("build the controllers: %w", err)
 	}
+	close(c.built)
 	tokens, err := c.tokens(ctx, cc, clients)
 	if err != nil {
 		return err

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/kubernetes"
@@ -26,11 +28,12 @@ import (
 type Scheduler struct {
 	loopback *loopback.Loopback
 	opts     *options.Options
+	hasNode  bool // this machine will register one
 }
 
 // NewScheduler parses the component's flags and keeps the rest.
 func NewScheduler(cfg Config, lb *loopback.Loopback) (*Scheduler, error) {
-	s := &Scheduler{loopback: lb, opts: options.NewOptions()}
+	s := &Scheduler{loopback: lb, opts: options.NewOptions(), hasNode: cfg.HasNode}
 	fs := pflag.NewFlagSet("kube-scheduler", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags.FlagSets {
 		fs.AddFlagSet(f)
@@ -81,6 +84,9 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 			ready()
 		}
 	}()
+	if s.hasNode {
+		waitForNode(ctx, cc.Client)
+	}
 	// Without leader election Run ends only with the context, and always with
 	// an error that says no more than that.
 	err = app.Run(ctx, &cc, sched)
@@ -88,6 +94,30 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 		return nil
 	}
 	return err
+}
+
+// firstNodeWithin is how long the scheduler waits for this machine's own node.
+const firstNodeWithin = 3 * time.Second
+
+// waitForNode returns when the cluster has a node. To upstream it is an error when
+// there is none, and a pod that meets it is put off for one to two seconds, whatever
+// happens meanwhile: on a machine that starts, the pods that everybody waits for. A
+// pod that merely fits no node yet is looked at again when a node changes.
+func waitForNode(ctx context.Context, c kubernetes.Interface) {
+	ctx, cancel := context.WithTimeout(ctx, firstNodeWithin)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if nodes, err := c.CoreV1().Nodes().List(ctx, metav1.ListOptions{Limit: 1}); err == nil && len(nodes.Items) > 0 {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // configure makes the component's configuration with clients that use the loopback.

@@ -30,14 +30,22 @@ var benign = map[string]struct {
 	"Failed to read data from checkpoint":                                                   {true, "there is none before the first pod"},
 }
 
-// settled is set when the start is over.
-var settled atomic.Bool
+// settled is set when the start is over, stopping when a stop was asked for.
+var settled, stopping atomic.Bool
 
 // Settled says that the start is over: lines that are only noise while everything
 // comes up are shown from now on.
 func Settled() { settled.Store(true) }
 
+// Stopping says that a stop was asked for: that one embedded component misses
+// another, which went first, is no news from now on. Who does not stop is said by
+// the lifecycle.
+func Stopping() { stopping.Store(true) }
+
 func isBenign(message string) bool {
+	if stopping.Load() {
+		return true
+	}
 	b, ok := benign[message]
 	return ok && (!b.startOnly || !settled.Load())
 }

@@ -80,6 +80,37 @@ func checkDefaultRoute(_ context.Context, _ Config, p probes) []finding {
 	return fine("there is one")
 }
 
+// checkRanges looks for networks that the machine reaches already and would lose,
+// such as a company's behind a tunnel, or the pods of a second kedge beside this one.
+func checkRanges(_ context.Context, c Config, p probes) []finding {
+	routes, err := p.routes()
+	if err != nil {
+		return warn("the machine's routes cannot be read: "+err.Error(), "run kedge as root")
+	}
+	for _, r := range routes {
+		if r.to.Bits() == 0 || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
+			continue
+		}
+		for _, mine := range c.Ranges {
+			if mine.Overlaps(r.to) {
+				return warn(fmt.Sprintf("range %s overlaps with %s, which this machine reaches through %s: one of the two will not be reachable", mine, r.to, r.link),
+					"choose other ranges with --cluster-cidr and --service-cidr")
+			}
+		}
+	}
+	return fine("no route of this machine leads into the ranges of pods and services")
+}
+
+// checkHostsFile looks for a file that minimal systems may lack. The runtime makes
+// the one of every pod from it.
+func checkHostsFile(_ context.Context, _ Config, p probes) []finding {
+	const path = "/etc/hosts"
+	if err := p.readable(path); err != nil {
+		return fail(fmt.Sprintf("%s cannot be read, and without it no pod starts: %v", path, err), "create it, with the line: 127.0.0.1 localhost")
+	}
+	return fine("%s is there", path)
+}
+
 func checkPorts(_ context.Context, c Config, p probes) []finding {
 	var found []finding
 	for _, port := range c.Ports {

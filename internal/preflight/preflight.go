@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -38,9 +39,11 @@ type Config struct {
 	RunDir    string
 	NodeName  string // empty for the machine's host name
 	Ports     []Port
-	IPv6      bool      // pods get IPv6 addresses
-	VXLAN     bool      // pods of different nodes meet over VXLAN
-	BuildDate time.Time // no right clock shows an earlier time; zero when not known
+	Ranges    []netip.Prefix // of pods and services
+	OwnLinks  string         // how the names of this node's own links to pods begin
+	IPv6      bool           // pods get IPv6 addresses
+	VXLAN     bool           // pods of different nodes meet over VXLAN
+	BuildDate time.Time      // no right clock shows an earlier time; zero when not known
 }
 
 // DefaultConfig returns what a node needs that is alone.
@@ -115,7 +118,9 @@ func checks() []check {
 		{"connection-tracking", checkConntrack},
 		{"firewall", checkFirewall},
 		{"default-route", checkDefaultRoute},
+		{"ranges", checkRanges},
 		{"ports", checkPorts},
+		{"hosts-file", checkHostsFile},
 		{"node-name", checkNodeName},
 		{"clock", checkClock},
 	}

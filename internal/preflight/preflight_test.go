@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,7 +64,19 @@ func goodMachine() (Config, probes) {
 		tryConntrack:  func() error { return nil },
 		dropsForwards: func() ([]string, error) { return nil, nil },
 		defaultRoute:  func() (bool, error) { return true, nil },
+		routes:        func() ([]route, error) { return nil, nil },
 		listen:        func(string, string) error { return nil },
+	}
+}
+
+// unreadable makes opening one path fail.
+func (p *probes) unreadable(path string, err error) {
+	open := p.readable
+	p.readable = func(name string) error {
+		if name == path {
+			return err
+		}
+		return open(name)
 	}
 }
 
@@ -150,7 +163,7 @@ func TestFindings(t *testing.T) {
 			}
 		}, "cgroups", Error, "read-only"},
 		{"no seccomp", func(_ *Config, p *probes) { p.trySeccomp = func() error { return unix.ENOSYS } }, "seccomp", Error, "CONFIG_SECCOMP_FILTER"},
-		{"no kernel log", func(_ *Config, p *probes) { p.readable = func(string) error { return fs.ErrPermission } }, "kernel-log", Error, "/dev/kmsg"},
+		{"no kernel log", func(_ *Config, p *probes) { p.unreadable("/dev/kmsg", fs.ErrPermission) }, "kernel-log", Error, "/dev/kmsg"},
 		{"parameters read-only", func(_ *Config, p *probes) { p.writable = func(string) error { return unix.EROFS } }, "kernel-parameters", Error, "/proc/sys"},
 		{"IPv6 disabled", func(c *Config, p *probes) {
 			c.IPv6 = true
@@ -208,6 +221,13 @@ func TestFindings(t *testing.T) {
 		{"firewall", func(_ *Config, p *probes) {
 			p.dropsForwards = func() ([]string, error) { return []string{"firewalld/filter_FORWARD"}, nil }
 		}, "firewall", Warning, "firewalld/filter_FORWARD"},
+		{"no hosts file", func(_ *Config, p *probes) { p.unreadable("/etc/hosts", fs.ErrNotExist) }, "hosts-file", Error, "127.0.0.1 localhost"},
+		{"tunnel into the pods' range", func(c *Config, p *probes) {
+			c.Ranges, c.OwnLinks = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, "kdg1"
+			p.routes = func() ([]route, error) {
+				return []route{{netip.MustParsePrefix("0.0.0.0/0"), "eth0"}, {netip.MustParsePrefix("10.42.0.7/32"), "kdg1abc"}, {netip.MustParsePrefix("10.42.9.0/24"), "tun0"}}, nil
+			}
+		}, "ranges", Warning, "--cluster-cidr"},
 		{"offline", func(_ *Config, p *probes) { p.defaultRoute = func() (bool, error) { return false, nil } }, "default-route", Warning, "--node-ip"},
 		{"port in use", func(_ *Config, p *probes) {
 			p.listen = func(network, addr string) error {
@@ -248,7 +268,7 @@ func TestFindings(t *testing.T) {
 
 func TestMissingNamesEverything(t *testing.T) {
 	c, p := goodMachine()
-	p.readable = func(string) error { return unix.EPERM }
+	p.unreadable("/dev/kmsg", unix.EPERM)
 	p.trySeccomp = func() error { return unix.ENOSYS }
 	err := verdict(run(t.Context(), c, p))
 	var missing *Missing

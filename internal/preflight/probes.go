@@ -30,6 +30,7 @@ type probes struct {
 	tryConntrack  func() error                        // connections are tracked
 	dropsForwards func() ([]string, error)            // chains that drop forwarded packets unless told otherwise
 	defaultRoute  func() (bool, error)                // there is one, of either family
+	routes        func() ([]route, error)             // of the main table, both families
 	listen        func(network, address string) error // the port is free
 }
 
@@ -62,6 +63,7 @@ func realProbes() probes {
 		tryConntrack:  tryConntrack,
 		dropsForwards: dropsForwards,
 		defaultRoute:  defaultRoute,
+		routes:        readRoutes,
 		listen:        tryListen,
 	}
 }

@@ -1,8 +1,10 @@
 package preflight
 
 import (
+	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -162,6 +164,40 @@ func dropsForwards() ([]string, error) {
 		found = append(found, c.Table.Name+"/"+c.Name)
 	}
 	return found, nil
+}
+
+// route is a network that the machine reaches.
+type route struct {
+	to   netip.Prefix
+	link string
+}
+
+func readRoutes() ([]route, error) {
+	all, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, err
+	}
+	names := map[int]string{}
+	links, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		names[l.Index] = l.Name
+	}
+	var out []route
+	for _, r := range all {
+		if r.Dst == nil {
+			continue
+		}
+		addr, ok := netip.AddrFromSlice(r.Dst.IP)
+		if !ok {
+			continue
+		}
+		bits, _ := r.Dst.Mask.Size()
+		out = append(out, route{netip.PrefixFrom(addr.Unmap(), bits), names[r.LinkIndex]})
+	}
+	return out, nil
 }
 
 func defaultRoute() (bool, error) {

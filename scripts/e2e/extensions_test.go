@@ -8,6 +8,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"strings"
@@ -61,6 +62,9 @@ func TestCustomResources(t *testing.T) {
 		out, err := n.tryKubectl(nil, "explain", "boats.spec.seats", "--api-version="+group+"/v1")
 		if err != nil || !strings.Contains(out, "How many may come along.") {
 			return fmt.Errorf("%v: %s", err, out)
+		}
+		if out := n.kubectl(t, "get", "--raw", "/openapi/v2"); !strings.Contains(out, "/apis/"+group+"/v1/namespaces/{namespace}/boats") || !strings.Contains(out, "/apis/apps/v1/namespaces/{namespace}/deployments") {
+			return errors.New("/openapi/v2 lacks the new type or the old ones")
 		}
 		return nil
 	})
