@@ -27,6 +27,8 @@ import (
 	"kedge/internal/packed"
 	"kedge/internal/preflight"
 	"kedge/network"
+	"kedge/network/cni"
+	"kedge/network/policy"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
@@ -175,12 +177,23 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err != nil {
 		return err
 	}
-	net := network.New(s.network, log)
+	var policies *policy.Policy
+	var judge cni.Judge
+	if !s.disablePolicy {
+		if policies, err = policy.New(s.policy, watches.Informers(), component(log, "policy")); err != nil {
+			return err
+		}
+		judge = policies
+	}
+	net := network.New(s.network, judge, log)
 	containerd := group.Add(runtime.New(s.runtime, log))
 	hNet := group.Add(net)
 	group.Add(runtime.NewImages(s.runtime, log), containerd)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
-	group.Add(watches, hAPI)
+	hWatches := group.Add(watches, hAPI)
+	if policies != nil {
+		group.Add(policies, hWatches, hNet)
+	}
 	group.Add(kubelet, hAPI, containerd, hNet)
 	return nil
 }

@@ -21,6 +21,7 @@ import (
 	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/network/cni"
+	"kedge/network/policy"
 	"kedge/runtime"
 	"kedge/server"
 )
@@ -31,6 +32,7 @@ type settings struct {
 	dataDir, runDir string
 	nodeName        string
 	disableAgent    bool
+	disablePolicy   bool // what policy configures is left out
 	log             logging.Config
 	preflight       preflight.Config
 
@@ -38,6 +40,7 @@ type settings struct {
 	server    server.Config
 	runtime   runtime.Config
 	network   network.Config
+	policy    policy.Config
 	agent     agent.Config
 }
 
@@ -47,16 +50,17 @@ type settings struct {
 func compose(c *cli.Context) (settings, error) {
 	p := &flagParser{c: c}
 	s := settings{
-		dataDir:      p.dir("data-dir"),
-		runDir:       p.dir("run-dir"),
-		nodeName:     p.nodeName(),
-		disableAgent: c.Bool("disable-agent"),
-		log:          p.logging(),
-		datastore:    datastore.DefaultConfig(),
-		server:       server.DefaultConfig(),
-		runtime:      runtime.DefaultConfig(),
-		network:      network.DefaultConfig(),
-		agent:        agent.DefaultConfig(),
+		dataDir:       p.dir("data-dir"),
+		runDir:        p.dir("run-dir"),
+		nodeName:      p.nodeName(),
+		disableAgent:  c.Bool("disable-agent"),
+		disablePolicy: c.Bool("disable-network-policy"),
+		log:           p.logging(),
+		datastore:     datastore.DefaultConfig(),
+		server:        server.DefaultConfig(),
+		runtime:       runtime.DefaultConfig(),
+		network:       network.DefaultConfig(),
+		agent:         agent.DefaultConfig(),
 	}
 	serverDir := filepath.Join(s.dataDir, "server")
 
@@ -110,6 +114,7 @@ func compose(c *cli.Context) (settings, error) {
 	a.NodeTaints = splitList(c.StringSlice("node-taint"))
 	a.ClusterDNS = p.clusterDNS(sv.ServiceCIDRs)
 	a.ClusterDomain = sv.ClusterDomain
+	s.policy = policy.Config{NodeName: s.nodeName, DNS: a.ClusterDNS}
 	if a.ResolvConf = c.String("resolv-conf"); a.ResolvConf == "" {
 		a.ResolvConf = resolvconf.Find()
 	}

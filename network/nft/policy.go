@@ -136,7 +136,7 @@ type PolicyTable struct {
 
 type policySet struct {
 	PolicySet
-	elements map[Element]bool
+	elements map[Element]int // how often it was inserted
 }
 
 // NewPolicyTable returns the table of a node without touching the kernel.
@@ -166,7 +166,7 @@ func (t *PolicyTable) AddSet(name string, s PolicySet) {
 	if _, touched := t.oldSets[name]; !touched {
 		t.oldSets[name] = false
 	}
-	t.sets[name] = &policySet{s, map[Element]bool{}}
+	t.sets[name] = &policySet{s, map[Element]int{}}
 }
 
 // RemoveSet removes a set that no rule names any more.
@@ -184,19 +184,26 @@ func (t *PolicyTable) RemoveSet(name string) {
 	delete(t.sets, name)
 }
 
-// Insert adds an element to a set.
+// Insert adds an element to a set. One that was inserted twice must be deleted
+// twice.
 func (t *PolicyTable) Insert(set string, e Element) {
-	if s := t.sets[set]; !s.elements[e] {
+	s := t.sets[set]
+	if s.elements[e] == 0 {
 		t.touch(set, e, false)
-		s.elements[e] = true
 	}
+	s.elements[e]++
 }
 
 // Delete removes an element from a set.
 func (t *PolicyTable) Delete(set string, e Element) {
-	if s := t.sets[set]; s.elements[e] {
+	s := t.sets[set]
+	switch s.elements[e] {
+	case 0:
+	case 1:
 		t.touch(set, e, true)
 		delete(s.elements, e)
+	default:
+		s.elements[e]--
 	}
 }
 

@@ -89,7 +89,7 @@ func (t *PolicyTable) sameSets(conn *nftables.Conn, table *nftables.Table) (bool
 			return false, nil
 		}
 		for _, e := range elements {
-			if !s.elements[e] {
+			if s.elements[e] == 0 {
 				return false, nil
 			}
 		}

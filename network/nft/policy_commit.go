@@ -80,6 +80,16 @@ func (t *PolicyTable) rewrite() error {
 	return nil
 }
 
+// RemovePolicyTable removes what an earlier process enforced on a node.
+func RemovePolicyTable(node string) error {
+	tx, err := begin(TableName(node, "policy"))
+	if err != nil {
+		return err
+	}
+	tx.remove()
+	return tx.commit()
+}
+
 // update tells the kernel what is different from the last time. The order
 // matters: what is named must exist before, and what is removed must not be
 // named any more.
@@ -135,7 +145,7 @@ func (t *PolicyTable) updateElements(tx *transaction) {
 		}
 		var add, del []Element
 		for e, existed := range old {
-			switch exists := s.elements[e]; {
+			switch exists := s.elements[e] > 0; {
 			case exists && !existed:
 				add = append(add, e)
 			case !exists && existed:
