@@ -30,6 +30,7 @@ type answerer struct {
 	outside *outside.Resolver
 	rules   atomic.Pointer[custom.Rules] // never nil
 	stats   *stats.Stats
+	ttl     uint32 // of the cluster's records
 }
 
 // work is one query, and what is needed again for the next.
@@ -205,7 +206,7 @@ func (a *answerer) aliasOf(q *message.Query, r *message.Reply) (target string, t
 		return target, hostsTTL, true
 	}
 	v, target := a.index.Answer(q, r)
-	return target, cluster.DefaultTTL, v == cluster.Alias
+	return target, a.ttl, v == cluster.Alias
 }
 
 // rest adds the answer for the end of a chain to m and returns its response code.
