@@ -241,6 +241,9 @@ func (p *Proxy) repair() {
 }
 
 func (p *Proxy) close() {
+	if err := p.table.Close(); err != nil {
+		p.log.Debug("connection to nftables", "err", err)
+	}
 	for _, t := range p.trackers {
 		if err := t.close(); err != nil {
 			p.log.Warn("health checks of services could not be closed", "err", err)
