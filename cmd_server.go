@@ -18,6 +18,7 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/datastore/hook"
+	"kedge/dns"
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
@@ -190,6 +191,13 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 		group.Add(services, hWatches)
 	}
 	group.Add(kubelet, hAPI, containerd, hNet)
+	if !s.disabled[partDNS] {
+		resolver, err := dns.New(s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
+		if err != nil {
+			return err
+		}
+		group.Add(resolver, hWatches)
+	}
 	return nil
 }
 

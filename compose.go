@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"kedge/agent"
 	"kedge/datastore"
+	"kedge/dns"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
@@ -41,7 +43,9 @@ type settings struct {
 	runtime   runtime.Config
 	network   network.Config
 	proxy     *proxy.Config // nil to leave services to somebody else
+	dns       dns.Config
 	agent     agent.Config
+	disabled  map[string]bool // parts that are left out, by their names in --disable
 }
 
 // compose turns flags into configurations and derives what depends on several.
@@ -59,6 +63,8 @@ func compose(c *cli.Context) (settings, error) {
 		server:       server.DefaultConfig(),
 		runtime:      runtime.DefaultConfig(),
 		network:      network.DefaultConfig(),
+		dns:          dns.DefaultConfig(),
+		disabled:     p.disabled(),
 		agent:        agent.DefaultConfig(),
 	}
 	serverDir := filepath.Join(s.dataDir, "server")
@@ -132,6 +138,16 @@ func compose(c *cli.Context) (settings, error) {
 	a.KubeletPort = c.Int("kubelet-port")
 	a.KubeletArgs = c.StringSlice("kubelet-arg")
 
+	d := &s.dns
+	d.Addresses, d.Domain = a.ClusterDNS, sv.ClusterDomain
+	d.Ranges = slices.Concat(sv.ClusterCIDRs, sv.ServiceCIDRs)
+	d.ResolvConf = c.String("resolv-conf")
+	if !s.disabled[partDNS] { // one that is not of the service range nobody else can get
+		sv.ClusterDNS = slices.DeleteFunc(slices.Clone(d.Addresses), func(a netip.Addr) bool {
+			return !slices.ContainsFunc(sv.ServiceCIDRs, func(r netip.Prefix) bool { return r.Contains(a) })
+		})
+	}
+
 	s.preflight = preflight.DefaultConfig()
 	pf := &s.preflight
 	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
@@ -141,15 +157,15 @@ func compose(c *cli.Context) (settings, error) {
 	pf.BuildDate = buildTime()
 	pf.Ports = []preflight.Port{{Number: sv.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: a.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
 
-	for _, name := range splitList(c.StringSlice("disable")) {
-		p.fail(fmt.Errorf("--disable: there is no part called %q", name))
-	}
 	if p.err() == nil { // what follows from a mistake is not worth a line of its own
 		p.fail(sv.Validate(), s.datastore.Validate())
 		if !s.disableAgent {
 			p.fail(a.Validate(), r.Validate(), n.Validate())
 			if s.proxy != nil {
 				p.fail(s.proxy.Validate())
+			}
+			if !s.disabled[partDNS] {
+				p.fail(d.Validate())
 			}
 		}
 	}
@@ -287,6 +303,25 @@ func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
 	found, err := hostaddr.Find(ipv4, ipv6)
 	p.fail(err)
 	return found
+}
+
+// Parts that --disable leaves out.
+const partDNS = "dns"
+
+// parts are what --disable takes: our names, and k3s's for the same.
+var parts = map[string]string{partDNS: partDNS, "coredns": partDNS}
+
+func (p *flagParser) disabled() map[string]bool {
+	out := map[string]bool{}
+	for _, name := range splitList(p.c.StringSlice("disable")) {
+		part, ok := parts[name]
+		if !ok {
+			p.fail(fmt.Errorf("--disable: there is no part called %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(parts)), ", ")))
+			continue
+		}
+		out[part] = true
+	}
+	return out
 }
 
 // clusterDNS is the flag's, or the tenth address of each service range.
