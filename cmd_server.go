@@ -28,7 +28,9 @@ import (
 	"kedge/internal/packed"
 	"kedge/internal/preflight"
 	"kedge/network"
+	"kedge/network/explain"
 	"kedge/network/proxy"
+	"kedge/network/trace"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
@@ -155,7 +157,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	}
 	hook.Install(store)
 
-	group.Add(control.NewServer(s.runDir, reporter(group, s.nodeName)))
+	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
+	group.Add(asked)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
 	group.Add(controllers, hAPI)
@@ -183,13 +186,16 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	group.Add(runtime.NewImages(s.runtime, log), containerd)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
 	hWatches := group.Add(watches, hAPI)
+	var rules []trace.Part
 	if s.proxy != nil {
 		services, err := proxy.New(*s.proxy, watches.Informers(), watches.Client(), component(log, "proxy"))
 		if err != nil {
 			return err
 		}
 		group.Add(services, hWatches)
+		rules = append(rules, services.Rules())
 	}
+	answerTrace(asked, explain.New(s.nodeName, s.server.NodeIPs, watches.Informers(), rules...))
 	group.Add(kubelet, hAPI, containerd, hNet)
 	if !s.disabled[partDNS] {
 		resolver, err := dns.New(s.dns, watches.Informers(), watches.Client(), component(log, "dns"))

@@ -104,16 +104,6 @@ func compose(c *cli.Context) (settings, error) {
 	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
 
-	if !c.Bool("disable-kube-proxy") {
-		px := proxy.DefaultConfig()
-		px.NodeName, px.NodeIPs = s.nodeName, sv.NodeIPs
-		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
-		px.ClusterRanges, px.ServiceRanges = sv.ClusterCIDRs, sv.ServiceCIDRs
-		px.NodePortsOn = p.nodePortAddresses()
-		px.Scheduler = nft.Scheduler(c.String("proxy-scheduler"))
-		s.proxy = &px
-	}
-
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
@@ -146,6 +136,19 @@ func compose(c *cli.Context) (settings, error) {
 		sv.ClusterDNS = slices.DeleteFunc(slices.Clone(d.Addresses), func(a netip.Addr) bool {
 			return !slices.ContainsFunc(sv.ServiceCIDRs, func(r netip.Prefix) bool { return r.Contains(a) })
 		})
+	}
+
+	if !c.Bool("disable-kube-proxy") {
+		px := proxy.DefaultConfig()
+		px.NodeName, px.NodeIPs = s.nodeName, sv.NodeIPs
+		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
+		px.ClusterRanges, px.ServiceRanges = sv.ClusterCIDRs, sv.ServiceCIDRs
+		px.NodePortsOn = p.nodePortAddresses()
+		px.Scheduler = nft.Scheduler(c.String("proxy-scheduler"))
+		if !s.disabled[partDNS] {
+			px.Own = d.Addresses
+		}
+		s.proxy = &px
 	}
 
 	s.preflight = preflight.DefaultConfig()
