@@ -26,6 +26,8 @@ func ParseArgs(args []string) (Question, error) {
 	var q Question
 	for len(args) > 0 {
 		switch {
+		case strings.HasPrefix(args[0], "-"):
+			return q, fmt.Errorf("flags such as %q come before the names", args[0])
 		case (args[0] == "from" || args[0] == "to") && len(args) == 1:
 			return q, fmt.Errorf("%q wants to be followed by a pod, a service, an address or \"node\"", args[0])
 		case args[0] == "from":
