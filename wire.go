@@ -91,6 +91,7 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 	var rules []trace.Part
 	if policies != nil {
 		group.Add(policies, hWatches, hPods)
+		rules = append(rules, policies)
 	}
 	if s.proxy != nil {
 		services, err := proxy.New(*s.proxy, watches.Informers(), watches.Client(), component(log, "proxy"))
