@@ -15,8 +15,10 @@ import (
 	"kedge/internal/logging"
 	"kedge/network"
 	"kedge/network/cni"
+	"kedge/network/explain"
 	"kedge/network/policy"
 	"kedge/network/proxy"
+	"kedge/network/trace"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
@@ -43,7 +45,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	}
 	hook.Install(store)
 
-	group.Add(control.NewServer(s.runDir, reporter(group, s.nodeName)))
+	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
+	group.Add(asked)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
 	group.Add(controllers, hAPI)
@@ -57,11 +60,11 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
 	s.agent.ClientCA = id.ClientCA.CertFile()
 	s.agent.Controllers = controllers.Built()
-	return wireNode(group, s, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
+	return wireNode(group, s, asked, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
 }
 
 // wireNode is the node's half. networkClient is how its data path reads the API.
-func wireNode(group *lifecycle.Group, s settings, hAPI lifecycle.Handle, networkClient *rest.Config, log *slog.Logger) error {
+func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI lifecycle.Handle, networkClient *rest.Config, log *slog.Logger) error {
 	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
 	if err != nil {
 		return err
@@ -85,8 +88,10 @@ func wireNode(group *lifecycle.Group, s settings, hAPI lifecycle.Handle, network
 	group.Add(runtime.NewImages(s.runtime, log), hRuntime)
 	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), hAPI, hPods)
 	hWatches := group.Add(watches, hAPI)
+	var rules []trace.Part
 	if policies != nil {
 		group.Add(policies, hWatches, hPods)
+		rules = append(rules, policies)
 	}
 	if s.proxy != nil {
 		services, err := proxy.New(*s.proxy, watches.Informers(), watches.Client(), component(log, "proxy"))
@@ -94,7 +99,9 @@ func wireNode(group *lifecycle.Group, s settings, hAPI lifecycle.Handle, network
 			return err
 		}
 		group.Add(services, hWatches)
+		rules = append(rules, services.Rules())
 	}
+	answerTrace(asked, explain.New(s.nodeName, s.server.NodeIPs, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
 		if err != nil {

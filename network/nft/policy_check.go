@@ -119,6 +119,49 @@ func (t *PolicyTable) sameSubjects(conn *nftables.Conn, table *nftables.Table) (
 	return n == len(t.subjects), nil
 }
 
+// KernelVerdict returns what the kernel has for an address: the name of a chain,
+// Refuse, or nothing.
+func (t *PolicyTable) KernelVerdict(d Direction, a netip.Addr) (string, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return "", fmt.Errorf("open nftables: %w", err)
+	}
+	table, err := conn.ListTableOfFamily(t.name, nftables.TableFamilyINet)
+	if err != nil {
+		return "", absent(err)
+	}
+	m := subjectMap(d, familyOf(a))
+	m.Table = table
+	got, err := conn.GetSetElements(&m)
+	if err != nil {
+		// The library's error hides that the table has just gone.
+		if _, gone := conn.ListTableOfFamily(t.name, nftables.TableFamilyINet); errors.Is(gone, unix.ENOENT) {
+			return "", nil
+		}
+		return "", err
+	}
+	for _, e := range got {
+		if bytes.Equal(e.Key, a.AsSlice()) {
+			chain, ok := chainOf(e.Val)
+			if !ok {
+				return "", fmt.Errorf("%s of %s: unknown verdict", d, a)
+			}
+			return chain, nil
+		}
+	}
+	return "", nil
+}
+
+// KernelGeneration identifies a writing of the whole table; changes of parts of
+// it leave it as it is. It is zero while there is no table.
+func (t *PolicyTable) KernelGeneration() (uint64, error) {
+	rules, err := listRules(t.name)
+	if err != nil || len(rules[chainEgress]) == 0 {
+		return 0, absent(err)
+	}
+	return rules[chainEgress][0].handle, nil
+}
+
 // listedRule is a rule as the kernel has it.
 type listedRule struct {
 	comment string

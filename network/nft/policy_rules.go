@@ -49,7 +49,7 @@ func policyHooks() []chain {
 
 	for _, c := range []*chain{&egress, &input} {
 		for _, f := range []family{v4, v6} {
-			c.add("opened by a pod of this node", f.is(), opener(reg1), choose(subjectMap(Egress, f)))
+			c.add("opened by a pod of this node", f.is(), opener(f, reg1), choose(subjectMap(Egress, f)))
 		}
 	}
 	input.add("IPv6 neighbour discovery", neighbourDiscovery(), accept())
@@ -59,7 +59,7 @@ func policyHooks() []chain {
 		}
 	}
 	for _, f := range []family{v4, v6} {
-		ingress.add("opened to a pod of this node", f.is(), target(reg1), choose(subjectMap(Ingress, f)))
+		ingress.add("opened to a pod of this node", f.is(), target(f, reg1), choose(subjectMap(Ingress, f)))
 	}
 	for _, f := range []family{v4, v6} {
 		ingress.add("untracked, to a pod of this node", untracked(), f.is(), rule{f.load(f.daddr, reg1)}, choose(subjectMap(Ingress, f)))
@@ -78,22 +78,17 @@ func (t *PolicyTable) render(c PolicyChain) []commented {
 	for _, r := range c.Rules {
 		var parts rule
 		if r.Peers != "" {
-			parts = join(parts, peer(reg1), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.Peers}})
+			parts = join(parts, peer(f, reg1), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.Peers}})
 		}
 		if r.Ports != "" {
 			parts = join(parts, trackedProtocol(word0), targetPort(word0+1), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.Ports}})
 		}
 		if r.PeerPorts != "" {
 			next := word0 + f.words()
-			parts = join(parts, peer(reg1), trackedProtocol(next), targetPort(next+1), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.PeerPorts}})
+			parts = join(parts, peer(f, reg1), trackedProtocol(next), targetPort(next+1), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.PeerPorts}})
 		}
 		if r.Itself != "" {
-			second := uint32(reg2)
-			if !c.V6 {
-				second = word0 + 1
-			}
-			// The addresses overwrite each other's unused words in this order only.
-			parts = join(parts, opener(reg1), target(second), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.Itself}})
+			parts = join(parts, opener(f, reg1), target(f, word0+f.words()), rule{&expr.Lookup{SourceRegister: reg1, SetName: r.Itself}})
 		}
 		out = append(out, commented{r.Comment, join(parts, verdict(r))})
 	}
@@ -119,22 +114,12 @@ func choose(m nftables.Set) rule {
 	return rule{&expr.Lookup{SourceRegister: reg1, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: m.Name}}
 }
 
-// The two directions of a tracked connection.
-const (
-	original = 0 // as the opener sees it
-	reply    = 1 // as the target sees it
-)
-
 // opener loads the address that the connection was opened from, as it was before
 // source translation. Without a tracked connection the rule does not match.
-func opener(register uint32) rule {
-	return rule{&expr.Ct{Key: expr.CtKeySRC, Direction: original, Register: register}}
-}
+func opener(f family, register uint32) rule { return sourceAddr(f, original, register) }
 
 // target loads the address that the connection leads to, after destination translation.
-func target(register uint32) rule {
-	return rule{&expr.Ct{Key: expr.CtKeySRC, Direction: reply, Register: register}}
-}
+func target(f family, register uint32) rule { return sourceAddr(f, reply, register) }
 
 // targetPort loads the port that the connection leads to, after translation.
 func targetPort(register uint32) rule {
@@ -148,8 +133,11 @@ func trackedProtocol(register uint32) rule {
 }
 
 // untracked matches packets that belong to no connection.
-func untracked() rule {
-	states := binaryutil.NativeEndian.PutUint32(expr.CtStateBitINVALID | expr.CtStateBitUNTRACKED)
+func untracked() rule { return inState(expr.CtStateBitINVALID | expr.CtStateBitUNTRACKED) }
+
+// inState matches packets in one of the states of connection tracking.
+func inState(bits uint32) rule {
+	states := binaryutil.NativeEndian.PutUint32(bits)
 	none := make([]byte, len(states))
 	return rule{
 		&expr.Ct{Key: expr.CtKeySTATE, Register: reg1},

@@ -27,6 +27,7 @@ type ServiceTable struct {
 	idle     map[ref]time.Time     // elements of classes that no service uses any more, since when
 	unused   map[string]time.Time  // chains that no element leads to any more, since when
 	now      func() time.Time
+	conn     *nftables.Conn // nil until needed and after an error
 }
 
 type renderedService struct {
@@ -49,6 +50,37 @@ func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
 	}
 }
 
+// open returns the connection to the kernel. It is kept: closing one waits until
+// the kernel has freed what the last transaction removed, which takes 10 ms, a
+// hundred times as long as the transaction.
+func (t *ServiceTable) open() (*nftables.Conn, error) {
+	if t.conn == nil {
+		conn, err := bulk(nftables.AsLasting())
+		if err != nil {
+			return nil, err
+		}
+		t.conn = conn
+	}
+	return t.conn, nil
+}
+
+// Close ends the connection to the kernel. Rules stay, and the next use opens
+// another.
+func (t *ServiceTable) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.hangUp()
+}
+
+func (t *ServiceTable) hangUp() error {
+	if t.conn == nil {
+		return nil
+	}
+	conn := t.conn
+	t.conn = nil
+	return conn.CloseLasting()
+}
+
 // Name returns the table's name; its family is inet.
 func (t *ServiceTable) Name() string { return t.name }
 
@@ -69,6 +101,7 @@ func (t *ServiceTable) Apply(changes map[string]Service) error {
 	}
 	if err := t.write(t.difference(before)); err != nil {
 		t.inStep = false
+		t.hangUp()
 		// Most likely somebody removed the table.
 		if _, again := t.synchronize(); again != nil {
 			return errors.Join(err, again)
@@ -89,6 +122,7 @@ func (t *ServiceTable) Repair() (int, error) {
 	t.retire(before)
 	if err := t.write(t.difference(before)); err != nil {
 		t.inStep = false
+		t.hangUp()
 	}
 	return t.synchronize()
 }
@@ -266,7 +300,7 @@ func (t *ServiceTable) write(d delta) error {
 	if d.size() == 0 {
 		return nil
 	}
-	conn, err := bulk()
+	conn, err := t.open()
 	if err != nil {
 		return err
 	}
@@ -320,7 +354,7 @@ func (t *ServiceTable) retire(before map[ref]presence) {
 	if len(old) == 0 {
 		return
 	}
-	conn, err := nftables.New()
+	conn, err := t.open()
 	if err != nil {
 		return
 	}
@@ -332,9 +366,11 @@ func (t *ServiceTable) retire(before map[ref]presence) {
 		conn.DelChain(&nftables.Chain{Name: name, Table: table})
 		t.unused[name] = t.now() // when it is tried again
 	}
-	if conn.Flush() == nil {
-		maps.DeleteFunc(t.unused, func(name string, _ time.Time) bool { return slices.Contains(old, name) })
+	if conn.Flush() != nil {
+		t.hangUp()
+		return
 	}
+	maps.DeleteFunc(t.unused, func(name string, _ time.Time) bool { return slices.Contains(old, name) })
 }
 
 // queue adds the messages for elements to a transaction. The kernel takes at most
@@ -360,10 +396,10 @@ func (t *ServiceTable) table() *nftables.Table {
 }
 
 // bulk opens a connection whose transactions may be large.
-func bulk() (*nftables.Conn, error) {
-	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(4<<20))
-	}))
+func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
+	conn, err := nftables.New(append(more, nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(16<<20))
+	}))...)
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
@@ -383,6 +419,7 @@ func (t *ServiceTable) synchronize() (int, error) {
 	}
 	if err != nil {
 		t.inStep = false
+		t.hangUp()
 		return 0, err
 	}
 	t.inStep, t.adopted = true, true
@@ -395,7 +432,7 @@ var errOtherShape = errors.New("nftables table is missing or has another shape")
 // compare returns what the kernel lacks and has too much.
 func (t *ServiceTable) compare() (delta, error) {
 	var d delta
-	conn, err := bulk()
+	conn, err := t.open()
 	if err != nil {
 		return d, err
 	}
@@ -521,7 +558,7 @@ func (t *ServiceTable) wrongChains(conn *nftables.Conn) ([]chain, error) {
 
 // replace writes the whole table in one transaction.
 func (t *ServiceTable) replace() (delta, error) {
-	conn, err := bulk()
+	conn, err := t.open()
 	if err != nil {
 		return delta{}, err
 	}

@@ -3,39 +3,48 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	// elementsPerMessage keeps a message's list of elements below the 64 KiB
 	// that a netlink attribute can hold, with the longest chain names in it.
 	elementsPerMessage = 200
-	// socketBuffer is room for a large transaction on its way to the kernel, and
-	// for one answer to each of its messages on the way back. The kernel takes
-	// the memory only while it is needed.
+	// socketBuffer is room for a large transaction on its way to the kernel, which
+	// takes the memory only while it needs it.
 	socketBuffer = 64 << 20
 )
 
 // transaction collects changes of one table that the kernel makes all at once or
 // not at all. Errors of encoding are kept and reported by commit.
+//
+// The library encodes it but does not send it. It would have the kernel
+// acknowledge every message and send back every rule, which takes longer than
+// the change itself; and it does not encode all that rules need: see conntrack.go.
 type transaction struct {
-	conn  *nftables.Conn
-	table *nftables.Table
-	sets  uint32 // numbers the sets of the transaction
-	errs  []error
+	conn     *nftables.Conn
+	table    *nftables.Table
+	sets     uint32 // numbers the sets of the transaction
+	messages []netlink.Message
+	errs     []error
 }
 
 func begin(table string) (*transaction, error) {
-	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetReadBuffer(socketBuffer), c.SetWriteBuffer(socketBuffer))
+	t := &transaction{table: &nftables.Table{Name: table, Family: nftables.TableFamilyINet}}
+	var err error
+	t.conn, err = nftables.New(nftables.WithTestDial(func(m []netlink.Message) ([]netlink.Message, error) {
+		t.messages = append(t.messages, m...)
+		return nil, io.EOF // no answer
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	return &transaction{conn: conn, table: &nftables.Table{Name: table, Family: nftables.TableFamilyINet}}, nil
+	return t, nil
 }
 
 // renew makes the transaction start from an empty table.
@@ -119,11 +128,37 @@ func (t *transaction) delChain(name string) {
 	t.conn.DelChain(&nftables.Chain{Name: name, Table: t.table})
 }
 
+// commit sends the transaction and waits for the kernel's answer.
 func (t *transaction) commit() error {
-	if len(t.errs) > 0 {
-		return errors.Join(t.errs...)
+	if err := errors.Join(append(t.errs, t.conn.Flush())...); err != nil {
+		return fmt.Errorf("encode change of nftables table %s: %w", t.table.Name, err)
 	}
-	if err := t.conn.Flush(); err != nil {
+	if len(t.messages) == 0 {
+		return nil
+	}
+	for i := range t.messages {
+		h := &t.messages[i].Header
+		h.Sequence, h.PID = 0, 0 // given anew when sent
+		h.Flags &^= netlink.Acknowledge | netlink.Echo
+		if h.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWRULE {
+			finishConntrack(t.messages[i].Data)
+		}
+	}
+	// Errors come in order, and an acknowledgement of the last change (the message
+	// after it ends the transaction) only if there is none.
+	t.messages[len(t.messages)-2].Header.Flags |= netlink.Acknowledge
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	defer conn.Close()
+	if err := conn.SetWriteBuffer(socketBuffer); err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	if _, err := conn.SendMessages(t.messages); err != nil {
+		return fmt.Errorf("change nftables table %s: %w", t.table.Name, err)
+	}
+	if _, err := conn.Receive(); err != nil {
 		return fmt.Errorf("change nftables table %s: %w", t.table.Name, err)
 	}
 	return nil

@@ -135,17 +135,33 @@ func (e *engine) setPod(key podKey, to *pod) {
 		ns.pods[key.name] = entry
 	}
 	entry.api = to
-	e.refreshPod(ns, key, entry)
+	changed := e.refreshPod(ns, key, entry)
 	if to == nil {
 		delete(ns.pods, key.name)
+	} else {
+		e.name(key, to.addrs)
+	}
+	if !changed {
+		return
 	}
 	for _, a := range e.byPod[key] {
 		e.judge(a)
 	}
 }
 
-// refreshPod brings the sets in step with what is now known about a pod.
-func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) {
+// name finds attachments whose pod nobody remembers by the addresses that the
+// API has of the pod.
+func (e *engine) name(key podKey, addrs []netip.Addr) {
+	for _, a := range slices.Clone(e.byPod[podKey{}]) {
+		if slices.ContainsFunc(a.addrs, func(addr netip.Addr) bool { return slices.Contains(addrs, addr) }) {
+			e.attach(&attachment{owner: a.owner, pod: key, addrs: a.addrs})
+		}
+	}
+}
+
+// refreshPod brings the sets in step with what is now known about a pod, and says
+// whether that is something new.
+func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) (changed bool) {
 	now := entry.api
 	if now != nil {
 		addrs := slices.Clone(now.addrs)
@@ -161,7 +177,7 @@ func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) {
 	}
 	before := entry.now
 	if samePod(now, before) {
-		return
+		return false
 	}
 	entry.now = now
 	for _, s := range e.sets {
@@ -182,6 +198,7 @@ func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) {
 			e.table.Delete(s.name, el)
 		}
 	}
+	return true
 }
 
 // is says whether an attachment is of this pod and not of an earlier or later
@@ -223,7 +240,7 @@ func (e *engine) setPolicy(key podKey, to *policy) {
 	}
 }
 
-// attach says which addresses a pod of this node has.
+// attach says which addresses a pod of this node has. The pod's name may be lost.
 func (e *engine) attach(a *attachment) {
 	e.detach(a.owner)
 	a.groups = map[subject]*group{}
@@ -232,6 +249,14 @@ func (e *engine) attach(a *attachment) {
 	e.eachLocal(a, e.table.Insert)
 	e.refreshAttached(a)
 	e.judge(a)
+	if a.pod != (podKey{}) {
+		return
+	}
+	for namespace, ns := range e.namespaces {
+		for name, p := range ns.pods {
+			e.name(podKey{namespace, name}, p.api.addrs)
+		}
+	}
 }
 
 // detach undoes attach.
@@ -275,7 +300,8 @@ func (e *engine) eachLocal(a *attachment, do func(string, nft.Element)) {
 
 // judge chooses who decides about an attachment's connections. Without any policy
 // in its namespace that is nobody, whatever the pod may be. With policies, a pod
-// of which nothing is known is refused everything until something is.
+// of which nothing is known is refused everything until something is, and so is
+// one of which not even the name is left.
 func (e *engine) judge(a *attachment) {
 	if !e.synced {
 		return
@@ -286,7 +312,7 @@ func (e *engine) judge(a *attachment) {
 		p = ns.pods[a.pod.name].now
 	}
 	known := p != nil && a.is(p)
-	a.certain = known || ns == nil || len(ns.policies) == 0
+	a.certain = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0)
 	for _, d := range directions {
 		var selecting []*policy
 		if known {

@@ -241,7 +241,9 @@ func newRule(namespace string, peers []networkingv1.NetworkPolicyPeer, ports []n
 		case p.Port == nil:
 			r.ports = append(r.ports, portRange{protocol, 0, 65535})
 		case p.Port.StrVal != "":
-			r.named = append(r.named, namedPort{protocol, p.Port.StrVal})
+			if n := (namedPort{protocol, p.Port.StrVal}); !slices.Contains(r.named, n) {
+				r.named = append(r.named, n)
+			}
 		default:
 			first := uint16(p.Port.IntVal)
 			last := first

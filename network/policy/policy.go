@@ -9,8 +9,10 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
@@ -67,12 +69,8 @@ func New(cfg Config, factory informers.SharedInformerFactory, log *slog.Logger) 
 		log: log, engine: newEngine(nft.NewPolicyTable(cfg.NodeName)),
 		changed: make(chan struct{}), wake: make(chan struct{}, 1),
 	}
-	dns := &pod{
-		key: podKey{"kube-system", "resolver of kedge"}, labels: labels.Set{"k8s-app": "kube-dns"},
-		addrs: cfg.DNS, peer: true,
-		ports: map[string][]port{"dns": {{protocolNumber(ptr(corev1.ProtocolUDP)), 53}}, "dns-tcp": {{protocolNumber(nil), 53}}},
-	}
-	p.engine.setPod(dns.key, dns)
+	resolver := newResolver(cfg.DNS)
+	p.engine.setPod(resolver.key, resolver)
 	err := errors.Join(
 		follow(p, factory.Core().V1().Pods().Informer(), func(pod *corev1.Pod, gone bool) {
 			key := podKey{pod.Namespace, pod.Name}
@@ -111,7 +109,14 @@ func New(cfg Config, factory informers.SharedInformerFactory, log *slog.Logger) 
 	return p, nil
 }
 
-func ptr[T any](v T) *T { return &v }
+// newResolver is the pod as which policies see the resolver: that of other
+// clusters, which they were written for.
+func newResolver(addrs []netip.Addr) *pod {
+	return &pod{
+		key: podKey{metav1.NamespaceSystem, "resolver of kedge"}, labels: labels.Set{"k8s-app": "kube-dns"}, addrs: addrs, peer: true,
+		ports: map[string][]port{"dns": {{unix.IPPROTO_UDP, 53}}, "dns-tcp": {{unix.IPPROTO_TCP, 53}}},
+	}
+}
 
 // follow calls set, with p.mu held, for every change of a kind of object.
 func follow[T any](p *Policy, informer cache.SharedIndexInformer, set func(obj T, gone bool)) error {
@@ -281,14 +286,14 @@ func (p *Policy) Restore(all []cni.Attachment) {
 // Attach returns when the policies for a new pod are in force: call it before the
 // pod can send anything. Where it must be known more about the pod than is, it
 // waits a moment, and then lets the pod start with all connections refused until
-// that is known. An error means that the pod must not start.
+// that is known. An error means that the pod must not start;
+// Detach is to be called all the same.
 func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	at := newAttachment(a)
 	p.engine.attach(at)
 	if err := p.enforce(at); err != nil {
-		p.engine.detach(a.Owner)
 		return fmt.Errorf("enforce network policies for %s: %w", at.pod, err)
 	}
 	deadline := time.NewTimer(patience)

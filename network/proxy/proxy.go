@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/events"
 
 	"kedge/network/nft"
+	"kedge/network/trace"
 )
 
 const (
@@ -99,6 +100,10 @@ func handler[T any](changed func(old, now *T)) cache.ResourceEventHandlerFuncs {
 		},
 	}
 }
+
+// Rules returns the part of the node's rules that is about services, for those
+// who want to see what it does.
+func (p *Proxy) Rules() trace.Part { return p.table }
 
 // Name implements lifecycle.Component.
 func (p *Proxy) Name() string { return "proxy" }
@@ -241,6 +246,9 @@ func (p *Proxy) repair() {
 }
 
 func (p *Proxy) close() {
+	if err := p.table.Close(); err != nil {
+		p.log.Debug("connection to nftables", "err", err)
+	}
 	for _, t := range p.trackers {
 		if err := t.close(); err != nil {
 			p.log.Warn("health checks of services could not be closed", "err", err)
