@@ -30,7 +30,8 @@ type answerer struct {
 	outside *outside.Resolver
 	rules   atomic.Pointer[custom.Rules] // never nil
 	stats   *stats.Stats
-	ttl     uint32 // of the cluster's records
+	ttl     uint32        // of the cluster's records
+	waiting chan struct{} // one for each query over UDP that waits for another server
 }
 
 // work is one query, and what is needed again for the next.
@@ -143,6 +144,14 @@ func (a *answerer) later(ctx context.Context, w *work, buf []byte) (answer []byt
 		return a.count(w, stats.Cluster, true, a.follow(ctx, w, buf))
 	}
 	return a.count(w, stats.Forwarded, false, a.outside.Resolve(ctx, q, buf, w.limit()))
+}
+
+// refuse answers when too many queries wait.
+func (a *answerer) refuse(w *work, buf []byte) []byte {
+	r := begun(w, buf)
+	r.Fail(message.ServFail)
+	a.stats.Cache(outside.Overload)
+	return a.count(w, stats.Nobody, false, r.Finish())
 }
 
 // begun is w's reply, empty.

@@ -53,6 +53,7 @@ func New(cfg Config, watches informers.SharedInformerFactory, client kubernetes.
 		outside: outside.NewResolver(outside.Config{ResolvConf: cfg.resolvConf, Own: cfg.Addresses}, st, log),
 		stats:   st,
 		ttl:     cfg.TTL,
+		waiting: make(chan struct{}, maxWaiting),
 	}}
 	st.CacheSizes(r.answer.outside.Sizes)
 	r.answer.rules.Store(&custom.Rules{})
