@@ -160,9 +160,11 @@ func (p *Proxy) loop(ctx context.Context, ready func()) {
 		case <-quiet.C:
 			look = p.look
 		case <-look:
+			began := time.Now()
 			p.repair()
 			look = nil
-			quiet.Reset(repairPause)
+			// With many services a comparison takes a tenth of a second.
+			quiet.Reset(max(repairPause, 50*time.Since(began)))
 		case <-regular.C:
 			p.repair()
 		}
