@@ -63,5 +63,5 @@ func killall(ctx context.Context, s settings) error {
 	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
 		return err
 	}
-	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), dns.Cleanup(s.dns))
+	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), dns.Cleanup(s.agent.ClusterDNS))
 }

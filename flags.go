@@ -74,6 +74,7 @@ func serverFlags() []cli.Flag {
 		list(catNetwork, "service-cidr", "`RANGE` of service addresses, one of each family (default: 10.43.0.0/16)"),
 		list(catNetwork, "cluster-dns", "`ADDRESS` of the cluster's DNS (default: the tenth of the service range)"),
 		str(catNetwork, "cluster-domain", "cluster.local", "`DOMAIN` of the cluster"),
+		boolean(catNetwork, "disable-network-policy", "Do not enforce network policies"),
 		str(catNetwork, "service-node-port-range", "30000-32767", "`RANGE` of node ports"),
 		list(catNetwork, "nodeport-addresses", "`RANGE` of node addresses at which node ports answer, or \"primary\" for the node's own (default: primary)"),
 		str(catNetwork, "proxy-scheduler", "random", "`HOW` an endpoint of a service is chosen: random, round-robin or source-hash"),

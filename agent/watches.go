@@ -72,7 +72,8 @@ func reduce(obj any) (any, error) {
 	return obj, nil
 }
 
-// reducePod keeps who the pod is, where it runs, its addresses and its named ports.
+// reducePod keeps who the pod is, where it runs, its addresses and its named ports,
+// and of a static pod's image the name under which the kubelet runs it.
 func reducePod(p *corev1.Pod) {
 	ports := func(all []corev1.Container) (out []corev1.Container) {
 		for _, c := range all {
@@ -82,7 +83,11 @@ func reducePod(p *corev1.Pod) {
 		}
 		return out
 	}
-	p.Annotations, p.OwnerReferences, p.Finalizers = nil, nil, nil
+	var annotations map[string]string
+	if static, ok := p.Annotations[corev1.MirrorPodAnnotationKey]; ok {
+		annotations = map[string]string{corev1.MirrorPodAnnotationKey: static}
+	}
+	p.Annotations, p.OwnerReferences, p.Finalizers = annotations, nil, nil
 	p.Spec = corev1.PodSpec{
 		NodeName: p.Spec.NodeName, HostNetwork: p.Spec.HostNetwork,
 		Hostname: p.Spec.Hostname, Subdomain: p.Spec.Subdomain,

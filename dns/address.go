@@ -31,10 +31,10 @@ func claim(addrs []netip.Addr) error {
 	return nil
 }
 
-// Cleanup removes the addresses. The node's processes must have ended.
-func Cleanup(cfg Config) error {
+// Cleanup removes the addresses of a resolver that has ended.
+func Cleanup(addresses []netip.Addr) error {
 	var errs []error
-	for _, a := range cfg.Addresses {
+	for _, a := range addresses {
 		r, err := route(a)
 		if err == nil {
 			err = netlink.RouteDel(r)

@@ -89,7 +89,7 @@ func TestAddresses(t *testing.T) {
 	w.exchange("udp", "10.43.0.10", "cluster.local.", dns.TypeSOA)
 	w.stop()
 	for range 2 { // the second finds nothing
-		if err := Cleanup(w.cfg); err != nil {
+		if err := Cleanup(w.cfg.Addresses); err != nil {
 			t.Error(err)
 		}
 	}

@@ -50,7 +50,7 @@ func start(t *testing.T, resolvConf string, objects ...runtime.Object) *world {
 	w.run()
 	t.Cleanup(func() {
 		w.stop()
-		if err := Cleanup(cfg); err != nil {
+		if err := Cleanup(cfg.Addresses); err != nil {
 			t.Error(err)
 		}
 	})

@@ -33,6 +33,7 @@ type Network struct {
 	cfg   Config
 	log   *slog.Logger
 	table *nft.PodTable
+	judge cni.Judge // nil if every connection is allowed
 
 	mu       sync.Mutex // guards what follows
 	podCIDRs []netip.Prefix
@@ -42,11 +43,13 @@ type Network struct {
 	wake chan struct{} // asks for a round of repair; holds one request
 }
 
-// New returns the network of a node. It changes nothing before Run.
-func New(cfg Config, log *slog.Logger) *Network {
+// New returns the network of a node; judge decides which connections its pods may
+// have, or is nil. It changes nothing before Run.
+func New(cfg Config, judge cni.Judge, log *slog.Logger) *Network {
 	return &Network{
 		cfg: cfg, log: log.With("component", "network"),
 		table:    nft.NewPodTable(cfg.NodeName),
+		judge:    judge,
 		podCIDRs: slices.Clone(cfg.PodCIDRs),
 		wake:     make(chan struct{}, 1),
 	}
@@ -100,7 +103,7 @@ func (n *Network) Run(ctx context.Context, ready func()) error {
 	if damaged {
 		n.log.Warn("leases are recovered from the kernel", "cause", err)
 	}
-	plugin := cni.New(n.cfg.NodeName, ledger, n.setHostPorts, n.log)
+	plugin := cni.New(n.cfg.NodeName, ledger, n.setHostPorts, n.judge, n.log)
 	if err := n.prepare(ctx, plugin, damaged); err != nil {
 		return err
 	}
@@ -138,12 +141,18 @@ func (n *Network) prepare(ctx context.Context, plugin *cni.Plugin, adopt bool) e
 	if err := n.begin(plugin); err != nil {
 		return err
 	}
+	if n.judge == nil {
+		if err := nft.RemovePolicyTable(n.cfg.NodeName); err != nil {
+			return err
+		}
+	}
 	if err := plugin.Reconcile(ctx, adopt); err != nil {
 		// What is wrong with one pod must not keep the node from starting;
 		// the next round tries again.
 		n.log.Warn("some pods could not be reconciled", "error", err)
 		n.repairSoon()
 	}
+	plugin.RestoreJudge()
 	return nil
 }
 

@@ -139,7 +139,7 @@ func (w *world) routes(do func(func() error) error, gateways ...netip.Addr) {
 // start begins a Run, as a new process would after the last one.
 func (w *world) start() {
 	w.t.Helper()
-	w.network = New(w.cfg, slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})))
+	w.network = New(w.cfg, nil, slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})))
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- w.network.Run(ctx, func() { close(ready) }) }()

@@ -462,14 +462,18 @@ func (x *Index) point(q *message.Query, r *message.Reply, targets []pointer) out
 		return noData
 	}
 	for _, t := range targets {
-		if t.host == "" { // a service's own address, whoever else is behind it
+		if t.host == "" { // a service's own address
 			r.Pointer(x.cfg.TTL, x.nameOf(t.record, ""))
 			return found
 		}
 	}
-	for _, t := range targets {
-		if !r.Pointer(x.cfg.TTL, x.nameOf(t.record, t.host)) {
-			break
+	// Many programs take the first name, and that of a headless service is the better
+	// one: it leads back to the address.
+	for _, headless := range []bool{true, false} {
+		for _, t := range targets {
+			if t.record.headless == headless && !r.Pointer(x.cfg.TTL, x.nameOf(t.record, t.host)) {
+				return found
+			}
 		}
 	}
 	return found

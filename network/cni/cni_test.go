@@ -148,7 +148,7 @@ func newPlugin(t *testing.T) *Plugin {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ledger.Close() })
-	return New("node1", ledger, func([]nft.HostPort) error { return nil }, slog.New(slog.DiscardHandler))
+	return New("node1", ledger, func([]nft.HostPort) error { return nil }, nil, slog.New(slog.DiscardHandler))
 }
 
 func TestRefusals(t *testing.T) {

@@ -33,6 +33,7 @@ type Plugin struct {
 	prefix   string
 	ledger   *ipam.Ledger
 	setPorts func([]nft.HostPort) error
+	judge    Judge // nil if everything is allowed
 	log      *slog.Logger
 	owners   keyedMutex
 
@@ -44,10 +45,11 @@ type Plugin struct {
 }
 
 // New returns the plugin of a node. setPorts makes the given host ports, and
-// no others, true. Call Reconcile before the first request.
-func New(node string, ledger *ipam.Ledger, setPorts func([]nft.HostPort) error, log *slog.Logger) *Plugin {
+// no others, true. Without a judge every connection is allowed. Call Reconcile
+// before the first request.
+func New(node string, ledger *ipam.Ledger, setPorts func([]nft.HostPort) error, judge Judge, log *slog.Logger) *Plugin {
 	p := &Plugin{
-		node: node, prefix: LinkPrefix(node), ledger: ledger, setPorts: setPorts, log: log,
+		node: node, prefix: LinkPrefix(node), ledger: ledger, setPorts: setPorts, judge: judge, log: log,
 		ports: map[string][]nft.HostPort{},
 	}
 	for _, lease := range ledger.Leases() {
@@ -132,13 +134,20 @@ func (p *Plugin) add(ctx context.Context, r cniclient.Request, c config) (types.
 	}
 	defer ns.Close()
 
-	n := note{Netns: r.Netns, NetnsID: ns.ID(), Pod: podName(r.Args), Ports: ports}
+	n := note{Netns: r.Netns, NetnsID: ns.ID(), Ports: ports}
+	n.Pod, n.UID = podName(r.Args)
 	lease, setup, err := p.lease(own, n)
 	if err != nil {
 		return nil, err
 	}
 	a := p.attachment(lease, n, setup.MTU)
-	if err = a.connect(ns); err == nil && len(ports) > 0 {
+	if p.judge != nil {
+		err = p.judge.Attach(ctx, attachmentOf(lease, n))
+	}
+	if err == nil {
+		err = a.connect(ns)
+	}
+	if err == nil && len(ports) > 0 {
 		err = p.publish()
 		forgetFlows(lease.Addrs, ports, p.log)
 	}
@@ -235,6 +244,11 @@ func (p *Plugin) remove(own string) error {
 	}
 	if !leased {
 		return nil
+	}
+	if p.judge != nil {
+		if err := p.judge.Detach(own); err != nil {
+			return err
+		}
 	}
 	if n, err := readNote(lease); err == nil && len(n.Ports) > 0 {
 		forgetFlows(lease.Addrs, n.Ports, p.log)

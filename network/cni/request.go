@@ -33,7 +33,8 @@ type portMapping struct {
 type note struct {
 	Netns   string     `json:"netns"`
 	NetnsID netns.ID   `json:"netnsID"`
-	Pod     string     `json:"pod,omitempty"` // namespace/name, for messages
+	Pod     string     `json:"pod,omitempty"` // namespace/name
+	UID     string     `json:"uid,omitempty"` // of the pod
 	Ports   []hostPort `json:"ports,omitempty"`
 }
 
@@ -116,9 +117,9 @@ func (m portMapping) check() (hostPort, error) {
 	return p, nil
 }
 
-// podName reads namespace and name of the pod from CNI_ARGS, which has the form
-// "A=1;B=2".
-func podName(args string) string {
+// podName reads who the pod is, as namespace/name and UID, from CNI_ARGS, which
+// has the form "A=1;B=2".
+func podName(args string) (pod, uid string) {
 	var namespace, name string
 	for pair := range strings.SplitSeq(args, ";") {
 		switch key, value, _ := strings.Cut(pair, "="); key {
@@ -126,12 +127,14 @@ func podName(args string) string {
 			namespace = value
 		case "K8S_POD_NAME":
 			name = value
+		case "K8S_POD_UID":
+			uid = value
 		}
 	}
 	if name == "" {
-		return ""
+		return "", ""
 	}
-	return namespace + "/" + name
+	return namespace + "/" + name, uid
 }
 
 // checkRequest looks at what every request about one attachment must have.

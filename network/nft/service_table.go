@@ -391,9 +391,6 @@ func (t *ServiceTable) queue(conn *nftables.Conn, table *nftables.Table, element
 	return nil
 }
 
-// elementsPerMessage times the longest element, 200 bytes with its attributes.
-const elementsPerMessage = 256
-
 func (t *ServiceTable) table() *nftables.Table {
 	return &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
 }

@@ -1,0 +1,68 @@
+package policy
+
+import (
+	"testing"
+
+	"kedge/network/nft"
+)
+
+func (c connection) nft() nft.Connection {
+	return nft.Connection{From: c.from, To: c.to, Protocol: protocolNumber(&c.protocol), Port: uint16(c.port)}
+}
+
+// allows goes through the rules that the engine has made.
+func (e *engine) allows(c connection) bool {
+	_, egress := e.table.Trace(nft.Egress, c.nft())
+	_, ingress := e.table.Trace(nft.Ingress, c.nft())
+	return egress && ingress
+}
+
+func TestDecisions(t *testing.T) {
+	for seed := range uint64(8) {
+		e := newEngine(nft.NewPolicyTable("node1"))
+		e.judgeAll()
+		w := newWorld(seed, e)
+		allowed, refused := 0, 0
+		for range 60 {
+			for range 1 + w.IntN(5) {
+				w.step()
+			}
+			for _, c := range w.connections() {
+				want := w.allows(c)
+				if got := e.allows(c); got != want {
+					steps, _ := e.table.Trace(nft.Egress, c.nft())
+					more, _ := e.table.Trace(nft.Ingress, c.nft())
+					t.Fatalf("seed %d: %+v allowed: %v, want %v\n%+v\n%+v\n%s", seed, c, got, want, steps, more, e.table)
+				}
+				if want {
+					allowed++
+				} else {
+					refused++
+				}
+			}
+		}
+		if allowed == 0 || refused == 0 {
+			t.Errorf("seed %d: %d connections allowed, %d refused: the test shows nothing", seed, allowed, refused)
+		}
+		fresh := newEngine(nft.NewPolicyTable("node1"))
+		w.replay(fresh)
+		fresh.judgeAll()
+		if got, want := e.table.String(), fresh.table.String(); got != want {
+			t.Fatalf("seed %d: after changes\n%s\nafter a start\n%s", seed, got, want)
+		}
+		// All that is left when everything goes is nothing.
+		for _, name := range []string{"x", "y", "z"} {
+			e.setNamespace(name, nil)
+		}
+		for _, key := range w.sorted() {
+			e.setPolicy(key, nil)
+		}
+		for key := range w.pods {
+			e.setPod(key, nil)
+			e.detach(key.name)
+		}
+		if s := e.table.String(); s != "" || len(e.namespaces)+len(e.sets)+len(e.groups)+len(e.owners)+len(e.byPod) != 0 {
+			t.Fatalf("seed %d: left over:\n%s%+v", seed, s, e)
+		}
+	}
+}

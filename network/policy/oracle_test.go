@@ -1,0 +1,190 @@
+package policy
+
+import (
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// cluster is what the API says, in its own words.
+type cluster struct {
+	namespaces map[string]labels.Set
+	pods       map[podKey]*corev1.Pod
+	policies   map[podKey]*networkingv1.NetworkPolicy
+}
+
+// thisNode is the node whose decisions are looked at.
+const thisNode = "node1"
+
+// connection is one that somebody tries to open.
+type connection struct {
+	from, to netip.Addr
+	protocol corev1.Protocol
+	port     int
+}
+
+// podAt finds the pod that the other end of a connection is. One that has ended
+// does not count.
+func (c *cluster) podAt(a netip.Addr) *corev1.Pod {
+	p := c.owner(a)
+	if p == nil || p.Status.Phase == corev1.PodFailed || p.Status.Phase == corev1.PodSucceeded {
+		return nil
+	}
+	return p
+}
+
+// owner finds whose address it is. Pods that have ended are still judged: they
+// may not have ended quite yet.
+func (c *cluster) owner(a netip.Addr) *corev1.Pod {
+	for _, p := range c.pods {
+		if p.Spec.HostNetwork {
+			continue
+		}
+		for _, ip := range p.Status.PodIPs {
+			if ip.IP == a.String() {
+				return p
+			}
+		}
+	}
+	return nil
+}
+
+// allows judges a connection by reading the specification of NetworkPolicy from
+// top to bottom, with nothing prepared and nothing shared with the engine.
+func (c *cluster) allows(conn connection) bool {
+	if conn.from == conn.to {
+		return true
+	}
+	from, to := c.owner(conn.from), c.owner(conn.to)
+	if from != nil && from.Spec.NodeName != thisNode {
+		from = nil // judged where it is
+	}
+	if to != nil && to.Spec.NodeName != thisNode {
+		to = nil
+	}
+	return c.allowsOneWay(from, conn, true) && c.allowsOneWay(to, conn, false)
+}
+
+func (c *cluster) allowsOneWay(subject *corev1.Pod, conn connection, egress bool) bool {
+	if subject == nil {
+		return true
+	}
+	isolated := false
+	for _, np := range c.policies {
+		if np.Namespace != subject.Namespace || !selects(&np.Spec.PodSelector, subject.Labels) {
+			continue
+		}
+		if egress {
+			if !hasType(np, networkingv1.PolicyTypeEgress) {
+				continue
+			}
+			isolated = true
+			for _, r := range np.Spec.Egress {
+				if c.peersMatch(np.Namespace, r.To, conn.to) && c.portsMatch(r.Ports, conn) {
+					return true
+				}
+			}
+			continue
+		}
+		if !hasType(np, networkingv1.PolicyTypeIngress) {
+			continue
+		}
+		isolated = true
+		for _, r := range np.Spec.Ingress {
+			if c.peersMatch(np.Namespace, r.From, conn.from) && c.portsMatch(r.Ports, conn) {
+				return true
+			}
+		}
+	}
+	return !isolated
+}
+
+func hasType(np *networkingv1.NetworkPolicy, want networkingv1.PolicyType) bool {
+	for _, t := range np.Spec.PolicyTypes {
+		if t == want {
+			return true
+		}
+	}
+	return false
+}
+
+func selects(s *metav1.LabelSelector, set map[string]string) bool {
+	sel, err := metav1.LabelSelectorAsSelector(s)
+	if err != nil {
+		panic(err)
+	}
+	return sel.Matches(labels.Set(set))
+}
+
+func (c *cluster) peersMatch(namespace string, peers []networkingv1.NetworkPolicyPeer, a netip.Addr) bool {
+	if len(peers) == 0 {
+		return true
+	}
+	for _, peer := range peers {
+		if peer.IPBlock != nil {
+			in := netip.MustParsePrefix(peer.IPBlock.CIDR).Contains(a)
+			for _, e := range peer.IPBlock.Except {
+				in = in && !netip.MustParsePrefix(e).Contains(a)
+			}
+			if in {
+				return true
+			}
+			continue
+		}
+		p := c.podAt(a)
+		if p == nil {
+			continue
+		}
+		if peer.NamespaceSelector == nil && p.Namespace != namespace {
+			continue
+		}
+		if peer.NamespaceSelector != nil && !selects(peer.NamespaceSelector, c.namespaces[p.Namespace]) {
+			continue
+		}
+		if peer.PodSelector != nil && !selects(peer.PodSelector, p.Labels) {
+			continue
+		}
+		return true
+	}
+	return false
+}
+
+func (c *cluster) portsMatch(ports []networkingv1.NetworkPolicyPort, conn connection) bool {
+	if len(ports) == 0 {
+		return true
+	}
+	for _, p := range ports {
+		protocol := corev1.ProtocolTCP
+		if p.Protocol != nil {
+			protocol = *p.Protocol
+		}
+		if protocol != conn.protocol {
+			continue
+		}
+		switch {
+		case p.Port == nil:
+			return true
+		case p.Port.Type == intstr.String:
+			if to := c.podAt(conn.to); to != nil {
+				for _, container := range to.Spec.Containers {
+					for _, cp := range container.Ports {
+						if cp.Name == p.Port.StrVal && int(cp.ContainerPort) == conn.port && cp.Protocol == protocol {
+							return true
+						}
+					}
+				}
+			}
+		case p.EndPort != nil:
+			if int(p.Port.IntVal) <= conn.port && conn.port <= int(*p.EndPort) {
+				return true
+			}
+		case int(p.Port.IntVal) == conn.port:
+			return true
+		}
+	}
+	return false
+}
