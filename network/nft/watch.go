@@ -32,7 +32,7 @@ func Watch(ctx context.Context, changed func()) error {
 	// A deadline in the past ends the receive that is under way.
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	var t transaction
+	var t heard
 	for {
 		msgs, err := conn.Receive()
 		if ctx.Err() != nil {
@@ -49,15 +49,15 @@ func Watch(ctx context.Context, changed func()) error {
 	}
 }
 
-// transaction is what was received of one so far.
-type transaction struct {
+// heard is what was received of a transaction so far.
+type heard struct {
 	ours bool // it changes a table of kedge's
 }
 
 // foreign says whether a transaction of another process that changes our tables
 // ends in msgs. The kernel sends the details of each, then one message that names
 // the process.
-func (t *transaction) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
+func (t *heard) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
 	const (
 		newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 		nameOfTable   = 1 // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE ...
