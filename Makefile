@@ -121,3 +121,14 @@ bench-plain: ## build the plain composition that kedge is measured against
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench
 	@build/bench/bench $(BENCHFLAGS)
+
+.PHONY: bench-dns-programs
+bench-dns-programs: ## build kedge's resolver alone, and CoreDNS, a module of its own
+	@mkdir -p build/bench
+	@go build -ldflags '-s -w' -o build/bench/resolver ./dns/standalone
+	@go build -C scripts/bench/coredns -ldflags '-s -w' -o $(CURDIR)/build/bench/coredns .
+
+.PHONY: bench-dns
+bench-dns: bench-dns-programs ## compare kedge's resolver with CoreDNS, in answers and in speed; BENCHFLAGS="-n 3 -services 5000"; needs root
+	go test -count=1 ./scripts/bench/dns
+	@go run ./scripts/bench/dns $(BENCHFLAGS)
