@@ -151,8 +151,8 @@ func BenchmarkStart(b *testing.B) {
 				runtime.ReadMemStats(&before)
 				b.StartTimer()
 				e := newEngine(nft.NewPolicyTable("node1"))
-				e.judgeAll()
 				populate(e, policies)
+				e.judgeAll()
 				if err := e.table.Commit(); err != nil {
 					b.Fatal(err)
 				}
@@ -183,14 +183,16 @@ var benchCases = []struct {
 	{"100-about-these", 0, 100},
 }
 
-func benchPath(b *testing.B, run func(b *testing.B, s *station)) {
-	for _, c := range benchCases {
+func benchPath(b *testing.B, run func(b *testing.B, s *station, client, server netip.Addr)) {
+	for n, c := range benchCases {
 		b.Run(c.name, func(b *testing.B) {
 			s := &station{newLab(b), benchEngine(b, c.policies)}
-			s.pod(0, "a")
-			s.pod(1, "b")
+			// Other addresses each time: those before are still being tracked.
+			client, server := podAddr(2*n, false), podAddr(2*n+1, false)
+			s.pod(2*n, "a")
+			s.pod(2*n+1, "b")
 			// On a node connections are tracked whether there are policies or not.
-			s.translate(netip.MustParseAddr("10.43.0.99"), podAddr(1, false), false)
+			s.translate(netip.MustParseAddr("10.43.0.99"), server, false)
 			for i := range c.own {
 				port := 1000 + i
 				if i == c.own-1 {
@@ -200,7 +202,7 @@ func benchPath(b *testing.B, run func(b *testing.B, s *station)) {
 					ingress: [{from: [{podSelector: {}}], ports: [{port: %d, protocol: UDP}, {port: %[1]d}]}],
 					egress: [{to: [{podSelector: {}}], ports: [{port: %[1]d, protocol: UDP}, {port: %[1]d}]}]`, port))
 			}
-			run(b, s)
+			run(b, s, client, server)
 		})
 	}
 }
@@ -208,12 +210,12 @@ func benchPath(b *testing.B, run func(b *testing.B, s *station)) {
 // BenchmarkRoundTrip is a datagram and its answer between two pods that know each
 // other: four times through the rules of a connection.
 func BenchmarkRoundTrip(b *testing.B) {
-	benchPath(b, func(b *testing.B, s *station) {
+	benchPath(b, func(b *testing.B, s *station, from, to netip.Addr) {
 		var server, client net.PacketConn
-		addr := net.UDPAddrFromAddrPort(netip.AddrPortFrom(podAddr(1, false), 80))
-		s.must(s.pods[podAddr(1, false)].Do(func() (err error) { server, err = net.ListenUDP("udp", addr); return err }))
+		addr := net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, 80))
+		s.must(s.pods[to].Do(func() (err error) { server, err = net.ListenUDP("udp", addr); return err }))
 		defer server.Close()
-		s.must(s.pods[podAddr(0, false)].Do(func() (err error) { client, err = net.ListenUDP("udp", nil); return err }))
+		s.must(s.pods[from].Do(func() (err error) { client, err = net.ListenUDP("udp", nil); return err }))
 		defer client.Close()
 		go func() {
 			buf := make([]byte, 100)
@@ -240,10 +242,10 @@ func BenchmarkRoundTrip(b *testing.B) {
 
 // BenchmarkConnect opens a TCP connection from pod to pod, and ends it.
 func BenchmarkConnect(b *testing.B) {
-	benchPath(b, func(b *testing.B, s *station) {
+	benchPath(b, func(b *testing.B, s *station, from, to netip.Addr) {
 		var l net.Listener
-		addr := netip.AddrPortFrom(podAddr(1, false), 80).String()
-		s.must(s.pods[podAddr(1, false)].Do(func() (err error) { l, err = net.Listen("tcp", addr); return err }))
+		addr := netip.AddrPortFrom(to, 80).String()
+		s.must(s.pods[to].Do(func() (err error) { l, err = net.Listen("tcp", addr); return err }))
 		defer l.Close()
 		go func() {
 			for {
@@ -255,7 +257,7 @@ func BenchmarkConnect(b *testing.B) {
 				conn.Close()
 			}
 		}()
-		s.must(s.pods[podAddr(0, false)].Do(func() error {
+		s.must(s.pods[from].Do(func() error {
 			for b.Loop() {
 				conn, err := net.DialTimeout("tcp", addr, time.Second)
 				if errors.Is(err, syscall.ECONNRESET) {
