@@ -82,8 +82,17 @@ build-e2e: ## build the programs of the end-to-end tests' images
 	@go build -ldflags '-s -w -X main.buildDate=2100-01-01T00:00:00Z' -o build/e2e/kedge-of-2100 .
 
 .PHONY: e2e
-e2e: build build-e2e ## end-to-end tests with real containers; needs root
+ifdef FOCUS
+e2e: build build-conformance ## end-to-end tests with real containers; FOCUS=REGEXP: upstream's that match; needs root
+	go run ./scripts/upstream -focus '$(FOCUS)' $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+else
+e2e: build build-e2e
 	go test -count=1 -timeout 30m ./scripts/e2e
+endif
+
+.PHONY: build-conformance
+build-conformance: deps payload ## build Kubernetes' own end-to-end suite and its images
+	@scripts/build-conformance.sh
 
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore

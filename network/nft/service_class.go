@@ -1,11 +1,16 @@
 package nft
 
 import (
-	"encoding/binary"
+	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"hash/fnv"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // class says what happens to connections to a frontend. All frontends of the same
@@ -19,8 +24,7 @@ type class struct {
 	turn    uint32 // which counter of RoundRobin is used; 0 with other schedulers
 }
 
-// action is the kind of a class. The values are in kernels: they must not change
-// their meaning.
+// action is the kind of a class.
 type action uint32
 
 const (
@@ -51,18 +55,34 @@ func (c class) isExternalLocal() bool {
 	return do == actExternalLocal || do == actNodePortLocal
 }
 
-// bytes is the class as the value of a map: five numbers in the machine's order.
-func (c class) bytes() string {
-	b := make([]byte, 0, 20)
-	for _, n := range []uint32{uint32(c.do), c.cluster, c.local, c.sticky, c.turn} {
-		b = binary.NativeEndian.AppendUint32(b, n)
+// key is the class as the value of a map, in the 16 bytes of an interface's name:
+// the nft program prints it, and one number for each part it could not print.
+func (c class) key() string {
+	name := fmt.Sprintf("%x", uint32(c.do))
+	for _, part := range c.parts() {
+		name += string(part.letter) + strconv.FormatUint(uint64(part.n), 36)
 	}
-	return string(b)
+	if c.turn != 0 {
+		name += "t" + strconv.FormatUint(uint64(c.turn), 36)
+	}
+	if len(name) > classKeyLen-1 { // many thousands of endpoints
+		sum := sha256.Sum256([]byte(name))
+		name = "#" + base64.RawStdEncoding.EncodeToString(sum[:])[:classKeyLen-2]
+	}
+	return name + strings.Repeat("\x00", classKeyLen-len(name))
 }
 
-func parseClass(b string) class {
-	n := func(i int) uint32 { return parseNumber(b[4*i : 4*i+4]) }
-	return class{do: action(n(0)), cluster: n(1), local: n(2), sticky: n(3), turn: n(4)}
+const classKeyLen = unix.IFNAMSIZ
+
+type classPart struct {
+	letter byte
+	n      uint32
+}
+
+// parts are the numbers of a class that are not zero.
+func (c class) parts() []classPart {
+	all := []classPart{{'c', c.cluster}, {'l', c.local}, {'s', c.sticky}}
+	return slices.DeleteFunc(all, func(p classPart) bool { return p.n == 0 })
 }
 
 // chain names the chain of the class, as in "external-local.c3.l1-4": three
@@ -70,16 +90,11 @@ func parseClass(b string) class {
 func (c class) chain(f family) string {
 	var b strings.Builder
 	b.WriteString(c.do.String())
-	for _, part := range []struct {
-		letter byte
-		n      uint32
-	}{{'c', c.cluster}, {'l', c.local}, {'s', c.sticky}} {
-		if part.n > 0 {
-			fmt.Fprintf(&b, ".%c%d", part.letter, part.n)
-		}
+	for _, part := range c.parts() {
+		fmt.Fprintf(&b, ".%c%d", part.letter, part.n)
 	}
 	if c.turn != 0 {
-		fmt.Fprintf(&b, ".%08x", c.turn)
+		fmt.Fprintf(&b, ".t%d", c.turn)
 	}
 	return b.String() + "-" + f.suffix
 }
@@ -118,11 +133,14 @@ func (p *ServicePort) classes(s Scheduler) (internal, external, nodePort class) 
 	return internal, external, nodePort
 }
 
+// turns is how many counters there are for each number of endpoints.
+const turns = 1 << 15
+
 // turn numbers the port's counter. Two ports with the same number and as many
 // endpoints take turns together, which does no harm.
 func (p *ServicePort) turn() uint32 {
 	h := fnv.New32a()
 	h.Write(p.ClusterIP.AsSlice())
 	h.Write([]byte{p.Protocol, byte(p.Port >> 8), byte(p.Port)})
-	return max(1, h.Sum32())
+	return 1 + h.Sum32()%turns
 }

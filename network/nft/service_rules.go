@@ -96,8 +96,10 @@ func (c ServiceConfig) chains() []chain {
 		post.add("from a pod: "+p.String(), f.is(), f.addrIn(f.saddr, p, expr.CmpOpEq), leave())
 	}
 	for _, f := range []family{v4, v6} {
-		post.add("from outside through an address of a service", f.is(), f.loadOriginal(word0),
-			rule{f.get(word0, word0, kindServices)}, masquerade())
+		for _, k := range []setKind{kindClusterIPs, kindExternalIPs} {
+			post.add("from outside through one of "+f.set(k).name(), f.is(),
+				rule{&expr.Ct{Key: expr.CtKeyDST, Register: reg1}, f.in(reg1, k)}, masquerade())
+		}
 		post.add("from outside through a node port", f.is(), rule{loadProtocol(word0), loadOriginalPort(word0 + 1)},
 			rule{f.get(word0, word0, kindNodePorts)}, masquerade())
 	}
@@ -187,7 +189,7 @@ func (c ServiceConfig) chooseSticky(ch *chain, f family, k class, p pool) {
 	}
 	known := join(rule{f.load(f.saddr, client)}, f.loadService(k.do, service))
 	ch.add("the endpoint that the client had, if it is still one", known,
-		rule{f.get(client, endpoint, kindClients), f.in(service, p.sticky)},
+		rule{f.get(client, endpoint, kindClients), f.get(service, endpoint+f.words(), p.sticky)},
 		remember(unix.NFT_DYNSET_OP_UPDATE), f.send(endpoint))
 	// An update does not change the value, so what was remembered must go first.
 	ch.add("one of the endpoints, from now on this client's", known, c.place(f, k, p, endpoint),
@@ -221,25 +223,20 @@ func (f family) loadDestination(at uint32) rule {
 	return rule{f.load(f.daddr, at), loadProtocol(at + f.words()), loadPort(at + f.words() + 1)}
 }
 
-// loadService loads the service behind the destination.
+// loadService loads the service behind the destination. External addresses have the
+// port of the service, node ports have another.
 func (f family) loadService(a action, at uint32) rule {
 	switch a &^ actRestricted {
 	case actExternal, actExternalLocal:
 		return append(f.loadDestination(at), f.get(at, at, kindBehindAddress))
 	case actNodePort, actNodePortLocal:
-		return rule{loadProtocol(at), loadPort(at + 1), f.get(at, at, kindBehindNode)}
+		port := at + f.words()
+		return rule{loadProtocol(port), loadPort(port + 1), f.get(port, at, kindBehindNode), f.get(port, port+1, kindPortBehind)}
 	}
 	return f.loadDestination(at)
 }
 
-// loadOriginal loads what loadDestination does, as it was before translation.
-func (f family) loadOriginal(at uint32) rule {
-	return rule{
-		&expr.Ct{Key: expr.CtKeyDST, Register: at},
-		loadProtocol(at + f.words()), loadOriginalPort(at + f.words() + 1),
-	}
-}
-
+// loadOriginalPort loads the port to which a connection was opened.
 func loadOriginalPort(register uint32) expr.Any {
 	return &expr.Ct{Key: expr.CtKeyPROTODST, Register: register}
 }

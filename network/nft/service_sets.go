@@ -16,15 +16,17 @@ type setKind uint8
 const (
 	kindServices      setKind = iota // address . protocol . port : class
 	kindNodePorts                    // protocol . port : class
-	kindBehindAddress                // address . protocol . port : cluster IP . protocol . port
-	kindBehindNode                   // protocol . port : cluster IP . protocol . port
+	kindBehindAddress                // address . protocol . port : cluster IP
+	kindBehindNode                   // protocol . port : cluster IP
+	kindPortBehind                   // protocol . port : port of the cluster IP
 	kindEndpoints                    // cluster IP . protocol . port . place : endpoint . port
 	kindClusterIPs                   // cluster IP
+	kindExternalIPs                  // address
 	kindItself                       // endpoint . endpoint, of this node's
 	kindSources                      // address . protocol . port . range of sources
-	kindStickyCluster                // cluster IP . protocol . port . endpoint . port
+	kindStickyCluster                // cluster IP . protocol . port . endpoint : port
 	kindStickyLocal                  // the same
-	kindClients                      // client . cluster IP . protocol . port : endpoint . port
+	kindClients                      // client . cluster IP . protocol . port : endpoint
 	kindClasses                      // class : verdict
 	setKinds
 )
@@ -53,12 +55,14 @@ func (id setID) family() family {
 
 func (id setID) name() string { return id.describe().name }
 
-// describe returns the set without elements.
+// describe returns the set without elements. What a map yields is of one type
+// wherever it becomes part of another key: the nft program, with which people and
+// firewalls look at all rules, aborts on anything else.
 func (id setID) describe() set {
 	f := id.family()
 	concat := nftables.MustConcatSetType
 	addr, proto, port, number := f.addrType, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark
-	classType := concat(number, number, number, number, number)
+	classType := nftables.TypeIFName
 	var s set
 	switch id.kind {
 	case kindServices:
@@ -68,28 +72,35 @@ func (id setID) describe() set {
 		s = set{name: "node-ports", comment: "what happens at a node port", isMap: true,
 			key: concat(proto, port), data: classType}
 	case kindBehindAddress:
-		s = set{name: "behind-addresses", comment: "which service an external address leads to", isMap: true,
-			key: concat(addr, proto, port), data: concat(addr, proto, port)}
+		s = set{name: "behind-addresses", comment: "cluster IP behind an external address", isMap: true,
+			key: concat(addr, proto, port), data: addr}
 	case kindBehindNode:
-		s = set{name: "behind-node-ports", comment: "which service a node port leads to", isMap: true,
-			key: concat(proto, port), data: concat(addr, proto, port)}
+		s = set{name: "behind-node-ports", comment: "cluster IP behind a node port", isMap: true,
+			key: concat(proto, port), data: addr}
+	case kindPortBehind:
+		s = set{name: "ports-behind-node-ports", comment: "port of the cluster IP behind a node port", isMap: true,
+			key: concat(proto, port), data: port}
 	case kindEndpoints:
 		s = set{name: "endpoints", comment: "numbered endpoints of services; from 0x10000 on those for local traffic", isMap: true,
 			key: concat(addr, proto, port, number), data: concat(addr, port)}
 	case kindClusterIPs:
 		s = set{name: "cluster-ips", comment: "cluster IPs in use", key: addr}
+	case kindExternalIPs:
+		s = set{name: "external-ips", comment: "external addresses of services in use", key: addr}
 	case kindItself:
 		s = set{name: "endpoints-to-themselves", comment: "pods that may reach themselves through a service", key: concat(addr, addr)}
 	case kindSources:
 		s = set{name: "sources", comment: "who may use an address with source ranges", ranges: true,
 			key: concat(addr, proto, port, addr)}
 	case kindStickyCluster:
-		s = set{name: "sticky", comment: "endpoints of services with session affinity", key: concat(addr, proto, port, addr, port)}
+		s = set{name: "sticky", comment: "endpoints of services with session affinity", isMap: true,
+			key: concat(addr, proto, port, addr), data: port}
 	case kindStickyLocal:
-		s = set{name: "sticky-local", comment: "local endpoints of services with session affinity", key: concat(addr, proto, port, addr, port)}
+		s = set{name: "sticky-local", comment: "local endpoints of services with session affinity", isMap: true,
+			key: concat(addr, proto, port, addr), data: port}
 	case kindClients:
 		s = set{name: "clients", comment: "which endpoint a client had", isMap: true, grows: maxClients,
-			key: concat(addr, addr, proto, port), data: concat(addr, port)}
+			key: concat(addr, addr, proto, port), data: addr}
 	case kindClasses:
 		s = set{name: "classes", comment: "the chain for each kind of service", isMap: true, key: classType, data: nftables.TypeVerdict}
 	}
@@ -163,8 +174,9 @@ func addrPort(a netip.AddrPort) string {
 func number(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
 
 // elements spells out what one port needs; holds says which of its frontends are
-// its own. Classes that it uses are among them, and may be among those of others.
-func (p *ServicePort) elements(s Scheduler, holds func(frontend) bool) []element {
+// its own. Classes that it uses are among them, and may be among those of others;
+// they are noted in classes.
+func (p *ServicePort) elements(s Scheduler, classes map[string]class, holds func(frontend) bool) []element {
 	f, main := p.family(), p.clusterFrontend()
 	if !holds(main) {
 		return nil
@@ -172,12 +184,16 @@ func (p *ServicePort) elements(s Scheduler, holds func(frontend) bool) []element
 	var out []element
 	add := func(k setKind, key, val string) { out = append(out, element{ref{f.set(k), key}, val}) }
 	internal, external, nodePort := p.classes(s)
+	note := func(c class) string {
+		key := c.key()
+		classes[key] = c
+		add(kindClasses, key, c.chain(f))
+		return key
+	}
 	use := func(k setKind, key string, c class) {
-		add(k, key, c.bytes())
-		add(kindClasses, c.bytes(), c.chain(f))
+		add(k, key, note(c))
 		if c.isExternalLocal() && c.cluster > 0 {
-			inside := c.fromInside()
-			add(kindClasses, inside.bytes(), inside.chain(f))
+			note(c.fromInside())
 		}
 	}
 	service := destination(main)
@@ -190,7 +206,8 @@ func (p *ServicePort) elements(s Scheduler, holds func(frontend) bool) []element
 		key := destination(at)
 		if !at.addr.IsValid() {
 			use(kindNodePorts, key, nodePort)
-			add(kindBehindNode, key, service)
+			add(kindBehindNode, key, string(p.ClusterIP.AsSlice()))
+			add(kindPortBehind, key, string(portBytes(p.Port)))
 			continue
 		}
 		c := external
@@ -202,7 +219,8 @@ func (p *ServicePort) elements(s Scheduler, holds func(frontend) bool) []element
 			}
 		}
 		use(kindServices, key, c)
-		add(kindBehindAddress, key, service)
+		add(kindBehindAddress, key, string(p.ClusterIP.AsSlice()))
+		add(kindExternalIPs, string(at.addr.AsSlice()), "")
 	}
 	if !p.Ready {
 		return out
@@ -210,13 +228,13 @@ func (p *ServicePort) elements(s Scheduler, holds func(frontend) bool) []element
 	for i, e := range p.Cluster {
 		add(kindEndpoints, service+number(uint32(i)), addrPort(e))
 		if p.StickyFor > 0 {
-			add(kindStickyCluster, service+addrPort(e), "")
+			add(kindStickyCluster, service+string(e.Addr().AsSlice()), string(portBytes(e.Port())))
 		}
 	}
 	for i, e := range p.Local {
 		add(kindEndpoints, service+number(uint32(localPlaces+i)), addrPort(e))
 		if p.StickyFor > 0 {
-			add(kindStickyLocal, service+addrPort(e), "")
+			add(kindStickyLocal, service+string(e.Addr().AsSlice()), string(portBytes(e.Port())))
 		}
 	}
 	for _, a := range p.Here {

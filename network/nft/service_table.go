@@ -24,6 +24,7 @@ type ServiceTable struct {
 	want     map[ref]wanted        // every element that the kernel should have
 	inStep   bool                  // the kernel was given all of want
 	adopted  bool                  // the rules are this process's
+	classes  map[string]class      // all that were used, by their keys
 	idle     map[ref]time.Time     // elements of classes that no service uses any more, since when
 	unused   map[string]time.Time  // chains that no element leads to any more, since when
 	now      func() time.Time
@@ -46,7 +47,7 @@ func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
 	return &ServiceTable{
 		name: TableName(node, "services"), cfg: cfg,
 		services: map[string]*renderedService{}, holders: map[frontend][]string{},
-		want: map[ref]wanted{}, idle: map[ref]time.Time{}, unused: map[string]time.Time{}, now: time.Now,
+		want: map[ref]wanted{}, classes: map[string]class{}, idle: map[ref]time.Time{}, unused: map[string]time.Time{}, now: time.Now,
 	}
 }
 
@@ -169,7 +170,7 @@ func (t *ServiceTable) record(changes map[string]Service) map[ref]presence {
 		old := s.elements
 		s.elements = nil
 		for i := range s.Ports {
-			s.elements = append(s.elements, s.Ports[i].elements(t.cfg.Scheduler, func(f frontend) bool { return t.holders[f][0] == name })...)
+			s.elements = append(s.elements, s.Ports[i].elements(t.cfg.Scheduler, t.classes, func(f frontend) bool { return t.holders[f][0] == name })...)
 		}
 		for _, e := range s.elements { // those that stay never reach zero
 			t.add(e, 1, before)
@@ -289,7 +290,7 @@ func (t *ServiceTable) difference(before map[ref]presence) delta {
 func (t *ServiceTable) withChains(d delta) delta {
 	for _, e := range d.add {
 		if e.set.kind == kindClasses {
-			d.chains = append(d.chains, t.cfg.classChain(e.set.family(), parseClass(e.key)))
+			d.chains = append(d.chains, t.cfg.classChain(e.set.family(), t.classes[e.key]))
 		}
 	}
 	return d
@@ -511,7 +512,7 @@ func (t *ServiceTable) wantedChains() []chain {
 	list := t.cfg.chains()
 	for r := range t.want {
 		if r.set.kind == kindClasses {
-			list = append(list, t.cfg.classChain(r.set.family(), parseClass(r.key)))
+			list = append(list, t.cfg.classChain(r.set.family(), t.classes[r.key]))
 		}
 	}
 	return list

@@ -164,7 +164,7 @@ func (w *walk) decide(rule string, k setKind, at frontend) (bool, error) {
 		w.add(chainServices, rule, "", "nothing: the element of "+at.String()+" is missing").Problem = problem
 		return false, nil
 	}
-	c := parseClass(val)
+	c := w.table.classes[val]
 	chain, ok, missing, err := w.get(kindClasses, val)
 	if err != nil {
 		return false, err
@@ -224,9 +224,17 @@ func (w *walk) class(chain string, c class, k setKind, at frontend) error {
 	}
 	var problems []string
 	if behind := behindKind(c.do); behind != 0 {
-		val, ok, problem, err := w.get(behind, destination(at))
+		ip, ok, problem, err := w.get(behind, destination(at))
 		if err != nil {
 			return err
+		}
+		port := string(portBytes(at.port))
+		if ok && behind == kindBehindNode {
+			var missing string
+			if port, ok, missing, err = w.get(kindPortBehind, destination(at)); err != nil {
+				return err
+			}
+			problem = joinProblems(problem, missing)
 		}
 		problems = append(problems, problem)
 		if !ok {
@@ -234,7 +242,7 @@ func (w *walk) class(chain string, c class, k setKind, at frontend) error {
 			w.steps[len(w.steps)-1].Problem = problem
 			return nil
 		}
-		service = val
+		service = ip + string(word(at.protocol)) + string(word([]byte(port)[:2]...))
 	}
 	var endpoints []netip.AddrPort
 	for i := range count {
@@ -259,9 +267,11 @@ func (w *walk) class(chain string, c class, k setKind, at frontend) error {
 		if err != nil {
 			return err
 		}
-		if ok && slices.Contains(endpoints, parseAddrPort(w.f, had)) {
-			chosen, rule = parseAddrPort(w.f, had), "the endpoint that the client had, if it is still one"
-			why = "session affinity: the client was there before"
+		for _, e := range endpoints {
+			if ok && string(e.Addr().AsSlice()) == had {
+				chosen, rule = e, "the endpoint that the client had, if it is still one"
+				why = "session affinity: the client was there before"
+			}
 		}
 	}
 	var names []string
@@ -322,7 +332,6 @@ func (w *walk) source() error {
 	case !translated:
 		rule, effect = "not through a service", effect+"it did not pass a service"
 	default:
-		at := frontend{addr: p.Original.Addr(), protocol: p.Protocol, port: p.Original.Port()}
 		for _, r := range w.table.cfg.ClusterRanges {
 			if r.Contains(from) {
 				rule, effect = "from a pod: "+r.String(), effect+"every node has a route to it"
@@ -331,12 +340,14 @@ func (w *walk) source() error {
 		if rule != "" {
 			break
 		}
-		if _, ok, _, err := w.get(kindServices, destination(at)); err != nil {
-			return err
-		} else if ok {
-			rule = "from outside through an address of a service"
-		} else {
-			rule = "from outside through a node port"
+		rule = "from outside through a node port"
+		for _, k := range []setKind{kindClusterIPs, kindExternalIPs} {
+			if _, ok, _, err := w.get(k, string(p.Original.Addr().AsSlice())); err != nil {
+				return err
+			} else if ok {
+				rule = "from outside through one of " + w.f.set(k).name()
+				break
+			}
 		}
 		effect = "gets the node's source address, so that the answer comes back here"
 	}
@@ -383,12 +394,11 @@ func joinProblems(list ...string) string {
 func (id setID) text(key, val string) string {
 	f := id.family()
 	switch id.kind {
-	case kindServices:
-		return parseFrontend(f, key).String() + " -> " + parseClass(val).chain(f)
-	case kindNodePorts:
-		return parseFrontend(f, key).String() + " -> " + parseClass(val).chain(f)
+	case kindServices, kindNodePorts:
+		return parseFrontend(f, key).String() + " -> " + strings.TrimRight(val, "\x00")
 	case kindBehindAddress, kindBehindNode:
-		return parseFrontend(f, key).String() + " -> " + parseFrontend(f, val).String()
+		a, _ := netip.AddrFromSlice([]byte(val))
+		return parseFrontend(f, key).String() + " -> " + a.String()
 	case kindEndpoints:
 		end := len(key) - 4
 		return fmt.Sprintf("%s no. %#x -> %s", parseFrontend(f, key[:end]), parseNumber(key[end:]), parseAddrPort(f, val))
@@ -396,7 +406,7 @@ func (id setID) text(key, val string) string {
 		a, _ := netip.AddrFromSlice([]byte(key))
 		return a.String()
 	case kindClasses:
-		return parseClass(key).text() + " -> " + val
+		return strings.TrimRight(key, "\x00") + " -> " + val
 	}
 	return fmt.Sprintf("%x -> %x", key, val)
 }

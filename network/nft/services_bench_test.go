@@ -233,3 +233,20 @@ func sendNew(b *testing.B, services int) {
 		}
 	}
 }
+
+// BenchmarkServicesRepair compares the kernel with what should be, which happens
+// every few minutes and after others have changed rules.
+func BenchmarkServicesRepair(b *testing.B) {
+	newServiceTable(b, sampleServiceConfig())
+	for _, n := range []int{10, 1000, 10000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			d := &ourDesign{}
+			d.program(b, n)
+			for b.Loop() {
+				if n, err := d.table.Repair(); n != 0 || err != nil {
+					b.Fatal(n, err)
+				}
+			}
+		})
+	}
+}

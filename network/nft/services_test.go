@@ -1,9 +1,11 @@
 package nft
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -101,8 +103,8 @@ func TestClasses(t *testing.T) {
 			t.Errorf("%s: %s, %s, %s", c.name, internal.chain(v4), external.chain(v4), nodePort.chain(v4))
 		}
 		for _, k := range []class{internal, external, nodePort} {
-			if got := parseClass(k.bytes()); got != k {
-				t.Errorf("%s: %+v became %+v", c.name, k, got)
+			if len(k.key()) != classKeyLen || k.key()[classKeyLen-1] != 0 {
+				t.Errorf("%s: key %q", c.name, k.key())
 			}
 		}
 	}
@@ -277,5 +279,35 @@ func TestOneChangeIsFewElements(t *testing.T) {
 	// One endpoint moves, its old place goes, the class and its chain change.
 	if len(d.remove) > 4 || len(d.add) > 4 || len(d.chains) > 1 {
 		t.Errorf("one endpoint less removes %d elements, adds %d, writes %d chains", len(d.remove), len(d.add), len(d.chains))
+	}
+}
+
+// TestServicesAreListed: the nft program, where there is one, can print the rules.
+// Firewalls of hosts list all tables, and its older versions abort on rules that
+// the kernel takes.
+func TestServicesAreListed(t *testing.T) {
+	program, err := exec.LookPath("nft")
+	if err != nil {
+		t.Skip("needs the program nft")
+	}
+	for _, scheduler := range []Scheduler{Random, RoundRobin, SourceHash} {
+		cfg := sampleServiceConfig()
+		cfg.Scheduler = scheduler
+		table := newServiceTable(t, cfg)
+		changes := map[string]Service{}
+		r := rand.New(rand.NewPCG(1, 2))
+		for i := range 60 {
+			changes[fmt.Sprint("default/s", i)] = randomService(r, i)
+		}
+		if err := table.Apply(changes); err != nil {
+			t.Fatal(err)
+		}
+		for _, format := range [][]string{{"list", "ruleset"}, {"-j", "list", "ruleset"}} {
+			out, err := exec.Command(program, format...).CombinedOutput()
+			if err != nil || !bytes.Contains(out, []byte("endpoints-6")) {
+				t.Errorf("%s, nft %v: %v: %.500s", scheduler, format, err, out)
+			}
+		}
+		table.Close()
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"k8s.io/client-go/tools/events"
 	"k8s.io/component-base/metrics/legacyregistry"
 	upstream "k8s.io/kubernetes/pkg/proxy"
-	"k8s.io/kubernetes/pkg/proxy/conntrack"
 	"k8s.io/kubernetes/pkg/proxy/healthcheck"
 	"k8s.io/kubernetes/pkg/proxy/metrics"
 	proxyutil "k8s.io/kubernetes/pkg/proxy/util"
@@ -40,7 +39,6 @@ type tracker struct {
 	checks    map[types.NamespacedName]uint16 // health-check node ports
 	health    healthcheck.ServiceHealthServer
 	listening bool
-	flows     conntrack.Interface
 }
 
 func newTracker(family corev1.IPFamily, cfg Config, recorder events.EventRecorder, healthy func() bool) *tracker {
@@ -49,7 +47,6 @@ func newTracker(family corev1.IPFamily, cfg Config, recorder events.EventRecorde
 		services: upstream.ServicePortMap{}, endpoints: upstream.EndpointsMap{},
 		ports:  map[types.NamespacedName][]upstream.ServicePortName{},
 		checks: map[types.NamespacedName]uint16{},
-		flows:  conntrack.New(),
 	}
 	for _, a := range cfg.NodeIPs {
 		if familyOf(a) == family {
@@ -191,10 +188,28 @@ func (t *tracker) answerHealthChecks() error {
 // connections from load balancers.
 func (t *tracker) close() error { return t.health.SyncServices(nil) }
 
-// forgetFlows makes the kernel decide anew about datagrams to services whose
-// endpoint is gone, or that were untranslated before there was one.
-func (t *tracker) forgetFlows() {
-	conntrack.CleanStaleEntries(t.flows, t.family, t.services, t.endpoints)
+// checkFlows asks to look at the flows of a service's UDP ports. Any endpoint that
+// serves may keep them, whatever the policies say now: as with connections, what
+// changes in a service does not end what was begun.
+func (t *tracker) checkFlows(f *flows, name types.NamespacedName, nodeIPs []netip.Addr) {
+	for _, id := range t.ports[name] {
+		s := t.services[id]
+		if s.Protocol() != corev1.ProtocolUDP {
+			continue
+		}
+		serving := addrPorts(slices.DeleteFunc(slices.Clone(t.endpoints[id]), func(e upstream.Endpoint) bool { return !e.IsServing() }))
+		for _, ip := range slices.Concat([]net.IP{s.ClusterIP()}, s.LoadBalancerVIPs(), s.ExternalIPs()) {
+			f.check(netip.AddrPortFrom(addr(ip), uint16(s.Port())), serving)
+		}
+		if s.NodePort() == 0 {
+			continue
+		}
+		for _, a := range nodeIPs {
+			if familyOf(a) == t.family {
+				f.check(netip.AddrPortFrom(a, uint16(s.NodePort())), serving)
+			}
+		}
+	}
 }
 
 // observe records metrics as kube-proxy does.
@@ -229,7 +244,6 @@ var registerMetrics = sync.OnceFunc(func() {
 		metrics.EndpointChangesPending, metrics.EndpointChangesTotal,
 		metrics.ServiceChangesPending, metrics.ServiceChangesTotal,
 		metrics.NetworkProgrammingLatency, metrics.NFTablesSyncFailuresTotal,
-		metrics.ReconcileConntrackFlowsLatency, metrics.ReconcileConntrackFlowsDeletedEntriesTotal,
 	)
 })
 

@@ -43,6 +43,7 @@ type Proxy struct {
 	trackers    []*tracker
 	broadcaster events.EventBroadcaster
 	informed    []cache.ResourceEventHandlerRegistration
+	flows       *flows
 
 	wake chan struct{} // asks for an update of the rules; holds one request
 	look chan struct{} // asks for a comparison with the kernel; holds one request
@@ -60,6 +61,7 @@ func New(cfg Config, shared informers.SharedInformerFactory, client kubernetes.I
 		cfg: cfg, log: log,
 		table:       nft.NewServiceTable(cfg.NodeName, cfg.rules()),
 		broadcaster: events.NewBroadcaster(&events.EventSinkImpl{Interface: client.EventsV1()}),
+		flows:       newFlows(log),
 		wake:        make(chan struct{}, 1),
 		look:        make(chan struct{}, 1),
 	}
@@ -128,6 +130,7 @@ func (p *Proxy) Run(ctx context.Context, ready func()) error {
 	defer fail(nil)
 	var watch sync.WaitGroup
 	watch.Go(func() { fail(nft.Watch(inner, func() { ask(p.look) })) })
+	watch.Go(func() { p.flows.run(inner) })
 	p.loop(inner, ready)
 	watch.Wait()
 	if ctx.Err() != nil {
@@ -157,9 +160,11 @@ func (p *Proxy) loop(ctx context.Context, ready func()) {
 		case <-quiet.C:
 			look = p.look
 		case <-look:
+			began := time.Now()
 			p.repair()
 			look = nil
-			quiet.Reset(repairPause)
+			// With many services a comparison takes a tenth of a second.
+			quiet.Reset(max(repairPause, 50*time.Since(began)))
 		case <-regular.C:
 			p.repair()
 		}
@@ -222,7 +227,9 @@ func (p *Proxy) update() error {
 		t.observe(began, full, c.triggers)
 		errs = append(errs, t.answerHealthChecks())
 		if c.flows {
-			t.forgetFlows()
+			for name := range c.services {
+				t.checkFlows(p.flows, name, p.cfg.NodeIPs)
+			}
 		}
 	}
 	p.log.Debug("rules of services written", "services", len(rules), "took", time.Since(began))

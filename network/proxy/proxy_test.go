@@ -30,6 +30,11 @@ func newProxy(t *testing.T, change func(*Config)) *Proxy {
 	if change != nil {
 		change(&cfg)
 	}
+	return proxyOf(t, cfg)
+}
+
+func proxyOf(t testing.TB, cfg Config) *Proxy {
+	t.Helper()
 	if err := cfg.Validate(); err != nil {
 		t.Fatal(err)
 	}

@@ -68,7 +68,7 @@ func onLAN(t *testing.T, flags ...string) *lanNode {
 		"--cluster-cidr=10.42.0.0/16,fd42::/56", "--service-cidr=10.43.0.0/16,fd43::/112",
 		fmt.Sprintf("--node-ip=%s,%s", lanNodeV4.Addr(), lanNodeV6.Addr()),
 	}, flags...)...)
-	n.flags = n.flags[1:] // not the range that own has chosen
+	n.flags = n.flags[2:] // not the ranges that own has chosen
 	n.network, err = netns.Open(machine.Path())
 	must(err)
 	must(prepareImages(n.dataDir()))

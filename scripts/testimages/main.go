@@ -132,9 +132,10 @@ func debian(cmd []string, packages ...string) recipe {
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// agnhost is the program that most tests run, with the tools that they call beside it.
+// agnhost is the program that most tests run, with the tools that they call beside
+// it. (Its wget is a real one: that of Debian's static busybox crashes with -T.)
 func agnhost(w workshop) (testimage.Image, error) {
-	files, err := w.packages("bash", "bind9-dnsutils", "coreutils", "curl", "grep", "iperf", "iproute2", "iputils-ping", "netcat-openbsd", "procps", "sed", "socat", "util-linux")
+	files, err := w.packages("bash", "bind9-dnsutils", "coreutils", "curl", "grep", "iperf", "iproute2", "iputils-ping", "netcat-openbsd", "procps", "sed", "socat", "util-linux", "wget")
 	if err != nil {
 		return testimage.Image{}, err
 	}
@@ -143,6 +144,10 @@ func agnhost(w workshop) (testimage.Image, error) {
 		return testimage.Image{}, err
 	}
 	coredns, err := w.program("coredns")
+	if err != nil {
+		return testimage.Image{}, err
+	}
+	getent, err := w.program("getent")
 	if err != nil {
 		return testimage.Image{}, err
 	}
@@ -157,10 +162,11 @@ func agnhost(w workshop) (testimage.Image, error) {
 		}
 	}
 	maps.Copy(files, map[string]testimage.File{
-		"/agnhost":   program,
-		"/agnhost-2": {Link: "agnhost"},
-		"/coredns":   coredns,
-		"/uploads":   {Mode: os.ModeDir | 0o755},
+		"/agnhost":        program,
+		"/agnhost-2":      {Link: "agnhost"},
+		"/coredns":        coredns,
+		"/usr/bin/getent": getent, // musl's, as in the original image
+		"/uploads":        {Mode: os.ModeDir | 0o755},
 		"/etc/passwd": {Data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n" +
 			"user-defined-in-image:x:1000:1000::/home/user-defined-in-image:/bin/sh\n")},
 		"/etc/group": {Data: []byte("root:x:0:\nnogroup:x:65534:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n")},
