@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/dynamic"
 
 	"kedge/agent"
 	"kedge/datastore"
@@ -173,14 +174,19 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 		return err
 	}
 	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
-	watches, err := agent.NewWatches(lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup))
+	asNetwork := lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup)
+	watches, err := agent.NewWatches(asNetwork)
 	if err != nil {
 		return err
 	}
 	var policies *policy.Policy
 	var judge cni.Judge
 	if !s.disablePolicy {
-		if policies, err = policy.New(s.policy, watches.Informers(), component(log, "policy")); err != nil {
+		client, err := dynamic.NewForConfig(asNetwork)
+		if err != nil {
+			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
+		}
+		if policies, err = policy.New(s.policy, watches.Informers(), client, component(log, "policy")); err != nil {
 			return err
 		}
 		judge = policies
