@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kedge/agent"
+	"kedge/dns"
 	"kedge/internal/datadir"
 	"kedge/internal/logging"
 	"kedge/network"
@@ -62,5 +63,5 @@ func killall(ctx context.Context, s settings) error {
 	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
 		return err
 	}
-	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network))
+	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), dns.Cleanup(s.agent.ClusterDNS))
 }

@@ -13,12 +13,8 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
-	"k8s.io/apiserver/pkg/authentication/user"
-	"k8s.io/client-go/dynamic"
 
 	"kedge/agent"
-	"kedge/datastore"
-	"kedge/datastore/hook"
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
@@ -27,12 +23,8 @@ import (
 	"kedge/internal/logging"
 	"kedge/internal/packed"
 	"kedge/internal/preflight"
-	"kedge/network"
-	"kedge/network/cni"
-	"kedge/network/policy"
 	"kedge/runtime"
 	"kedge/server"
-	"kedge/server/loopback"
 )
 
 func serverCommand() *cli.Command {
@@ -134,77 +126,6 @@ func checkMachine(ctx context.Context, c preflight.Config, log *slog.Logger) err
 	}
 	return err
 }
-
-// wire is the whole graph: which parts there are and what each comes after.
-func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
-	lb := loopback.New()
-	store := datastore.New(s.datastore, component(log, "datastore"))
-	api, err := server.NewAPIServer(s.server, id, lb)
-	if err != nil {
-		return err
-	}
-	controllers, err := server.NewControllers(s.server, id, lb)
-	if err != nil {
-		return err
-	}
-	scheduler, err := server.NewScheduler(s.server, lb)
-	if err != nil {
-		return err
-	}
-	if err := server.ApplyFeatureGates(); err != nil {
-		return err
-	}
-	hook.Install(store)
-
-	group.Add(control.NewServer(s.runDir, reporter(group, s.nodeName)))
-	hStore := group.Add(store)
-	hAPI := group.Add(api, hStore)
-	group.Add(controllers, hAPI)
-	group.Add(scheduler, hAPI)
-	if s.disableAgent {
-		return nil
-	}
-
-	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
-	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
-	s.agent.ClientCA = id.ClientCA.CertFile()
-	s.agent.Controllers = controllers.Built()
-	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
-	if err != nil {
-		return err
-	}
-	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
-	asNetwork := lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup)
-	watches, err := agent.NewWatches(asNetwork)
-	if err != nil {
-		return err
-	}
-	var policies *policy.Policy
-	var judge cni.Judge
-	if !s.disablePolicy {
-		client, err := dynamic.NewForConfig(asNetwork)
-		if err != nil {
-			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
-		}
-		if policies, err = policy.New(s.policy, watches.Informers(), client, component(log, "policy")); err != nil {
-			return err
-		}
-		judge = policies
-	}
-	net := network.New(s.network, judge, log)
-	containerd := group.Add(runtime.New(s.runtime, log))
-	hNet := group.Add(net)
-	group.Add(runtime.NewImages(s.runtime, log), containerd)
-	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, net.SetPodCIDRs, component(log, "registration")), hAPI, hNet)
-	hWatches := group.Add(watches, hAPI)
-	if policies != nil {
-		group.Add(policies, hWatches, hNet)
-	}
-	group.Add(kubelet, hAPI, containerd, hNet)
-	return nil
-}
-
-func component(log *slog.Logger, name string) *slog.Logger { return log.With(logging.Component, name) }
 
 // signals returns a context that the first signal ends, and a channel that the
 // second one closes.

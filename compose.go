@@ -2,26 +2,24 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"kedge/agent"
 	"kedge/datastore"
-	"kedge/internal/hostaddr"
+	"kedge/dns"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
 	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/network/cni"
+	"kedge/network/nft"
 	"kedge/network/policy"
+	"kedge/network/proxy"
 	"kedge/runtime"
 	"kedge/server"
 )
@@ -32,7 +30,6 @@ type settings struct {
 	dataDir, runDir string
 	nodeName        string
 	disableAgent    bool
-	disablePolicy   bool // what policy configures is left out
 	log             logging.Config
 	preflight       preflight.Config
 
@@ -40,8 +37,12 @@ type settings struct {
 	server    server.Config
 	runtime   runtime.Config
 	network   network.Config
-	policy    policy.Config
 	agent     agent.Config
+
+	// Parts that can be left to somebody else; nil when they are.
+	proxy  *proxy.Config
+	policy *policy.Config
+	dns    *dns.Config
 }
 
 // compose turns flags into configurations and derives what depends on several.
@@ -50,25 +51,60 @@ type settings struct {
 func compose(c *cli.Context) (settings, error) {
 	p := &flagParser{c: c}
 	s := settings{
-		dataDir:       p.dir("data-dir"),
-		runDir:        p.dir("run-dir"),
-		nodeName:      p.nodeName(),
-		disableAgent:  c.Bool("disable-agent"),
-		disablePolicy: c.Bool("disable-network-policy"),
-		log:           p.logging(),
-		datastore:     datastore.DefaultConfig(),
-		server:        server.DefaultConfig(),
-		runtime:       runtime.DefaultConfig(),
-		network:       network.DefaultConfig(),
-		agent:         agent.DefaultConfig(),
+		dataDir:      p.dir("data-dir"),
+		runDir:       p.dir("run-dir"),
+		nodeName:     p.nodeName(),
+		disableAgent: c.Bool("disable-agent"),
+		log:          p.logging(),
+		datastore:    datastore.DefaultConfig(),
+		server:       server.DefaultConfig(),
+		runtime:      runtime.DefaultConfig(),
+		network:      network.DefaultConfig(),
+		agent:        agent.DefaultConfig(),
+		preflight:    preflight.DefaultConfig(),
 	}
-	serverDir := filepath.Join(s.dataDir, "server")
+	s.controlPlane(p)
+	s.node(p)
+	s.dataPath(p, p.disabled())
 
-	s.datastore.Dir = filepath.Join(serverDir, "store")
+	pf := &s.preflight
+	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
+	pf.IPv6 = slices.ContainsFunc(s.server.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	pf.Ranges, pf.OwnLinks = slices.Concat(s.server.ClusterCIDRs, s.server.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
+	pf.VXLAN = false // there is one machine
+	pf.BuildDate = buildTime()
+	pf.Ports = []preflight.Port{{Number: s.server.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
+
+	if p.err() == nil { // what follows from a mistake is not worth a line of its own
+		p.fail(s.validate())
+	}
+	return s, p.err()
+}
+
+// validate asks every part that will run.
+func (s *settings) validate() error {
+	errs := []error{s.server.Validate(), s.datastore.Validate()}
+	if s.disableAgent {
+		return errors.Join(errs...)
+	}
+	errs = append(errs, s.agent.Validate(), s.runtime.Validate(), s.network.Validate())
+	if s.proxy != nil {
+		errs = append(errs, s.proxy.Validate())
+	}
+	if s.dns != nil {
+		errs = append(errs, s.dns.Validate())
+	}
+	return errors.Join(errs...)
+}
+
+// controlPlane composes the API server and what is around it.
+func (s *settings) controlPlane(p *flagParser) {
+	dir := filepath.Join(s.dataDir, "server")
+	s.datastore.Dir = filepath.Join(dir, "store")
 	s.datastore.MemberName = s.nodeName
 
 	sv := &s.server
-	sv.Dir = serverDir
+	sv.Dir = dir
 	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
 	if v := p.prefixes("cluster-cidr"); v != nil {
 		sv.ClusterCIDRs = v
@@ -76,73 +112,89 @@ func compose(c *cli.Context) (settings, error) {
 	if v := p.prefixes("service-cidr"); v != nil {
 		sv.ServiceCIDRs = v
 	}
-	sv.ClusterDomain = c.String("cluster-domain")
-	sv.NodePortRange = c.String("service-node-port-range")
+	sv.ClusterDomain = p.c.String("cluster-domain")
+	sv.NodePortRange = p.c.String("service-node-port-range")
 	sv.NodeIPs = p.nodeIPs(sv.ClusterCIDRs)
 	sv.BindAddress = p.addr("bind-address")
-	sv.HTTPSPort = c.Int("https-listen-port")
+	sv.HTTPSPort = p.c.Int("https-listen-port")
 	sv.AdvertiseAddress = p.addr("advertise-address")
 	if !sv.AdvertiseAddress.IsValid() && len(sv.NodeIPs) > 0 {
 		sv.AdvertiseAddress = sv.NodeIPs[0]
 	}
-	sv.TLSSANs = splitList(c.StringSlice("tls-san"))
+	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
-	sv.Token = server.Secret(c.String("token"))
-	sv.APIServerArgs = c.StringSlice("kube-apiserver-arg")
-	sv.ControllerArgs = c.StringSlice("kube-controller-manager-arg")
-	sv.SchedulerArgs = c.StringSlice("kube-scheduler-arg")
+	sv.Token = server.Secret(p.c.String("token"))
+	sv.APIServerArgs = p.c.StringSlice("kube-apiserver-arg")
+	sv.ControllerArgs = p.c.StringSlice("kube-controller-manager-arg")
+	sv.SchedulerArgs = p.c.StringSlice("kube-scheduler-arg")
+}
 
+// node composes the kubelet, the container runtime and the pod network.
+func (s *settings) node(p *flagParser) {
 	n := &s.network
 	n.DataDir, n.RunDir = s.dataDir, s.runDir
 	n.NodeName = s.nodeName
 	n.Plugin = launcherPath()
-	n.ClusterCIDRs, n.ServiceCIDRs = sv.ClusterCIDRs, sv.ServiceCIDRs
+	n.ClusterCIDRs, n.ServiceCIDRs = s.server.ClusterCIDRs, s.server.ServiceCIDRs
 
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
-	r.Snapshotter = c.String("snapshotter")
+	r.Snapshotter = p.c.String("snapshotter")
 	r.CgroupDriver = runtime.DetectCgroupDriver()
 	r.CNIConfDir, r.CNIBinDir = n.ConfDir(), n.BinDir()
-	r.RegistriesFile = c.String("private-registry")
+	r.RegistriesFile = p.c.String("private-registry")
 
 	a := &s.agent
 	a.DataDir, a.RunDir = s.dataDir, s.runDir
-	a.NodeName, a.NodeIPs = s.nodeName, sv.NodeIPs
-	a.NodeLabels = splitList(c.StringSlice("node-label"))
-	a.NodeTaints = splitList(c.StringSlice("node-taint"))
-	a.ClusterDNS = p.clusterDNS(sv.ServiceCIDRs)
-	a.ClusterDomain = sv.ClusterDomain
-	s.policy = policy.Config{NodeName: s.nodeName, DNS: a.ClusterDNS}
-	if a.ResolvConf = c.String("resolv-conf"); a.ResolvConf == "" {
+	a.NodeName, a.NodeIPs = s.nodeName, s.server.NodeIPs
+	a.NodeLabels = splitList(p.c.StringSlice("node-label"))
+	a.NodeTaints = splitList(p.c.StringSlice("node-taint"))
+	a.ClusterDNS = p.clusterDNS(s.server.ServiceCIDRs)
+	a.ClusterDomain = s.server.ClusterDomain
+	if a.ResolvConf = p.c.String("resolv-conf"); a.ResolvConf == "" {
 		a.ResolvConf = resolvconf.Find()
 	}
 	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
 	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
-	a.KubeletPort = c.Int("kubelet-port")
-	a.KubeletArgs = c.StringSlice("kubelet-arg")
+	a.KubeletPort = p.c.Int("kubelet-port")
+	a.KubeletArgs = p.c.StringSlice("kubelet-arg")
+}
 
-	s.preflight = preflight.DefaultConfig()
-	pf := &s.preflight
-	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
-	pf.IPv6 = slices.ContainsFunc(sv.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
-	pf.Ranges, pf.OwnLinks = slices.Concat(sv.ClusterCIDRs, sv.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
-	pf.VXLAN = false // there is one machine
-	pf.BuildDate = buildTime()
-	pf.Ports = []preflight.Port{{Number: sv.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: a.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
-
-	for _, name := range splitList(c.StringSlice("disable")) {
-		p.fail(fmt.Errorf("--disable: there is no part called %q", name))
+// dataPath composes services, policies and names, as far as they are wanted.
+func (s *settings) dataPath(p *flagParser, disabled map[string]bool) {
+	resolver := s.agent.ClusterDNS
+	if !disabled[partDNS] {
+		d := dns.DefaultConfig()
+		d.Addresses, d.Domain = resolver, s.server.ClusterDomain
+		d.Ranges = slices.Concat(s.server.ClusterCIDRs, s.server.ServiceCIDRs)
+		d.ResolvConf = p.c.String("resolv-conf")
+		s.dns = &d
+		// One that is not of the service range nobody else can get.
+		s.server.ClusterDNS = slices.DeleteFunc(slices.Clone(resolver), func(a netip.Addr) bool {
+			return !slices.ContainsFunc(s.server.ServiceCIDRs, func(r netip.Prefix) bool { return r.Contains(a) })
+		})
 	}
-	if p.err() == nil { // what follows from a mistake is not worth a line of its own
-		p.fail(sv.Validate(), s.datastore.Validate())
-		if !s.disableAgent {
-			p.fail(a.Validate(), r.Validate(), n.Validate())
+	if !p.c.Bool("disable-kube-proxy") {
+		px := proxy.DefaultConfig()
+		px.NodeName, px.NodeIPs = s.nodeName, s.server.NodeIPs
+		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
+		px.ClusterRanges, px.ServiceRanges = s.server.ClusterCIDRs, s.server.ServiceCIDRs
+		px.NodePortsOn = p.nodePortAddresses()
+		px.Scheduler = nft.Scheduler(p.c.String("proxy-scheduler"))
+		if s.dns != nil {
+			px.Own = resolver
+		}
+		s.proxy = &px
+	}
+	if !p.c.Bool("disable-network-policy") {
+		s.policy = &policy.Config{NodeName: s.nodeName}
+		if s.dns != nil {
+			s.policy.DNS = resolver
 		}
 	}
-	return s, p.err()
 }
 
 // launcherPath is the executable that the user started: the launcher, which says so,
@@ -153,135 +205,3 @@ func launcherPath() string {
 }
 
 const launcherVariable = "KEDGE_LAUNCHER"
-
-// flagParser reads typed values of flags and collects what is wrong with them.
-type flagParser struct {
-	c    *cli.Context
-	errs []error
-}
-
-func (p *flagParser) err() error { return errors.Join(p.errs...) }
-
-func (p *flagParser) fail(errs ...error) {
-	if err := errors.Join(errs...); err != nil {
-		p.errs = append(p.errs, err)
-	}
-}
-
-func (p *flagParser) dir(flag string) string {
-	v := p.c.String(flag)
-	abs, err := filepath.Abs(v)
-	if v == "" {
-		err = fmt.Errorf("--%s is empty", flag)
-	}
-	p.fail(err)
-	return abs
-}
-
-// nodeName is the flag's, or the host's name in the form that Kubernetes wants.
-func (p *flagParser) nodeName() string {
-	name := p.c.String("node-name")
-	if name == "" {
-		host, err := os.Hostname()
-		p.fail(err)
-		name = host
-	}
-	name = strings.ToLower(strings.TrimSpace(name))
-	valid := name != "" && len(name) <= 63 && !strings.HasPrefix(name, "-") && !strings.HasSuffix(name, "-")
-	for _, r := range name {
-		valid = valid && (r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '.')
-	}
-	if !valid {
-		p.fail(fmt.Errorf("node name %q: want at most 63 letters, digits, dots and dashes; choose one with --node-name", name))
-	}
-	return name
-}
-
-func (p *flagParser) logging() logging.Config {
-	level, err := logging.ParseLevel(p.c.String("log-level"))
-	if err != nil {
-		p.fail(fmt.Errorf("--log-level: %w", err))
-	}
-	if p.c.Bool("debug") {
-		level = min(level, slog.LevelDebug)
-	}
-	format := logging.Format(p.c.String("log-format"))
-	if format != logging.Text && format != logging.JSON {
-		p.fail(fmt.Errorf("--log-format %q is neither text nor json", format))
-	}
-	return logging.Config{Level: level, Format: format}
-}
-
-func (p *flagParser) addr(flag string) netip.Addr {
-	v := p.c.String(flag)
-	if v == "" {
-		return netip.Addr{}
-	}
-	a, err := netip.ParseAddr(v)
-	if err != nil {
-		p.fail(fmt.Errorf("--%s %q is not an IP address", flag, v))
-	}
-	return a
-}
-
-func (p *flagParser) addrs(flag string) []netip.Addr {
-	var out []netip.Addr
-	for _, v := range splitList(p.c.StringSlice(flag)) {
-		a, err := netip.ParseAddr(v)
-		if err != nil {
-			p.fail(fmt.Errorf("--%s %q is not an IP address", flag, v))
-			continue
-		}
-		out = append(out, a)
-	}
-	return out
-}
-
-func (p *flagParser) prefixes(flag string) []netip.Prefix {
-	var out []netip.Prefix
-	for _, v := range splitList(p.c.StringSlice(flag)) {
-		r, err := netip.ParsePrefix(v)
-		if err != nil {
-			p.fail(fmt.Errorf("--%s %q is not a range such as 10.42.0.0/16", flag, v))
-			continue
-		}
-		out = append(out, r.Masked())
-	}
-	return out
-}
-
-func (p *flagParser) mode(flag string) uint32 {
-	m, err := strconv.ParseUint(p.c.String(flag), 8, 12)
-	if err != nil {
-		p.fail(fmt.Errorf("--%s %q is not an octal file mode such as 600", flag, p.c.String(flag)))
-	}
-	return uint32(m)
-}
-
-// nodeIPs are the flag's, or the machine's own of the families that pods have.
-func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
-	if given := p.addrs("node-ip"); len(given) > 0 {
-		return given
-	}
-	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
-	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
-	found, err := hostaddr.Find(ipv4, ipv6)
-	p.fail(err)
-	return found
-}
-
-// clusterDNS is the flag's, or the tenth address of each service range.
-func (p *flagParser) clusterDNS(services []netip.Prefix) []netip.Addr {
-	if given := p.addrs("cluster-dns"); len(given) > 0 {
-		return given
-	}
-	var out []netip.Addr
-	for _, r := range services {
-		a := r.Masked().Addr()
-		for range 10 {
-			a = a.Next()
-		}
-		out = append(out, a)
-	}
-	return out
-}

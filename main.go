@@ -66,6 +66,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Commands: []*cli.Command{
 			serverCommand(),
 			statusCommand(),
+			netCommand(),
 			checkCommand(),
 			imagesCommand(),
 			killallCommand(),

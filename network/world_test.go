@@ -114,6 +114,28 @@ func (w *world) joinOutside() {
 	w.must(ns.Do(func() error { return configure(outsideV4, outsideV6) }))
 }
 
+// routes adds routes to everything through gateways of a place.
+func (w *world) routes(do func(func() error) error, gateways ...netip.Addr) {
+	w.t.Helper()
+	w.must(do(func() error {
+		link, err := netlink.LinkByName("uplink")
+		if err != nil {
+			return err
+		}
+		for _, g := range gateways {
+			all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+			if g.Is6() {
+				all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+			}
+			dst := &net.IPNet{IP: all.Addr().AsSlice(), Mask: net.CIDRMask(0, all.Addr().BitLen())}
+			if err := netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst, Gw: g.AsSlice()}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+}
+
 // start begins a Run, as a new process would after the last one.
 func (w *world) start() {
 	w.t.Helper()

@@ -34,6 +34,9 @@ func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) er
 	if err := ensureNetworkRole(ctx, c); err != nil {
 		return fmt.Errorf("let nodes read what their network needs: %w", err)
 	}
+	if err := ensureDNS(ctx, c, cfg.ClusterDNS); err != nil {
+		return fmt.Errorf("publish the cluster's DNS: %w", err)
+	}
 	if err := publishEndpoints(ctx, c, []netip.Addr{cfg.AdvertiseAddress}, int32(cfg.HTTPSPort)); err != nil {
 		return fmt.Errorf("publish the API server's address: %w", err)
 	}

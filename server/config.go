@@ -23,6 +23,7 @@ type Config struct {
 	ClusterCIDRs  []netip.Prefix // of pods: one, or one of each family
 	ServiceCIDRs  []netip.Prefix // of services: one, or one of each family
 	ClusterDomain string
+	ClusterDNS    []netip.Addr // addresses of the resolver, kept for it; none means: no resolver of ours
 
 	NodePortRange string // "30000-32767"
 

@@ -72,7 +72,7 @@ func (c *Controllers) defaults() map[string]string {
 		"cluster-signing-legacy-unknown-cert-file":        c.id.ServerCA.CertFile(),
 		"cluster-signing-legacy-unknown-key-file":         c.id.ServerCA.KeyFile(),
 		"leader-elect":                     "false",
-		"master":                           "http://kedge.internal", // satisfies the option; the clients are replaced
+		"master":                           nowhere, // satisfies the option; the clients are replaced
 		"profiling":                        "false",
 		"root-ca-file":                     c.id.ServerCA.CertFile(),
 		"secure-port":                      "0", // metrics and health are the API server's
@@ -181,6 +181,12 @@ func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clie
 	}
 	return func(ctx context.Context) { t.Run(ctx, int(cc.ComponentConfig.SAController.ConcurrentSATokenSyncs)) }, nil
 }
+
+// nowhere is the API's address for upstream code that insists on one before its
+// client is replaced, and that may ask it something meanwhile: a port that refuses at
+// once. A name would be looked up, which takes seconds on a machine whose resolver is
+// out of reach.
+const nowhere = "http://127.0.0.1:0"
 
 // controllerClients gives each controller a client that acts as its own service
 // account, as upstream does with tokens; here no token is needed.

@@ -40,7 +40,7 @@ func NewScheduler(cfg Config, lb *loopback.Loopback) (*Scheduler, error) {
 	}
 	args, err := componentflags.Merge(map[string]string{
 		"leader-elect": "false",
-		"master":       "http://kedge.internal", // satisfies the option; the clients are replaced
+		"master":       nowhere, // satisfies the option; the clients are replaced
 		"profiling":    "false",
 		"secure-port":  "0", // metrics and health are the API server's
 	}, cfg.SchedulerArgs, "--kube-scheduler-arg")

@@ -9,12 +9,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -48,11 +51,27 @@ func Socket(runDir string) string { return filepath.Join(runDir, "kedge.sock") }
 type Server struct {
 	socket string
 	report func(context.Context) Report
+	mux    *http.ServeMux
 }
 
 // NewServer makes a server; report is called for each question.
 func NewServer(runDir string, report func(context.Context) Report) *Server {
-	return &Server{socket: Socket(runDir), report: report}
+	return &Server{socket: Socket(runDir), report: report, mux: http.NewServeMux()}
+}
+
+// Answer makes the server answer questions at path, whose parameters are those of
+// a URL. The answer is sent as JSON, an error as one line of text. It must be
+// called before Run.
+func (s *Server) Answer(path string, answer func(context.Context, url.Values) (any, error)) {
+	s.mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+		v, err := answer(r.Context(), r.URL.Query())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(v)
+	})
 }
 
 // Name implements lifecycle.Component.
@@ -73,11 +92,8 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 		l.Close()
 		return fmt.Errorf("restrict the control socket: %w", err)
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(s.report(r.Context()))
-	})
+	mux := s.mux
+	s.Answer("/status", func(ctx context.Context, _ url.Values) (any, error) { return s.report(ctx), nil })
 	// Profiles of the running process, for whoever may open the socket:
 	// curl --unix-socket /run/kedge/kedge.sock http://kedge/debug/pprof/heap
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
@@ -100,29 +116,41 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 
 // Ask returns the report of the process that runs with runDir.
 func Ask(ctx context.Context, runDir string) (Report, error) {
+	var r Report
+	err := Get(ctx, runDir, "/status", nil, &r)
+	return r, err
+}
+
+// Get asks the process that runs with runDir what it answers at path, and decodes
+// the answer into v.
+func Get(ctx context.Context, runDir, path string, parameters url.Values, v any) error {
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", Socket(runDir))
 		},
 	}}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kedge/status", nil)
+	u := url.URL{Scheme: "http", Host: "kedge", Path: path, RawQuery: parameters.Encode()}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return Report{}, err
+		return err
 	}
 	resp, err := client.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return Report{}, fmt.Errorf("%w with run directory %s; start it with \"kedge server\", or name another with --run-dir", ErrNotRunning, runDir)
+		return fmt.Errorf("%w with run directory %s; start it with \"kedge server\", or name another with --run-dir", ErrNotRunning, runDir)
 	case errors.Is(err, fs.ErrPermission):
-		return Report{}, fmt.Errorf("%w: ask as root", err)
+		return fmt.Errorf("%w: ask as root", err)
 	case err != nil:
-		return Report{}, err
+		return err
 	}
 	defer resp.Body.Close()
-	var r Report
-	if err := json.NewDecoder(resp.Body).Decode(&r); err != nil {
-		return Report{}, fmt.Errorf("read kedge's answer: %w", err)
+	if resp.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
+		return errors.New(strings.TrimSpace(string(text)))
 	}
-	return r, nil
+	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+		return fmt.Errorf("read kedge's answer: %w", err)
+	}
+	return nil
 }

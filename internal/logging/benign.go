@@ -14,12 +14,16 @@ var benign = map[string]struct {
 	"Found stale data, removed previous endpoints on kubernetes service, apiserver didn't exit successfully previously": {
 		false, "kedge publishes the endpoints of the service itself"},
 	"eviction manager: failed to check if we have separate container filesystem. Ignoring.": {false, "containerd answers this through the CRI instead"},
-	"failed check for fsverity support":                                                     {false, "an option of the file system that is used where it exists"},
-	"Failed to ensure process in container with oom score":                                  {false, "a process namespace without init, as in containers"},
+	"Error on socket receive":                              {false, "how every exec, attach and port-forward over a WebSocket ends"},
+	"failed check for fsverity support":                    {false, "an option of the file system that is used where it exists"},
+	"Failed to ensure process in container with oom score": {false, "a process namespace without init, as in containers"},
 
 	"Failed to ensure lease exists, will retry": {true, "namespaces are made after the API server starts"},
 	"failed to load cni during init, please check CRI plugin status before setting up network for pods": {
 		true, "the ranges for pods come later, from the API"},
+	"Failed to update node PodCIDR after multiple attempts":                                 {true, "the controller looked at a copy of the node from before it gave the range"},
+	"CIDR assignment for node failed. Releasing allocated CIDR":                             {true, "the same"},
+	"Error processing node work item":                                                       {true, "the same"},
 	"Error getting the current node from lister":                                            {true, "the node is being registered"},
 	"Unable to register mirror pod because node is not registered yet":                      {true, "the node is being registered"},
 	"Failed to get node when trying to set owner ref to the node lease":                     {true, "the node is being registered"},

@@ -55,11 +55,26 @@ type Image struct {
 	User       string
 }
 
-// File is one entry of the layer: contents and mode, or the target of a link.
+// File is one entry of the layer: contents and mode, the target of a link, or a
+// directory where Mode says so. Directories that lead to a file need no entry.
 type File struct {
 	Data []byte
-	Mode os.FileMode // default 0644
+	Mode os.FileMode // default 0644; may have ModeDir, ModeSetuid, ModeSetgid and ModeSticky
 	Link string
+}
+
+// bits is the mode as archives have it.
+func (f File) bits() int64 {
+	mode := int64(f.Mode.Perm())
+	if mode == 0 {
+		mode = 0o644
+	}
+	for flag, bit := range map[os.FileMode]int64{os.ModeSetuid: 0o4000, os.ModeSetgid: 0o2000, os.ModeSticky: 0o1000} {
+		if f.Mode&flag != 0 {
+			mode |= bit
+		}
+	}
+	return mode
 }
 
 // BusyboxImage is [NewBusybox] for a test, which it skips where the program is missing.
@@ -271,8 +286,12 @@ func (i Image) content() (layer, config []byte, err error) {
 	tw := tar.NewWriter(&buf)
 	names := make([]string, 0, len(i.Files))
 	dirs := map[string]bool{}
-	for name := range i.Files {
-		names = append(names, name)
+	for name, f := range i.Files {
+		if f.Mode.IsDir() {
+			dirs[name] = true
+		} else {
+			names = append(names, name)
+		}
 		for d := path.Dir(name); d != "/" && d != "."; d = path.Dir(d) {
 			dirs[d] = true
 		}
@@ -280,7 +299,9 @@ func (i Image) content() (layer, config []byte, err error) {
 	dirs["/tmp"] = true
 	for _, d := range sorted(dirs) {
 		mode := int64(0o755)
-		if d == "/tmp" {
+		if f, ok := i.Files[d]; ok {
+			mode = f.bits()
+		} else if d == "/tmp" {
 			mode = 0o1777
 		}
 		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: strings.TrimPrefix(d, "/") + "/", Mode: mode, ModTime: time.Unix(0, 0)}); err != nil {
@@ -290,10 +311,7 @@ func (i Image) content() (layer, config []byte, err error) {
 	slices.Sort(names)
 	for _, name := range names {
 		f := i.Files[name]
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(name, "/"), Mode: int64(f.Mode.Perm()), Size: int64(len(f.Data)), ModTime: time.Unix(0, 0)}
-		if f.Mode == 0 {
-			h.Mode = 0o644
-		}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(name, "/"), Mode: f.bits(), Size: int64(len(f.Data)), ModTime: time.Unix(0, 0)}
 		if f.Link != "" {
 			h.Typeflag, h.Linkname, h.Size = tar.TypeSymlink, f.Link, 0
 		}

@@ -7,10 +7,12 @@ import (
 	"strings"
 )
 
-// Host interfaces are called "kdg", 4 characters for the node, 8 for the
+// LinkTag is how the names of all nodes' host interfaces begin.
+const LinkTag = "kdg"
+
+// Host interfaces are called LinkTag, 4 characters for the node, 8 for the
 // attachment: the 15 that the kernel allows.
 const (
-	linkTag   = "kdg"
 	nodeChars = 4
 	podChars  = 8
 )
@@ -20,7 +22,7 @@ var base32Lower = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPad
 
 // LinkPrefix is how the names of the host interfaces of a node's pods begin.
 // It depends on the node's name only, and differs between nodes of one machine.
-func LinkPrefix(node string) string { return linkTag + digest("node/" + node)[:nodeChars] }
+func LinkPrefix(node string) string { return LinkTag + digest("node/" + node)[:nodeChars] }
 
 // linkName names the host interface of one attachment.
 func linkName(prefix, owner string) string { return prefix + digest("pod/" + owner)[:podChars] }

@@ -29,7 +29,7 @@ func samplePods() PodRules {
 	}
 }
 
-func newTable(t *testing.T, node string) *PodTable {
+func newTable(t testing.TB, node string) *PodTable {
 	t.Helper()
 	testhost.RequireIsolation(t)
 	t.Cleanup(func() {
@@ -158,6 +158,21 @@ func TestStranger(t *testing.T) {
 	}
 }
 
+// TestOtherStranger changes a table that is not ours.
+func TestOtherStranger(t *testing.T) {
+	if os.Getenv(strangerVar) == "" {
+		t.Skip("runs only as another process of TestWatch")
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.AddTable(&nftables.Table{Name: "firewall", Family: nftables.TableFamilyINet})
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestWatch(t *testing.T) {
 	table := newTable(t, "watched")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -169,12 +184,16 @@ func TestWatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	deadline := time.After(30 * time.Second)
-	for heard := false; !heard; {
-		cmd := exec.Command("/proc/self/exe", "-test.run", "^TestStranger$")
+	stranger := func(test string) {
+		t.Helper()
+		cmd := exec.Command("/proc/self/exe", "-test.run", "^"+test+"$")
 		cmd.Env = append(slices.Clone(os.Environ()), strangerVar+"=1")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
+	}
+	for heard := false; !heard; {
+		stranger("TestStranger")
 		select {
 		case <-changed:
 			heard = true
@@ -192,11 +211,12 @@ func TestWatch(t *testing.T) {
 	if err := replace(table.name, samplePods().ruleset()); err != nil {
 		t.Fatal(err)
 	}
+	stranger("TestOtherStranger")
 	cancel()
 	if err := <-done; err != nil {
 		t.Errorf("Watch: %v", err)
 	}
 	if len(changed) > 0 {
-		t.Error("a change of our own is reported")
+		t.Error("a change of our own, or of another table, is reported")
 	}
 }

@@ -22,8 +22,19 @@ type set struct {
 	name      string
 	key, data nftables.SetDatatype
 	isMap     bool
+	ranges    bool   // elements are ranges of concatenated keys
+	grows     uint32 // how many elements packets may add, each with a timeout; 0 for a set that only we change
 	comment   string
 	elements  []nftables.SetElement
+}
+
+// of is the set as a part of a table, as the library wants it.
+func (s set) of(table *nftables.Table) *nftables.Set {
+	return &nftables.Set{
+		Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap, Comment: s.comment,
+		Interval: s.ranges, Concatenation: s.ranges,
+		Dynamic: s.grows > 0, HasTimeout: s.grows > 0, Size: s.grows,
+	}
 }
 
 // chain is called by the kernel at hook, or by other chains where hook is nil.
@@ -54,12 +65,21 @@ func replace(name string, rs ruleset) error {
 	if err := addSets(conn, table, rs.sets); err != nil {
 		return err
 	}
-	for _, c := range rs.chains { // all of them first: rules may jump to any
-		conn.AddChain(&nftables.Chain{
-			Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority,
-		})
+	addChains(conn, table, rs.chains)
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("replace nftables table %s: %w", name, err)
 	}
-	for _, c := range rs.chains {
+	return nil
+}
+
+// addChains gives chains, which may exist, just the rules that they should have.
+func addChains(conn *nftables.Conn, table *nftables.Table, chains []chain) {
+	for _, c := range chains { // all of them first: rules may jump to any
+		ref := &nftables.Chain{Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority}
+		conn.AddChain(ref)
+		conn.FlushChain(ref)
+	}
+	for _, c := range chains {
 		ref := &nftables.Chain{Name: c.name, Table: table}
 		for _, r := range c.rules {
 			conn.AddRule(&nftables.Rule{
@@ -68,21 +88,15 @@ func replace(name string, rs ruleset) error {
 			})
 		}
 	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("replace nftables table %s: %w", name, err)
-	}
-	return nil
 }
 
 func addSets(conn *nftables.Conn, table *nftables.Table, sets []set) error {
 	for i, s := range sets {
-		err := conn.AddSet(&nftables.Set{
-			Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap, Comment: s.comment,
-			// Unique within the transaction is enough; left at zero, the
-			// library counts in a variable that it does not guard.
-			ID: uint32(i + 1),
-		}, s.elements)
-		if err != nil {
+		ref := s.of(table)
+		// Unique within the transaction is enough; left at zero, the library
+		// counts in a variable that it does not guard.
+		ref.ID = uint32(i + 1)
+		if err := conn.AddSet(ref, s.elements); err != nil {
 			return fmt.Errorf("add set %s: %w", s.name, err)
 		}
 	}
@@ -98,7 +112,7 @@ func refill(name string, sets []set) error {
 	}
 	table := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
 	for _, s := range sets {
-		ref := &nftables.Set{Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap}
+		ref := s.of(table)
 		conn.FlushSet(ref)
 		if len(s.elements) == 0 {
 			continue
@@ -146,7 +160,7 @@ func intact(name string, rs ruleset) (bool, error) {
 		}
 	}
 	for _, s := range rs.sets {
-		got, err := conn.GetSetElements(&nftables.Set{Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap})
+		got, err := conn.GetSetElements(s.of(table))
 		if err != nil {
 			return false, absent(err)
 		}

@@ -23,10 +23,13 @@ func TableName(node, part string) string {
 		return name
 	}
 	sum := sha256.Sum256([]byte(node))
-	return "kedge-" + hex.EncodeToString(sum[:]) + "/" + part
+	return anyTablePrefix + hex.EncodeToString(sum[:]) + "/" + part
 }
 
-func tablePrefix(node string) string { return "kedge-" + node + "/" }
+// anyTablePrefix is how the names of all nodes' tables begin.
+const anyTablePrefix = "kedge-"
+
+func tablePrefix(node string) string { return anyTablePrefix + node + "/" }
 
 // RemoveTables removes every table of a node, whatever its part.
 func RemoveTables(node string) error {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -16,8 +17,8 @@ import (
 // the change: a thread, not a process.
 const nftaGenProcPID = 2
 
-// Watch calls changed after another process has changed any rules, until ctx is
-// cancelled. Changes in quick succession are reported once. It returns early
+// Watch calls changed after another process has changed any of kedge's tables, until
+// ctx is cancelled. Changes in quick succession are reported once. It returns early
 // only when the kernel's messages cannot be received.
 func Watch(ctx context.Context, changed func()) error {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
@@ -31,6 +32,7 @@ func Watch(ctx context.Context, changed func()) error {
 	// A deadline in the past ends the receive that is under way.
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
+	var t heard
 	for {
 		msgs, err := conn.Receive()
 		if ctx.Err() != nil {
@@ -41,18 +43,28 @@ func Watch(ctx context.Context, changed func()) error {
 			changed()
 		case err != nil:
 			return fmt.Errorf("watch nftables: %w", err)
-		case foreign(msgs, ownThread):
+		case t.foreign(msgs, ownThread):
 			changed()
 		}
 	}
 }
 
-// foreign says whether a transaction of another process ends in msgs. The
-// kernel sends one such message after the details of each transaction.
-func foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
-	const newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
+// heard is what was received of a transaction so far.
+type heard struct {
+	ours bool // it changes a table of kedge's
+}
+
+// foreign says whether a transaction of another process that changes our tables
+// ends in msgs. The kernel sends the details of each, then one message that names
+// the process.
+func (t *heard) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
+	const (
+		newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
+		nameOfTable   = 1 // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE ...
+	)
+	found := false
 	for _, m := range msgs {
-		if m.Header.Type != newGeneration || len(m.Data) < 4 {
+		if len(m.Data) < 4 {
 			continue
 		}
 		attrs, err := netlink.NewAttributeDecoder(m.Data[4:]) // after struct nfgenmsg
@@ -62,15 +74,19 @@ func foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
 		attrs.ByteOrder = binary.BigEndian
 		tid := uint32(0)
 		for attrs.Next() {
-			if attrs.Type() == nftaGenProcPID {
+			switch {
+			case m.Header.Type == newGeneration && attrs.Type() == nftaGenProcPID:
 				tid = attrs.Uint32()
+			case m.Header.Type != newGeneration && attrs.Type() == nameOfTable:
+				t.ours = t.ours || strings.HasPrefix(attrs.String(), anyTablePrefix)
 			}
 		}
-		if !own(tid) {
-			return true
+		if m.Header.Type == newGeneration {
+			found = found || t.ours && !own(tid)
+			t.ours = false
 		}
 	}
-	return false
+	return found
 }
 
 // ownThread says whether a thread is of this process. One that has ended since,

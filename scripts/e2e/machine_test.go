@@ -4,10 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/vishvananda/netlink"
 )
 
 // refuses is [node.refusal] of a node that leaves nothing behind.
@@ -257,5 +263,77 @@ func TestNoDefaultRoute(t *testing.T) {
 		if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
 			t.Errorf("the node is not ready: %s", c.Message)
 		}
+	}
+}
+
+// loopProbe is the name by which the cluster's resolver finds out whether the
+// machine's leads back to it: two labels of at most ten digits. Nothing waits for its answer.
+var loopProbe = regexp.MustCompile(`(?s)^.\d{1,10}.\d{1,10}\x00`)
+
+// TestStartAsksNoResolver starts a node beside a resolver that never answers, as on
+// a device whose network is down: nothing may be looked up, and nothing wait for it.
+func TestStartAsksNoResolver(t *testing.T) {
+	t.Parallel()
+	config, err := os.ReadFile("/etc/resolv.conf")
+	if err != nil {
+		t.Skipf("this machine has no resolver to stand in for: %v", err)
+	}
+	n := own(t)
+	n.network = network(t, "198.51.100.11/24")
+	var resolvers int
+	var mu sync.Mutex
+	var asked []string
+	for line := range strings.Lines(string(config)) {
+		f := strings.Fields(line)
+		if len(f) < 2 || f[0] != "nameserver" {
+			continue
+		}
+		err := n.network.Do(func() error {
+			lo, err := netlink.LinkByName("lo")
+			if err != nil {
+				return err
+			}
+			addr := &netlink.Addr{IPNet: netlink.NewIPNet(net.ParseIP(f[1]))}
+			if err := netlink.AddrAdd(lo, addr); err != nil && !errors.Is(err, syscall.EEXIST) {
+				return err
+			}
+			silent, err := net.ListenPacket("udp", net.JoinHostPort(f[1], "53"))
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { silent.Close() })
+			go func() {
+				buf := make([]byte, 1500)
+				for {
+					k, _, err := silent.ReadFrom(buf)
+					if err != nil {
+						return
+					}
+					name := buf[min(12, k):k]
+					if loopProbe.Match(name) {
+						continue
+					}
+					mu.Lock()
+					asked = append(asked, fmt.Sprintf("%q", name))
+					mu.Unlock()
+				}
+			}()
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		resolvers++
+	}
+	if resolvers == 0 {
+		t.Skip("/etc/resolv.conf of this machine names no resolver")
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(asked) > 0 {
+		t.Errorf("while it started, kedge asked the machine's resolver: %s", strings.Join(asked, ", "))
 	}
 }

@@ -158,7 +158,10 @@ func own(t *testing.T, flags ...string) *node {
 	t.Cleanup(func() { <-ownSlots })
 	n := newNode(strings.ToLower(strings.NewReplacer("Test", "", "/", "", "_", "").Replace(t.Name())))
 	// Nodes that run at the same time share the machine's routes.
-	n.flags = append([]string{fmt.Sprintf("--cluster-cidr=10.%d.0.0/16", 100+n.apiPort/2%100)}, flags...)
+	n.flags = append([]string{
+		fmt.Sprintf("--cluster-cidr=10.%d.0.0/16", 100+n.apiPort/2%100),
+		fmt.Sprintf("--service-cidr=10.%d.0.0/16", 200+n.apiPort/2%50),
+	}, flags...)
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("log of the node:\n%s", n.tail(60))

@@ -3,13 +3,16 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,6 +24,7 @@ probe serve ADDR TEXT                 HTTP: "/" answers TEXT, "/addr" the caller
 probe api ADDR GROUP CERT KEY         extension API server with the resource "callers" in GROUP/v1
 probe echo tcp|udp ADDR               answer what comes, with the caller's address
 probe send tcp|udp ADDR TEXT          send TEXT, print the answer
+probe lookup host|srv|addr|cname|txt NAME...   print what each name has, sorted; "-" for no such name
 probe eat MIB                         use memory
 probe spin SECONDS                    use a processor
 `
@@ -55,6 +59,11 @@ func run(args []string) error {
 		return echo(args[1], args[2])
 	case "send":
 		return send(args[1], args[2], args[3])
+	case "lookup":
+		for _, name := range args[2:] {
+			fmt.Println(name, lookup(args[1], name))
+		}
+		return nil
 	case "eat":
 		n, err := strconv.Atoi(args[1])
 		if err != nil {
@@ -172,4 +181,40 @@ func send(network, addr, text string) error {
 	}
 	fmt.Println(string(buf[:n]))
 	return nil
+}
+
+// lookup asks as Go programs do: through resolv.conf with its search list.
+func lookup(kind, name string) string {
+	r := &net.Resolver{PreferGo: true}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	var found []string
+	var err error
+	switch kind {
+	case "host":
+		found, err = r.LookupHost(ctx, name)
+	case "srv":
+		var all []*net.SRV
+		_, all, err = r.LookupSRV(ctx, "", "", name)
+		for _, s := range all {
+			found = append(found, fmt.Sprintf("%s:%d", s.Target, s.Port))
+		}
+	case "addr":
+		found, err = r.LookupAddr(ctx, name)
+	case "cname":
+		var one string
+		one, err = r.LookupCNAME(ctx, name)
+		found = []string{one}
+	case "txt":
+		found, err = r.LookupTXT(ctx, name)
+	}
+	var failure *net.DNSError
+	switch {
+	case errors.As(err, &failure) && failure.IsNotFound:
+		return "-"
+	case err != nil:
+		return err.Error()
+	}
+	slices.Sort(found)
+	return strings.Join(found, " ")
 }

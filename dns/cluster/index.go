@@ -1,0 +1,174 @@
+package cluster
+
+import (
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"kedge/dns/message"
+)
+
+// DefaultTTL is how long answers may be kept, in seconds, as CoreDNS has it:
+// endpoints change at any moment, and nobody tells those who have asked.
+const DefaultTTL = 5
+
+// Config is what an index is told once.
+type Config struct {
+	Domain  string         // "cluster.local"
+	Servers []netip.Addr   // addresses of the cluster's DNS
+	Ranges  []netip.Prefix // of pods and services: their reverse names are ours
+	TTL     uint32         // of every record, in seconds
+}
+
+// Index has the cluster's names. Its methods may be called at the same time.
+type Index struct {
+	cfg    Config
+	zone   string // the domain in wire format
+	svc    string // "svc" and the domain
+	labels int    // of the domain
+	soa    message.SOA
+
+	events  sync.Mutex // one event at a time, from what it says to what is answered; guards sources
+	sources map[key]*source
+
+	mu         sync.RWMutex // guards what queries read; taken after events
+	namespaces map[string]bool
+	services   map[string]*record // by service and namespace in wire format
+	reverse    map[netip.Addr][]pointer
+
+	serial atomic.Uint32 // grows with every change
+}
+
+type key struct{ namespace, name string }
+
+// source is what the API says of a service. The objects are the watches' own.
+type source struct {
+	service *corev1.Service
+	slices  map[string]*discoveryv1.EndpointSlice
+	record  *record // what became of them
+}
+
+// New returns an empty index of a valid domain.
+func New(cfg Config) *Index {
+	zone := message.WireName(cfg.Domain)
+	cfg.Servers = slices.SortedFunc(slices.Values(cfg.Servers), netip.Addr.Compare)
+	x := &Index{
+		cfg: cfg, zone: zone, svc: "\x03svc" + zone, labels: message.CountLabels(zone),
+		namespaces: map[string]bool{}, services: map[string]*record{},
+		reverse: map[netip.Addr][]pointer{}, sources: map[key]*source{},
+	}
+	x.soa = message.SOA{
+		Server:  message.Name{"\x02ns\x03dns", zone},
+		Mailbox: message.Name{"\x0ahostmaster", zone},
+		Minimum: cfg.TTL,
+	}
+	return x
+}
+
+// SetService takes a new or changed service.
+func (x *Index) SetService(s *corev1.Service) {
+	x.change(key{s.Namespace, s.Name}, func(src *source) { src.service = s })
+}
+
+// DeleteService forgets a service.
+func (x *Index) DeleteService(namespace, name string) {
+	x.change(key{namespace, name}, func(src *source) { src.service = nil })
+}
+
+// SetSlice takes a new or changed slice of a service's endpoints. A slice does
+// not change its service.
+func (x *Index) SetSlice(s *discoveryv1.EndpointSlice) {
+	if s.AddressType == discoveryv1.AddressTypeFQDN || s.Labels[discoveryv1.LabelServiceName] == "" {
+		return
+	}
+	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) {
+		if src.slices == nil {
+			src.slices = map[string]*discoveryv1.EndpointSlice{}
+		}
+		src.slices[s.Name] = s
+	})
+}
+
+// DeleteSlice forgets a slice.
+func (x *Index) DeleteSlice(s *discoveryv1.EndpointSlice) {
+	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) { delete(src.slices, s.Name) })
+}
+
+// SetNamespace says whether a namespace exists.
+func (x *Index) SetNamespace(name string, exists bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if exists {
+		x.namespaces[name] = true
+	} else {
+		delete(x.namespaces, name)
+	}
+}
+
+// change applies an event to a service and replaces its record. Queries wait only
+// while the record is replaced, not while it is made.
+func (x *Index) change(k key, apply func(*source)) {
+	x.events.Lock()
+	defer x.events.Unlock()
+	src := x.sources[k]
+	if src == nil {
+		src = &source{}
+		x.sources[k] = src
+	}
+	apply(src)
+	if src.service == nil && len(src.slices) == 0 {
+		delete(x.sources, k)
+	}
+	next := newRecord(k, src)
+	if next.equal(src.record) {
+		return // most updates of slices and services touch nothing that has a name
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.serial.Add(1)
+	for a := range src.record.pointers() {
+		x.unpoint(a, src.record)
+	}
+	for a, host := range next.pointers() {
+		x.reverse[a] = append(slices.Clip(x.reverse[a]), pointer{next, host})
+	}
+	src.record = next
+	if next != nil {
+		x.services[next.name] = next
+	} else {
+		delete(x.services, wireKey(k))
+	}
+}
+
+// unpoint removes what a record contributed to the reverse name of an address. Like
+// records, the lists are replaced and not changed: queries read them without the lock.
+func (x *Index) unpoint(a netip.Addr, r *record) {
+	var left []pointer
+	for _, p := range x.reverse[a] {
+		if p.record != r {
+			left = append(left, p)
+		}
+	}
+	if len(left) == 0 {
+		delete(x.reverse, a)
+	} else {
+		x.reverse[a] = left
+	}
+}
+
+// Services is how many services have names.
+func (x *Index) Services() int {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return len(x.services)
+}
+
+// wireKey is service and namespace as they stand in a name.
+func wireKey(k key) string { return wireLabel(k.name) + wireLabel(k.namespace) }
+
+// wireLabel is the wire format of one label.
+func wireLabel(s string) string { return string([]byte{byte(len(s))}) + s }

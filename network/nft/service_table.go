@@ -1,0 +1,590 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+)
+
+// ServiceTable is the table of one node's services. What a change of a service
+// costs depends on the service, not on how many there are.
+type ServiceTable struct {
+	name string
+	cfg  ServiceConfig
+
+	mu       sync.Mutex // one transaction at a time; guards what follows
+	services map[string]*renderedService
+	holders  map[frontend][]string // who wants a frontend, in order; the first has it
+	want     map[ref]wanted        // every element that the kernel should have
+	inStep   bool                  // the kernel was given all of want
+	adopted  bool                  // the rules are this process's
+	classes  map[string]class      // all that were used, by their keys
+	idle     map[ref]time.Time     // elements of classes that no service uses any more, since when
+	unused   map[string]time.Time  // chains that no element leads to any more, since when
+	now      func() time.Time
+	conn     *nftables.Conn // nil until needed and after an error
+}
+
+type renderedService struct {
+	Service
+	elements []element
+}
+
+// wanted is the value of an element and how many services need it.
+type wanted struct {
+	val string
+	n   int
+}
+
+// NewServiceTable returns the table of a node without touching the kernel.
+func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
+	return &ServiceTable{
+		name: TableName(node, "services"), cfg: cfg,
+		services: map[string]*renderedService{}, holders: map[frontend][]string{},
+		want: map[ref]wanted{}, classes: map[string]class{}, idle: map[ref]time.Time{}, unused: map[string]time.Time{}, now: time.Now,
+	}
+}
+
+// open returns the connection to the kernel. It is kept: closing one waits until
+// the kernel has freed what the last transaction removed, which takes 10 ms, a
+// hundred times as long as the transaction.
+func (t *ServiceTable) open() (*nftables.Conn, error) {
+	if t.conn == nil {
+		conn, err := bulk(nftables.AsLasting())
+		if err != nil {
+			return nil, err
+		}
+		t.conn = conn
+	}
+	return t.conn, nil
+}
+
+// Close ends the connection to the kernel. Rules stay, and the next use opens
+// another.
+func (t *ServiceTable) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.hangUp()
+}
+
+func (t *ServiceTable) hangUp() error {
+	if t.conn == nil {
+		return nil
+	}
+	conn := t.conn
+	t.conn = nil
+	return conn.CloseLasting()
+}
+
+// Name returns the table's name; its family is inet.
+func (t *ServiceTable) Name() string { return t.name }
+
+// Apply makes the services what changes says, by their names; one without ports
+// is removed. After an error the rules are what they were, and the next Apply or
+// Repair makes up for it.
+//
+// Where several services claim an address and port, or a node port, the one whose
+// name comes first has it.
+func (t *ServiceTable) Apply(changes map[string]Service) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	before := t.record(changes)
+	t.retire(before)
+	if !t.inStep {
+		_, err := t.synchronize()
+		return err
+	}
+	if err := t.write(t.difference(before)); err != nil {
+		t.inStep = false
+		t.hangUp()
+		// Most likely somebody removed the table.
+		if _, again := t.synchronize(); again != nil {
+			return errors.Join(err, again)
+		}
+	}
+	return nil
+}
+
+// Repair compares the kernel with what should be, mends the difference and says
+// how many elements and chains it was.
+func (t *ServiceTable) Repair() (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.adopted {
+		return 0, nil // nothing was applied yet
+	}
+	before := map[ref]presence{}
+	t.retire(before)
+	if err := t.write(t.difference(before)); err != nil {
+		t.inStep = false
+		t.hangUp()
+	}
+	return t.synchronize()
+}
+
+// presence is what an element was before a change.
+type presence struct {
+	val   string
+	there bool
+}
+
+// record takes the changes over and returns what the elements that they touch
+// were before.
+func (t *ServiceTable) record(changes map[string]Service) map[ref]presence {
+	affected := map[string]bool{}
+	for name, next := range changes {
+		affected[name] = true
+		was := t.services[name]
+		if was != nil {
+			for _, f := range was.frontends() {
+				t.release(f, name, affected)
+			}
+		}
+		if len(next.Ports) == 0 {
+			if was != nil {
+				was.Ports = nil
+			}
+			continue
+		}
+		if was == nil {
+			was = &renderedService{}
+			t.services[name] = was
+		}
+		was.Ports = withPlaces(was.Ports, next.Ports)
+		for _, f := range was.frontends() {
+			t.claim(f, name, affected)
+		}
+	}
+	before := map[ref]presence{}
+	for name := range affected {
+		s := t.services[name]
+		if s == nil {
+			continue
+		}
+		old := s.elements
+		s.elements = nil
+		for i := range s.Ports {
+			s.elements = append(s.elements, s.Ports[i].elements(t.cfg.Scheduler, t.classes, func(f frontend) bool { return t.holders[f][0] == name })...)
+		}
+		for _, e := range s.elements { // those that stay never reach zero
+			t.add(e, 1, before)
+		}
+		for _, e := range old {
+			t.add(e, -1, before)
+		}
+		if len(s.Ports) == 0 {
+			delete(t.services, name)
+		}
+	}
+	return before
+}
+
+// add counts one more or one less who needs an element.
+func (t *ServiceTable) add(e element, n int, before map[ref]presence) {
+	w, there := t.want[e.ref]
+	if _, ok := before[e.ref]; !ok {
+		before[e.ref] = presence{w.val, there}
+	}
+	w.n += n
+	if n > 0 {
+		w.val = e.val
+	}
+	switch {
+	case w.n > 0:
+		t.want[e.ref] = w
+		delete(t.idle, e.ref)
+	case e.set.kind == kindClasses:
+		// A packet that has just read the class of its service must find it.
+		t.want[e.ref] = w
+		t.idle[e.ref] = t.now()
+	default:
+		delete(t.want, e.ref)
+	}
+}
+
+func (s *renderedService) frontends() []frontend {
+	var out []frontend
+	for i := range s.Ports {
+		out = append(out, s.Ports[i].frontends()...)
+	}
+	return out
+}
+
+// claim notes that a service wants a frontend, and who loses it by that.
+func (t *ServiceTable) claim(f frontend, name string, affected map[string]bool) {
+	list := t.holders[f]
+	at, found := slices.BinarySearch(list, name)
+	if found {
+		return // two ports of one service, which the API does not allow
+	}
+	if at == 0 && len(list) > 0 {
+		affected[list[0]] = true
+	}
+	t.holders[f] = slices.Insert(slices.Clip(list), at, name)
+}
+
+// release notes that a service wants a frontend no more, and who has it now.
+func (t *ServiceTable) release(f frontend, name string, affected map[string]bool) {
+	list := t.holders[f]
+	at, found := slices.BinarySearch(list, name)
+	if !found {
+		return
+	}
+	list = slices.Delete(list, at, at+1)
+	if len(list) == 0 {
+		delete(t.holders, f)
+		return
+	}
+	if at == 0 {
+		affected[list[0]] = true
+	}
+	t.holders[f] = list
+}
+
+// withPlaces returns next with endpoints in the places that they have in old.
+func withPlaces(old, next []ServicePort) []ServicePort {
+	next = slices.Clone(next)
+	for i := range next {
+		p := &next[i]
+		at := slices.IndexFunc(old, func(o ServicePort) bool { return o.clusterFrontend() == p.clusterFrontend() })
+		if at >= 0 {
+			p.Cluster, p.Local = keepPlaces(old[at].Cluster, p.Cluster), keepPlaces(old[at].Local, p.Local)
+		}
+	}
+	return next
+}
+
+// delta is what a transaction changes.
+type delta struct {
+	remove, add []element
+	chains      []chain // to be written anew
+}
+
+func (d delta) size() int { return len(d.remove) + len(d.add) + len(d.chains) }
+
+// difference returns what leads from before to what is wanted now.
+func (t *ServiceTable) difference(before map[ref]presence) delta {
+	var d delta
+	for r, was := range before {
+		is, ok := t.want[r]
+		if ok && was.there && is.val == was.val {
+			continue
+		}
+		if was.there {
+			d.remove = append(d.remove, element{r, was.val})
+		}
+		if ok {
+			d.add = append(d.add, element{r, is.val})
+		}
+	}
+	return t.withChains(d)
+}
+
+// withChains adds the chains of the classes that d adds.
+func (t *ServiceTable) withChains(d delta) delta {
+	for _, e := range d.add {
+		if e.set.kind == kindClasses {
+			d.chains = append(d.chains, t.cfg.classChain(e.set.family(), t.classes[e.key]))
+		}
+	}
+	return d
+}
+
+// write makes a delta true in one transaction.
+func (t *ServiceTable) write(d delta) error {
+	if d.size() == 0 {
+		return nil
+	}
+	conn, err := t.open()
+	if err != nil {
+		return err
+	}
+	table := t.table()
+	addChains(conn, table, d.chains)
+	if err := t.queue(conn, table, d.remove, (*nftables.Conn).SetDeleteElements); err != nil {
+		return err
+	}
+	if err := t.queue(conn, table, d.add, (*nftables.Conn).SetAddElements); err != nil {
+		return err
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("change nftables table %s: %w", t.name, err)
+	}
+	t.noteUnused(d)
+	return nil
+}
+
+func (t *ServiceTable) noteUnused(d delta) {
+	for _, e := range d.remove {
+		if e.set.kind == kindClasses {
+			t.unused[e.val] = t.now()
+		}
+	}
+	for _, c := range d.chains {
+		delete(t.unused, c.name)
+	}
+}
+
+// linger is how long what leads packets on stays when nothing leads to it any
+// more: packets on their way need it for a moment, and kernels before 6.2 hold on
+// to a chain for a moment after the last element that led to it.
+const linger = 2 * time.Second
+
+// retire gives up classes that no service has used for a while, and removes the
+// chains of those that were given up before.
+func (t *ServiceTable) retire(before map[ref]presence) {
+	for r, since := range t.idle {
+		if t.now().Sub(since) > linger {
+			before[r] = presence{t.want[r].val, true}
+			delete(t.want, r)
+			delete(t.idle, r)
+		}
+	}
+	var old []string
+	for name, since := range t.unused {
+		if t.now().Sub(since) > linger {
+			old = append(old, name)
+		}
+	}
+	if len(old) == 0 {
+		return
+	}
+	conn, err := t.open()
+	if err != nil {
+		return
+	}
+	table := t.table()
+	for _, name := range old { // the rules first: they lead to other chains
+		conn.FlushChain(&nftables.Chain{Name: name, Table: table})
+	}
+	for _, name := range old {
+		conn.DelChain(&nftables.Chain{Name: name, Table: table})
+		t.unused[name] = t.now() // when it is tried again
+	}
+	if conn.Flush() != nil {
+		t.hangUp()
+		return
+	}
+	maps.DeleteFunc(t.unused, func(name string, _ time.Time) bool { return slices.Contains(old, name) })
+}
+
+// queue adds the messages for elements to a transaction. The kernel takes at most
+// 64 KiB of them in one message.
+func (t *ServiceTable) queue(conn *nftables.Conn, table *nftables.Table, elements []element, do func(*nftables.Conn, *nftables.Set, []nftables.SetElement) error) error {
+	bySet := map[setID][]nftables.SetElement{}
+	for _, e := range elements {
+		bySet[e.set] = append(bySet[e.set], e.kernel())
+	}
+	for id, list := range bySet {
+		ref := id.describe().of(table)
+		for part := range slices.Chunk(list, elementsPerMessage) {
+			if err := do(conn, ref, part); err != nil {
+				return fmt.Errorf("set %s: %w", ref.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (t *ServiceTable) table() *nftables.Table {
+	return &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
+}
+
+// bulk opens a connection whose transactions may be large.
+func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
+	conn, err := nftables.New(append(more, nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(16<<20))
+	}))...)
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return conn, nil
+}
+
+// synchronize brings the kernel from whatever it has to what is wanted, and
+// returns how much differed. Sets are compared element by element: connections
+// go on, and what clients of services with session affinity had stays.
+func (t *ServiceTable) synchronize() (int, error) {
+	d, err := t.compare()
+	switch {
+	case errors.Is(err, errOtherShape):
+		d, err = t.replace()
+	case err == nil:
+		err = t.write(d)
+	}
+	if err != nil {
+		t.inStep = false
+		t.hangUp()
+		return 0, err
+	}
+	t.inStep, t.adopted = true, true
+	return d.size(), nil
+}
+
+// errOtherShape says that the table is not there or was not written by this version.
+var errOtherShape = errors.New("nftables table is missing or has another shape")
+
+// compare returns what the kernel lacks and has too much.
+func (t *ServiceTable) compare() (delta, error) {
+	var d delta
+	conn, err := t.open()
+	if err != nil {
+		return d, err
+	}
+	table, err := conn.ListTableOfFamily(t.name, nftables.TableFamilyINet)
+	if err != nil {
+		return d, errors.Join(absent(err), errOtherShape)
+	}
+	if err := t.sameSets(conn, table); err != nil {
+		return d, err
+	}
+	have := map[ref]bool{}
+	for id := range allSets {
+		if id.kind == kindClients {
+			continue // packets change it
+		}
+		got, err := conn.GetSetElements(id.describe().of(table))
+		if err != nil {
+			return d, fmt.Errorf("read set %s: %w", id.name(), err)
+		}
+		for _, g := range got {
+			e := id.from(g)
+			w, ok := t.want[e.ref]
+			if ok && w.val == e.val {
+				have[e.ref] = true
+			} else {
+				d.remove = append(d.remove, e)
+			}
+		}
+	}
+	for r, w := range t.want {
+		if !have[r] {
+			d.add = append(d.add, element{r, w.val})
+		}
+	}
+	d.chains, err = t.wrongChains(conn)
+	return d, err
+}
+
+func allSets(yield func(setID) bool) {
+	for k := range setKinds {
+		for _, f := range []family{v4, v6} {
+			if !yield(f.set(k)) {
+				return
+			}
+		}
+	}
+}
+
+// sameSets says whether the table has our sets with keys and values as ours.
+func (t *ServiceTable) sameSets(conn *nftables.Conn, table *nftables.Table) error {
+	list, err := conn.GetSets(table)
+	if err != nil {
+		return fmt.Errorf("list sets: %w", err)
+	}
+	have := map[string]*nftables.Set{}
+	for _, s := range list {
+		have[s.Name] = s
+	}
+	for id := range allSets {
+		want, got := id.describe(), have[id.name()]
+		if got == nil || got.IsMap != want.isMap {
+			return errOtherShape
+		}
+		if id.kind == kindClasses {
+			continue // of a map of verdicts the library tells no lengths
+		}
+		if got.KeyType.Bytes != want.key.Bytes || got.DataType.Bytes != want.data.Bytes {
+			return errOtherShape
+		}
+	}
+	return nil
+}
+
+// wantedChains are all chains that the table should have.
+func (t *ServiceTable) wantedChains() []chain {
+	list := t.cfg.chains()
+	for r := range t.want {
+		if r.set.kind == kindClasses {
+			list = append(list, t.cfg.classChain(r.set.family(), t.classes[r.key]))
+		}
+	}
+	return list
+}
+
+// wrongChains returns the chains whose rules differ; all of them if they are
+// another process's. A foreign chain, or one with another hook, is another shape.
+func (t *ServiceTable) wrongChains(conn *nftables.Conn) ([]chain, error) {
+	all, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	have := map[string]*nftables.Chain{}
+	for _, c := range all {
+		if c.Table.Name == t.name {
+			have[c.Name] = c
+		}
+	}
+	rules, err := comments(t.name)
+	if err != nil {
+		return nil, err
+	}
+	var wrong []chain
+	for _, c := range t.wantedChains() {
+		got := have[c.name]
+		delete(have, c.name)
+		if c.hook != nil && (got == nil || got.Hooknum == nil || *got.Hooknum != *c.hook || got.Priority == nil || *got.Priority != *c.priority) {
+			return nil, errOtherShape
+		}
+		if got == nil || !t.adopted || !c.has(rules[c.name]) {
+			wrong = append(wrong, c)
+		}
+	}
+	for name, c := range have { // of classes that a process before used
+		if c.Hooknum != nil {
+			return nil, errOtherShape
+		}
+		if _, known := t.unused[name]; !known {
+			t.unused[name] = t.now()
+		}
+	}
+	return wrong, nil
+}
+
+// replace writes the whole table in one transaction.
+func (t *ServiceTable) replace() (delta, error) {
+	conn, err := t.open()
+	if err != nil {
+		return delta{}, err
+	}
+	table := t.table()
+	conn.AddTable(table) // so that removing it cannot fail
+	conn.DelTable(table)
+	conn.AddTable(table)
+	var sets []set
+	for id := range allSets {
+		sets = append(sets, id.describe())
+	}
+	if err := addSets(conn, table, sets); err != nil {
+		return delta{}, err
+	}
+	d := delta{chains: t.wantedChains()}
+	addChains(conn, table, d.chains)
+	for r, w := range t.want {
+		d.add = append(d.add, element{r, w.val})
+	}
+	if err := t.queue(conn, table, d.add, (*nftables.Conn).SetAddElements); err != nil {
+		return delta{}, err
+	}
+	if err := conn.Flush(); err != nil {
+		return delta{}, fmt.Errorf("replace nftables table %s: %w", t.name, err)
+	}
+	clear(t.unused)
+	return d, nil
+}

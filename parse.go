@@ -1,0 +1,178 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"kedge/internal/hostaddr"
+	"kedge/internal/logging"
+)
+
+// flagParser reads typed values of flags and collects what is wrong with them.
+type flagParser struct {
+	c    *cli.Context
+	errs []error
+}
+
+func (p *flagParser) err() error { return errors.Join(p.errs...) }
+
+func (p *flagParser) fail(errs ...error) {
+	if err := errors.Join(errs...); err != nil {
+		p.errs = append(p.errs, err)
+	}
+}
+
+func (p *flagParser) dir(flag string) string {
+	v := p.c.String(flag)
+	abs, err := filepath.Abs(v)
+	if v == "" {
+		err = fmt.Errorf("--%s is empty", flag)
+	}
+	p.fail(err)
+	return abs
+}
+
+// nodeName is the flag's, or the host's name in the form that Kubernetes wants.
+func (p *flagParser) nodeName() string {
+	name := p.c.String("node-name")
+	if name == "" {
+		host, err := os.Hostname()
+		p.fail(err)
+		name = host
+	}
+	name = strings.ToLower(strings.TrimSpace(name))
+	valid := name != "" && len(name) <= 63 && !strings.HasPrefix(name, "-") && !strings.HasSuffix(name, "-")
+	for _, r := range name {
+		valid = valid && (r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '.')
+	}
+	if !valid {
+		p.fail(fmt.Errorf("node name %q: want at most 63 letters, digits, dots and dashes; choose one with --node-name", name))
+	}
+	return name
+}
+
+func (p *flagParser) logging() logging.Config {
+	level, err := logging.ParseLevel(p.c.String("log-level"))
+	if err != nil {
+		p.fail(fmt.Errorf("--log-level: %w", err))
+	}
+	if p.c.Bool("debug") {
+		level = min(level, slog.LevelDebug)
+	}
+	format := logging.Format(p.c.String("log-format"))
+	if format != logging.Text && format != logging.JSON {
+		p.fail(fmt.Errorf("--log-format %q is neither text nor json", format))
+	}
+	return logging.Config{Level: level, Format: format}
+}
+
+func (p *flagParser) addr(flag string) netip.Addr {
+	v := p.c.String(flag)
+	if v == "" {
+		return netip.Addr{}
+	}
+	a, err := netip.ParseAddr(v)
+	if err != nil {
+		p.fail(fmt.Errorf("--%s %q is not an IP address", flag, v))
+	}
+	return a
+}
+
+func (p *flagParser) addrs(flag string) []netip.Addr {
+	var out []netip.Addr
+	for _, v := range splitList(p.c.StringSlice(flag)) {
+		a, err := netip.ParseAddr(v)
+		if err != nil {
+			p.fail(fmt.Errorf("--%s %q is not an IP address", flag, v))
+			continue
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+// nodePortAddresses are the ranges of the flag; none for the node's addresses.
+func (p *flagParser) nodePortAddresses() []netip.Prefix {
+	if v := splitList(p.c.StringSlice("nodeport-addresses")); len(v) == 1 && v[0] == "primary" {
+		return nil
+	}
+	return p.prefixes("nodeport-addresses")
+}
+
+func (p *flagParser) prefixes(flag string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, v := range splitList(p.c.StringSlice(flag)) {
+		r, err := netip.ParsePrefix(v)
+		if err != nil {
+			p.fail(fmt.Errorf("--%s %q is not a range such as 10.42.0.0/16", flag, v))
+			continue
+		}
+		out = append(out, r.Masked())
+	}
+	return out
+}
+
+func (p *flagParser) mode(flag string) uint32 {
+	m, err := strconv.ParseUint(p.c.String(flag), 8, 12)
+	if err != nil {
+		p.fail(fmt.Errorf("--%s %q is not an octal file mode such as 600", flag, p.c.String(flag)))
+	}
+	return uint32(m)
+}
+
+// nodeIPs are the flag's, or the machine's own of the families that pods have.
+func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
+	if given := p.addrs("node-ip"); len(given) > 0 {
+		return given
+	}
+	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
+	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	found, err := hostaddr.Find(ipv4, ipv6)
+	p.fail(err)
+	return found
+}
+
+// Parts that --disable leaves out.
+const partDNS = "dns"
+
+// parts are what --disable takes: our names, and k3s's for the same.
+var parts = map[string]string{partDNS: partDNS, "coredns": partDNS}
+
+func (p *flagParser) disabled() map[string]bool {
+	out := map[string]bool{}
+	for _, name := range splitList(p.c.StringSlice("disable")) {
+		part, ok := parts[name]
+		if !ok {
+			p.fail(fmt.Errorf("--disable: there is no part called %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(parts)), ", ")))
+			continue
+		}
+		out[part] = true
+	}
+	return out
+}
+
+// clusterDNS is the flag's, or the tenth address of each service range.
+func (p *flagParser) clusterDNS(services []netip.Prefix) []netip.Addr {
+	if given := p.addrs("cluster-dns"); len(given) > 0 {
+		return given
+	}
+	var out []netip.Addr
+	for _, r := range services {
+		a := r.Masked().Addr()
+		for range 10 {
+			a = a.Next()
+		}
+		out = append(out, a)
+	}
+	return out
+}

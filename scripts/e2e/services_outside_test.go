@@ -1,0 +1,350 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"kedge/internal/netns"
+	"kedge/internal/testhost"
+)
+
+// lanNode is a dual-stack node on a machine of its own, and another machine on the
+// same switch, which is its default route too.
+type lanNode struct {
+	*node
+	outside *testhost.Host
+}
+
+var (
+	lanNodeV4    = netip.MustParsePrefix("198.51.100.10/24")
+	lanNodeV6    = netip.MustParsePrefix("2001:db8:51::10/64")
+	lanOutsideV4 = netip.MustParsePrefix("198.51.100.20/24")
+	lanOutsideV6 = netip.MustParsePrefix("2001:db8:51::20/64")
+)
+
+// onLAN starts one with all that an own node has.
+func onLAN(t *testing.T, flags ...string) *lanNode {
+	t.Helper()
+	lan, err := testhost.NewLAN()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lan.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	machine, err := lan.Host("machine", lanNodeV4, lanNodeV6)
+	must(err)
+	outside, err := lan.Host("outside", lanOutsideV4, lanOutsideV6)
+	must(err)
+	for _, h := range []struct {
+		host *testhost.Host
+		v4   netip.Prefix
+		v6   netip.Prefix
+	}{{machine, lanOutsideV4, lanOutsideV6}, {outside, lanNodeV4, lanNodeV6}} {
+		must(h.host.Route(netip.MustParsePrefix("0.0.0.0/0"), h.v4.Addr()))
+		must(h.host.Route(netip.MustParsePrefix("::/0"), h.v6.Addr()))
+	}
+	n := own(t, append([]string{
+		"--cluster-cidr=10.42.0.0/16,fd42::/56", "--service-cidr=10.43.0.0/16,fd43::/112",
+		fmt.Sprintf("--node-ip=%s,%s", lanNodeV4.Addr(), lanNodeV6.Addr()),
+	}, flags...)...)
+	n.flags = n.flags[2:] // not the ranges that own has chosen
+	n.network, err = netns.Open(machine.Path())
+	must(err)
+	must(prepareImages(n.dataDir()))
+	must(n.start())
+	return &lanNode{n, outside}
+}
+
+// get asks from the other machine.
+func (n *lanNode) getOutside(url string, timeout time.Duration) (string, error) {
+	client := http.Client{Timeout: timeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return n.outside.Dial(ctx, network, address)
+	}}}
+	resp, err := client.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if resp.StatusCode >= 400 && err == nil {
+		err = fmt.Errorf("%s: %s", resp.Status, body)
+	}
+	return strings.TrimSpace(string(body)), err
+}
+
+// seen is the address that "/addr" answers, without the port.
+func seen(answer string) string {
+	host, _, err := net.SplitHostPort(answer)
+	if err != nil {
+		return answer
+	}
+	return host
+}
+
+func TestServicesFromOutside(t *testing.T) {
+	t.Parallel()
+	n := onLAN(t)
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 2, "")
+	n.apply(t, ns, shell("client", "exec sleep 3600", ""))
+	client := n.waitPod(t, ns, "client", false)
+	cluster := n.service(t, ns, "cluster", "web", "type: NodePort, ipFamilyPolicy: RequireDualStack,")
+	local := n.service(t, ns, "local", "web", "type: LoadBalancer, ipFamilyPolicy: RequireDualStack, externalTrafficPolicy: Local, internalTrafficPolicy: Local,")
+	nowhere := n.service(t, ns, "nowhere", "nobody", "type: NodePort,")
+
+	for _, c := range []struct {
+		node, outside netip.Prefix
+		clusterIP     string
+	}{{lanNodeV4, lanOutsideV4, cluster.Spec.ClusterIPs[0]}, {lanNodeV6, lanOutsideV6, cluster.Spec.ClusterIPs[1]}} {
+		at := func(port int32) string {
+			return "http://" + netip.AddrPortFrom(c.node.Addr(), uint16(port)).String()
+		}
+		for _, s := range []*corev1.Service{cluster, local} {
+			url := at(s.Spec.Ports[0].NodePort)
+			answered(t, func() (string, error) { return n.getOutside(url+"/", 2*time.Second) }, "web-0", "web-1")
+			if got, err := n.getOutside(url+"/addr", 2*time.Second); seen(got) != c.outside.Addr().String() {
+				t.Errorf("%s: the server sees %q, %v, want %s", s.Name, got, err, c.outside.Addr())
+			}
+			answered(t, func() (string, error) { return n.getFrom(ns, "client", url+"/") }, "web-0", "web-1")
+			answered(t, func() (string, error) { return n.get(url + "/") }, "web-0", "web-1")
+		}
+		url := "http://" + net.JoinHostPort(c.clusterIP, "80") + "/addr"
+		got, err := n.getFrom(ns, "client", url)
+		want := client.Status.PodIPs[0].IP
+		if c.node.Addr().Is6() {
+			want = client.Status.PodIPs[1].IP
+		}
+		if seen(got) != want {
+			t.Errorf("%s: the server sees %q, %v, want %s", url, got, err, want)
+		}
+	}
+	if _, err := n.getOutside(fmt.Sprint("http://", lanNodeV4.Addr(), ":", nowhere.Spec.Ports[0].NodePort), 2*time.Second); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("a service without endpoints: %v, want to be refused", err)
+	}
+
+	// Load balancers ask here whether they should send connections to this node.
+	health := fmt.Sprint("http://", lanNodeV4.Addr(), ":", local.Spec.HealthCheckNodePort, "/")
+	eventually(t, 5*time.Second, func() error {
+		got, err := n.getOutside(health, 2*time.Second)
+		if err == nil && !strings.Contains(got, `"localEndpoints": 2`) {
+			err = fmt.Errorf("the health check answers %s", got)
+		}
+		return err
+	})
+
+	// The host's own firewall is loaded anew, which takes all rules away.
+	url := fmt.Sprint("http://", lanNodeV4.Addr(), ":", cluster.Spec.Ports[0].NodePort, "/")
+	if err := n.inside(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		conn.FlushRuleset()
+		conn.AddTable(&nftables.Table{Name: "firewall", Family: nftables.TableFamilyINet})
+		return conn.Flush()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, func() error { _, err := n.getOutside(url, time.Second); return err })
+	n.hostTable(t, "firewall")
+
+	// Rules outlive the process, however it ends.
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		n.stop(t, sig, 15*time.Second)
+		if _, err := n.getOutside(url, time.Second); err != nil {
+			t.Errorf("after %v: %v", sig, err)
+		}
+		if err := n.start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	// With no pod ready here, Local drops, and the health check says so.
+	n.kubectl(t, "delete", "pod", "-n", ns, "-l", "app=web")
+	eventually(t, 10*time.Second, func() error {
+		if got, err := n.getOutside(health, 2*time.Second); err == nil || !strings.Contains(err.Error(), `"localEndpoints": 0`) {
+			return fmt.Errorf("the health check answers %s, %v", got, err)
+		}
+		return nil
+	})
+}
+
+// hostTable checks that a table of the host's is still there.
+func (n *node) hostTable(t *testing.T, name string) {
+	t.Helper()
+	err := n.inside(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		_, err = conn.ListTableOfFamily(name, nftables.TableFamilyINet)
+		return err
+	})
+	if err != nil {
+		t.Errorf("table %s of the host: %v", name, err)
+	}
+}
+
+// TestServiceAffinity: a client keeps its endpoint, and finds another when that goes.
+func TestServiceAffinity(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 3, "")
+	n.apply(t, ns, shell("client", "exec sleep 3600", ""))
+	n.waitPod(t, ns, "client", false)
+	s := n.service(t, ns, "web", "web", "sessionAffinity: ClientIP,")
+	url := "http://" + s.Spec.ClusterIP + "/"
+	var first string
+	eventually(t, 10*time.Second, func() (err error) { first, err = n.get(url); return err })
+	same := func() string {
+		t.Helper()
+		name, err := n.get(url)
+		for range 10 {
+			again, err2 := n.get(url)
+			if err != nil || err2 != nil || again != name {
+				t.Fatalf("%q, %v answers, then %q, %v", name, err, again, err2)
+			}
+		}
+		return name
+	}
+	// The other two may have come after the first answer.
+	eventually(t, 10*time.Second, func() error {
+		slices, err := n.client.DiscoveryV1().EndpointSlices(ns).List(context.Background(), metav1.ListOptions{})
+		if err != nil || len(slices.Items) != 1 || len(slices.Items[0].Endpoints) != 3 {
+			return fmt.Errorf("endpoints %v, %v", slices, err)
+		}
+		return nil
+	})
+	first = same()
+	n.kubectl(t, "delete", "pod", "-n", ns, first)
+	if now := same(); now == first {
+		t.Errorf("%s is gone and answers", first)
+	}
+}
+
+// TestServiceTerminatingEndpoints: what ends but still serves is used while there is
+// nothing else (KEP-1669).
+func TestServiceTerminatingEndpoints(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: web, labels: {app: web}}, spec: {terminationGracePeriodSeconds: 8, containers: [{name: main, image: %q,
+		command: [sh, -c, "probe serve :8080 still-here & trap 'sleep 7; exit' TERM; wait"], readinessProbe: {httpGet: {port: 8080, path: /}, periodSeconds: 1}}]}}`, busybox))
+	n.waitPod(t, ns, "web", false)
+	s := n.service(t, ns, "web", "web", "type: NodePort, externalTrafficPolicy: Local, internalTrafficPolicy: Local,")
+	ask := func() error { return answers("http://"+s.Spec.ClusterIP+"/", "still-here") }
+	eventually(t, 10*time.Second, ask)
+	n.kubectl(t, "delete", "pod", "-n", ns, "web", "--wait=false")
+	eventually(t, 5*time.Second, func() error {
+		list, err := n.client.DiscoveryV1().EndpointSlices(ns).List(context.Background(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, e := range list.Items[0].Endpoints {
+			if c := e.Conditions; c.Terminating != nil && *c.Terminating && c.Serving != nil && *c.Serving {
+				return nil
+			}
+		}
+		return fmt.Errorf("the endpoint does not end: %v", list.Items[0].Endpoints)
+	})
+	for range 10 {
+		if err := ask(); err != nil {
+			t.Fatalf("while it ends: %v", err)
+		}
+		time.Sleep(200 * time.Millisecond) // a while, so that a late change of the rules is seen
+	}
+}
+
+// TestServiceUDPFlow: datagrams of one flow go to another endpoint when theirs is gone.
+func TestServiceUDPFlow(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: one, labels: {app: echo}}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %q, command: [probe, echo, udp, ":8080"]}]}}`, busybox))
+	n.waitPod(t, ns, "one", false)
+	n.apply(t, ns, `{apiVersion: v1, kind: Service, metadata: {name: echo}, spec: {selector: {app: echo}, ports: [{port: 53, targetPort: 8080, protocol: UDP}]}}`)
+	s, err := n.client.CoreV1().Services(ns).Get(context.Background(), "echo", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("udp", net.JoinHostPort(s.Spec.ClusterIP, "53"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ask := func() error {
+		if _, err := conn.Write([]byte("hello")); err != nil {
+			return err
+		}
+		conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+		_, err := conn.Read(make([]byte, 100))
+		return err
+	}
+	eventually(t, 10*time.Second, ask)
+	n.kubectl(t, "delete", "pod", "-n", ns, "one")
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: two, labels: {app: echo}}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %q, command: [probe, echo, udp, ":8080"]}]}}`, busybox))
+	eventually(t, 20*time.Second, ask) // the kernel would keep the flow for as long as it is asked
+}
+
+func TestNetTrace(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	pods := n.servers(t, ns, "web", 1, "")
+	s := n.service(t, ns, "web", "web", "type: NodePort,")
+	n.service(t, ns, "nowhere", "nobody", "")
+	trace := func(args ...string) (string, error) {
+		return n.run(append([]string{"net", "trace", "--run-dir=" + n.runDir(), "-n", ns}, args...)...)
+	}
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"web"}, []string{"chain output", "services-4: " + s.Spec.ClusterIP + ":80/TCP", "service " + ns + "/web, 1 endpoints", "it reaches " + pods[0].Status.PodIP + ":8080, pod " + ns + "/web-0"}},
+		{[]string{"from", "web-0", "to", "web"}, []string{"chain prerouting", "a pod that reaches itself through a service"}},
+		{[]string{"from", "203.0.113.9", "to", fmt.Sprint(n.address(t), ":", s.Spec.Ports[0].NodePort)}, []string{"node-ports-4", "to a pod of this machine"}},
+		{[]string{"nowhere"}, []string{"which has no endpoints", "the connection is reset at once", "it ends here"}},
+		{[]string{"web:81"}, []string{"not a port that its service has", "it ends here"}},
+	} {
+		eventually(t, 5*time.Second, func() error {
+			out, err := trace(c.args...)
+			for _, want := range c.want {
+				if err == nil && !strings.Contains(out, want) {
+					err = fmt.Errorf("%v does not say %q", c.args, want)
+				}
+			}
+			if err == nil && strings.Contains(out, "PROBLEM") {
+				err = fmt.Errorf("%v sees a problem", c.args)
+			}
+			if err != nil {
+				err = fmt.Errorf("%w:\n%s", err, out)
+			}
+			return err
+		})
+	}
+	if out, err := trace("nothing"); err == nil || !strings.Contains(out, "there is no service or pod "+ns+"/nothing") {
+		t.Errorf("an unknown name: %v, %s", err, out)
+	}
+}

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+
+	"kedge/agent"
+	"kedge/datastore"
+	"kedge/datastore/hook"
+	"kedge/dns"
+	"kedge/internal/control"
+	"kedge/internal/lifecycle"
+	"kedge/internal/logging"
+	"kedge/network"
+	"kedge/network/cni"
+	"kedge/network/explain"
+	"kedge/network/policy"
+	"kedge/network/proxy"
+	"kedge/network/trace"
+	"kedge/runtime"
+	"kedge/server"
+	"kedge/server/loopback"
+)
+
+// wire is the whole graph: which parts there are and what each comes after.
+func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
+	lb := loopback.New()
+	store := datastore.New(s.datastore, component(log, "datastore"))
+	api, err := server.NewAPIServer(s.server, id, lb)
+	if err != nil {
+		return err
+	}
+	controllers, err := server.NewControllers(s.server, id, lb)
+	if err != nil {
+		return err
+	}
+	scheduler, err := server.NewScheduler(s.server, lb)
+	if err != nil {
+		return err
+	}
+	if err := server.ApplyFeatureGates(); err != nil {
+		return err
+	}
+	hook.Install(store)
+
+	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
+	group.Add(asked)
+	hStore := group.Add(store)
+	hAPI := group.Add(api, hStore)
+	group.Add(controllers, hAPI)
+	group.Add(scheduler, hAPI)
+	if s.disableAgent {
+		return nil
+	}
+	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
+
+	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
+	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
+	s.agent.ClientCA = id.ClientCA.CertFile()
+	s.agent.Controllers = controllers.Built()
+	return wireNode(group, s, asked, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
+}
+
+// wireNode is the node's half. networkClient is how its data path reads the API.
+func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI lifecycle.Handle, networkClient *rest.Config, log *slog.Logger) error {
+	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
+	if err != nil {
+		return err
+	}
+	watches, err := agent.NewWatches(networkClient)
+	if err != nil {
+		return err
+	}
+	var policies *policy.Policy
+	var judge cni.Judge // nil: every connection is allowed
+	if s.policy != nil {
+		clusterWide, err := dynamic.NewForConfig(networkClient)
+		if err != nil {
+			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
+		}
+		if policies, err = policy.New(*s.policy, watches.Informers(), clusterWide, component(log, "policy")); err != nil {
+			return err
+		}
+		judge = policies
+	}
+	pods := network.New(s.network, judge, log)
+
+	hRuntime := group.Add(runtime.New(s.runtime, log))
+	hPods := group.Add(pods)
+	group.Add(runtime.NewImages(s.runtime, log), hRuntime)
+	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), hAPI, hPods)
+	hWatches := group.Add(watches, hAPI)
+	var rules []trace.Part
+	if policies != nil {
+		group.Add(policies, hWatches, hPods)
+		rules = append(rules, policies)
+	}
+	if s.proxy != nil {
+		services, err := proxy.New(*s.proxy, watches.Informers(), watches.Client(), component(log, "proxy"))
+		if err != nil {
+			return err
+		}
+		group.Add(services, hWatches)
+		rules = append(rules, services.Rules())
+	}
+	answerTrace(asked, explain.New(s.nodeName, s.server.NodeIPs, watches.Informers(), rules...))
+	if s.dns != nil {
+		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
+		if err != nil {
+			return err
+		}
+		group.Add(resolver, hWatches)
+	}
+	group.Add(kubelet, hAPI, hRuntime, hPods)
+	return nil
+}
+
+func component(log *slog.Logger, name string) *slog.Logger { return log.With(logging.Component, name) }
