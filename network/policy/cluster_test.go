@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -42,6 +43,10 @@ func newDynamic(objects ...runtime.Object) *dynamicfake.FakeDynamicClient {
 	}, objects...)
 }
 
+func defaultNamespace() *corev1.Namespace {
+	return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}}
+}
+
 // newClusterProcess is [newProcess] that follows cluster-wide policies too.
 func newClusterProcess(t *testing.T, api *fake.Clientset, dyn dynamic.Interface) *process {
 	t.Helper()
@@ -60,7 +65,7 @@ func newClusterProcess(t *testing.T, api *fake.Clientset, dyn dynamic.Interface)
 func TestClusterPoliciesComeAndGo(t *testing.T) {
 	ctx := t.Context()
 	dyn := newDynamic()
-	p := newClusterProcess(t, fake.NewClientset(somePod("a", "a")), dyn)
+	p := newClusterProcess(t, fake.NewClientset(defaultNamespace(), somePod("a", "a")), dyn)
 	p.start()
 	if err := p.policy.Attach(ctx, attachmentOf("a", 0)); err != nil {
 		t.Fatal(err)
@@ -94,7 +99,7 @@ func TestClusterPoliciesComeAndGo(t *testing.T) {
 
 // After a restart cluster-wide policies are in force from the first commit on.
 func TestClusterPoliciesAreKnownAtStart(t *testing.T) {
-	api, dyn := fake.NewClientset(somePod("a", "a")), newDynamic(object(t, definition), clusterDeny(t))
+	api, dyn := fake.NewClientset(defaultNamespace(), somePod("a", "a")), newDynamic(object(t, definition), clusterDeny(t))
 	first := newClusterProcess(t, api, dyn)
 	first.start()
 	if err := first.policy.Attach(t.Context(), attachmentOf("a", 0)); err != nil {
