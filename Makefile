@@ -82,8 +82,17 @@ build-e2e: ## build the programs of the end-to-end tests' images
 	@go build -ldflags '-s -w -X main.buildDate=2100-01-01T00:00:00Z' -o build/e2e/kedge-of-2100 .
 
 .PHONY: e2e
-e2e: build build-e2e ## end-to-end tests with real containers; needs root
+ifdef FOCUS
+e2e: build build-conformance ## end-to-end tests with real containers; FOCUS=REGEXP: upstream's that match; needs root
+	go run ./scripts/upstream -focus '$(FOCUS)' $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+else
+e2e: build build-e2e
 	go test -count=1 -timeout 30m ./scripts/e2e
+endif
+
+.PHONY: build-conformance
+build-conformance: deps payload ## build Kubernetes' own end-to-end suite and its images
+	@scripts/build-conformance.sh
 
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
@@ -112,3 +121,14 @@ bench-plain: ## build the plain composition that kedge is measured against
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench
 	@build/bench/bench $(BENCHFLAGS)
+
+.PHONY: bench-dns-programs
+bench-dns-programs: ## build kedge's resolver alone, and CoreDNS, a module of its own
+	@mkdir -p build/bench
+	@go build -ldflags '-s -w' -o build/bench/resolver ./dns/standalone
+	@go build -C scripts/bench/coredns -ldflags '-s -w' -o $(CURDIR)/build/bench/coredns .
+
+.PHONY: bench-dns
+bench-dns: bench-dns-programs ## compare kedge's resolver with CoreDNS, in answers and in speed; BENCHFLAGS="-n 3 -services 5000"; needs root
+	go test -count=1 ./scripts/bench/dns
+	@go run ./scripts/bench/dns $(BENCHFLAGS)

@@ -30,6 +30,8 @@ type answerer struct {
 	outside *outside.Resolver
 	rules   atomic.Pointer[custom.Rules] // never nil
 	stats   *stats.Stats
+	ttl     uint32        // of the cluster's records
+	waiting chan struct{} // one for each query over UDP that waits for another server
 }
 
 // work is one query, and what is needed again for the next.
@@ -144,6 +146,14 @@ func (a *answerer) later(ctx context.Context, w *work, buf []byte) (answer []byt
 	return a.count(w, stats.Forwarded, false, a.outside.Resolve(ctx, q, buf, w.limit()))
 }
 
+// refuse answers when too many queries wait.
+func (a *answerer) refuse(w *work, buf []byte) []byte {
+	r := begun(w, buf)
+	r.Fail(message.ServFail)
+	a.stats.Cache(outside.Overload)
+	return a.count(w, stats.Nobody, false, r.Finish())
+}
+
 // begun is w's reply, empty.
 func begun(w *work, buf []byte) *message.Reply {
 	w.reply.Begin(&w.query, buf, w.limit())
@@ -205,7 +215,7 @@ func (a *answerer) aliasOf(q *message.Query, r *message.Reply) (target string, t
 		return target, hostsTTL, true
 	}
 	v, target := a.index.Answer(q, r)
-	return target, cluster.DefaultTTL, v == cluster.Alias
+	return target, a.ttl, v == cluster.Alias
 }
 
 // rest adds the answer for the end of a chain to m and returns its response code.

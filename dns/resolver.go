@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -53,6 +52,8 @@ func New(cfg Config, watches informers.SharedInformerFactory, client kubernetes.
 		index:   cluster.New(cluster.Config{Domain: cfg.Domain, Servers: cfg.Addresses, Ranges: cfg.Ranges, TTL: cfg.TTL}),
 		outside: outside.NewResolver(outside.Config{ResolvConf: cfg.resolvConf, Own: cfg.Addresses}, st, log),
 		stats:   st,
+		ttl:     cfg.TTL,
+		waiting: make(chan struct{}, maxWaiting),
 	}}
 	st.CacheSizes(r.answer.outside.Sizes)
 	r.answer.rules.Store(&custom.Rules{})
@@ -185,6 +186,3 @@ func (r *Resolver) Check(ctx context.Context) error {
 	}
 	return r.answer.outside.Check()
 }
-
-// Addresses are those at which it answers.
-func (r *Resolver) Addresses() []netip.Addr { return r.cfg.Addresses }

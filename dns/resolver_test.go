@@ -26,6 +26,7 @@ import (
 	"kedge/dns/message"
 	"kedge/dns/outside"
 	"kedge/dns/stats"
+	"kedge/internal/testhost"
 )
 
 func TestResolver(t *testing.T) {
@@ -327,6 +328,7 @@ func newAnswerer() *answerer {
 		index:   cluster.New(cluster.Config{Domain: "cluster.local", TTL: 5, Servers: []netip.Addr{netip.MustParseAddr("10.43.0.10")}, Ranges: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}),
 		outside: outside.NewResolver(outside.Config{ResolvConf: func() string { return "/nonexistent" }}, st, slog.New(slog.DiscardHandler)),
 		stats:   st,
+		waiting: make(chan struct{}, 1),
 	}
 	a.rules.Store(&custom.Rules{})
 	a.index.SetNamespace("default", true)
@@ -385,6 +387,29 @@ func FuzzPacket(f *testing.F) {
 			t.Fatalf("%d bytes", len(answer))
 		}
 	})
+}
+
+// A flood of names that nobody has must not take goroutines without end.
+func TestTooManyWait(t *testing.T) {
+	testhost.RequireIsolation(t)
+	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAnswerer()
+	a.waiting <- struct{}{} // somebody waits already
+	var waiting sync.WaitGroup
+	waiting.Go(func() { a.serveUDP(t.Context(), conn, &waiting) })
+	defer waiting.Wait()
+	defer conn.Close()
+	m, err := dns.Exchange(new(dns.Msg).SetQuestion("www.example.com.", dns.TypeA), conn.LocalAddr().String())
+	if err != nil || m.Rcode != dns.RcodeServerFailure {
+		t.Errorf("%v %v", m, err)
+	}
+	m, err = dns.Exchange(new(dns.Msg).SetQuestion("web.default.svc.cluster.local.", dns.TypeA), conn.LocalAddr().String())
+	if err != nil || len(m.Answer) != 1 {
+		t.Errorf("a name of the cluster: %v %v", m, err)
+	}
 }
 
 func BenchmarkPacket(b *testing.B) {

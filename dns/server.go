@@ -27,6 +27,10 @@ const (
 	// maxConnections bounds what clients that open connections and say nothing cost.
 	maxConnections = 256
 
+	// maxWaiting bounds the queries over UDP that wait for another server: each has a
+	// goroutine and a copy of its question.
+	maxWaiting = 4000
+
 	// udpBuffer is what the kernel keeps for us while we are busy, in bytes.
 	udpBuffer = 1 << 20
 
@@ -136,8 +140,15 @@ func (a *answerer) serveUDP(ctx context.Context, conn *net.UDPConn, waiting *syn
 			}
 			continue
 		}
+		select {
+		case a.waiting <- struct{}{}:
+		default:
+			_, _ = conn.WriteToUDPAddrPort(a.refuse(&w, out), from)
+			continue
+		}
 		later := w // Its query is a copy: the next packet overwrites ours.
 		waiting.Go(func() {
+			defer func() { <-a.waiting }()
 			_, _ = conn.WriteToUDPAddrPort(a.later(ctx, &later, nil), from)
 		})
 	}

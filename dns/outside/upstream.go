@@ -77,7 +77,7 @@ func (u *upstream) patience() time.Duration {
 	if u.latency == 0 {
 		return 400 * time.Millisecond
 	}
-	return min(max(4*u.latency, 100*time.Millisecond), time.Second)
+	return min(max(4*u.latency, 250*time.Millisecond), time.Second)
 }
 
 // ask sends a question and waits for its answer.
@@ -108,6 +108,9 @@ func (u *upstream) note(began time.Time, took time.Duration, err error) {
 	defer u.mu.Unlock()
 	if err == nil {
 		u.failures, u.lastReply = 0, time.Now()
+		if u.latency == 0 {
+			u.latency = took
+		}
 		u.latency += (took - u.latency) / 8
 		return
 	}

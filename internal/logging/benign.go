@@ -14,8 +14,9 @@ var benign = map[string]struct {
 	"Found stale data, removed previous endpoints on kubernetes service, apiserver didn't exit successfully previously": {
 		false, "kedge publishes the endpoints of the service itself"},
 	"eviction manager: failed to check if we have separate container filesystem. Ignoring.": {false, "containerd answers this through the CRI instead"},
-	"failed check for fsverity support":                                                     {false, "an option of the file system that is used where it exists"},
-	"Failed to ensure process in container with oom score":                                  {false, "a process namespace without init, as in containers"},
+	"Error on socket receive":                              {false, "how every exec, attach and port-forward over a WebSocket ends"},
+	"failed check for fsverity support":                    {false, "an option of the file system that is used where it exists"},
+	"Failed to ensure process in container with oom score": {false, "a process namespace without init, as in containers"},
 
 	"Failed to ensure lease exists, will retry": {true, "namespaces are made after the API server starts"},
 	"failed to load cni during init, please check CRI plugin status before setting up network for pods": {

@@ -117,7 +117,8 @@ type subject struct {
 //
 // It may not be used from several goroutines at a time.
 type PolicyTable struct {
-	name string
+	name   string
+	socket socket
 
 	// What should be true after the next Commit.
 	sets     map[string]*policySet

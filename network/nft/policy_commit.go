@@ -71,7 +71,7 @@ func (t *PolicyTable) rewrite() error {
 		}
 		eachSubjectMap(t.subjects, tx.addElements)
 	}
-	if err := tx.commit(); err != nil {
+	if err := t.socket.commit(tx); err != nil {
 		t.known = false
 		return err
 	}
@@ -134,7 +134,7 @@ func (t *PolicyTable) update() error {
 			tx.delSet(name)
 		}
 	}
-	return tx.commit()
+	return t.socket.commit(tx)
 }
 
 func (t *PolicyTable) updateElements(tx *transaction) {
@@ -222,7 +222,7 @@ func (t *PolicyTable) hold(one map[subject]string) error {
 		for _, step := range steps {
 			step(tx)
 		}
-		return tx.commit()
+		return t.socket.commit(tx)
 	}
 	add := func(tx *transaction) { eachSubjectMap(one, tx.addElements) }
 	del := func(tx *transaction) { eachSubjectMap(one, tx.delElements) }
@@ -232,10 +232,13 @@ func (t *PolicyTable) hold(one map[subject]string) error {
 		return try(del, add)
 	case errors.Is(err, unix.ENOENT): // there is no table
 		only := PolicyTable{name: t.name, subjects: one}
-		return only.rewrite()
+		return errors.Join(only.rewrite(), only.Close())
 	}
 	return err
 }
+
+// Close gives back what Commit keeps open. The table stays, and may be used again.
+func (t *PolicyTable) Close() error { return t.socket.close() }
 
 // Repair writes the table again when the kernel holds something else than the
 // last Commit wrote, and says whether it had to.

@@ -23,6 +23,7 @@ type PolicyStep struct {
 	Rule      string // the rule's comment
 	Matched   bool
 	Why       string // which set holds which part of the connection, or does not
+	Then      Verdict
 }
 
 // Trace returns which rules a connection meets and whether the last of them
@@ -38,7 +39,7 @@ func (t *PolicyTable) Trace(d Direction, c Connection) (steps []PolicyStep, allo
 	case "":
 		return nil, true
 	case Refuse:
-		return []PolicyStep{{Direction: d, Chain: subjectMap(d, familyOf(subject.addr)).Name, Rule: "nothing is known yet about the pod", Matched: true}}, false
+		return []PolicyStep{{Direction: d, Chain: subjectMap(d, familyOf(subject.addr)).Name, Rule: "nothing is known yet about the pod", Matched: true, Then: Deny}}, false
 	}
 	verdict, _ := t.follow(name, c, &steps)
 	return steps, verdict == Allow
@@ -49,7 +50,7 @@ func (t *PolicyTable) follow(name string, c Connection, steps *[]PolicyStep) (ve
 	chain := t.chains[name]
 	for _, r := range chain.Rules {
 		matched, why := t.matches(chain.Direction, r, c)
-		*steps = append(*steps, PolicyStep{chain.Direction, name, r.Comment, matched, why})
+		*steps = append(*steps, PolicyStep{chain.Direction, name, r.Comment, matched, why, r.Then})
 		switch {
 		case !matched:
 		case r.Then == Pass:

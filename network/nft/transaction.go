@@ -128,13 +128,10 @@ func (t *transaction) delChain(name string) {
 	t.conn.DelChain(&nftables.Chain{Name: name, Table: t.table})
 }
 
-// commit sends the transaction and waits for the kernel's answer.
-func (t *transaction) commit() error {
+// encode returns the messages of the transaction; none if it changes nothing.
+func (t *transaction) encode() ([]netlink.Message, error) {
 	if err := errors.Join(append(t.errs, t.conn.Flush())...); err != nil {
-		return fmt.Errorf("encode change of nftables table %s: %w", t.table.Name, err)
-	}
-	if len(t.messages) == 0 {
-		return nil
+		return nil, fmt.Errorf("encode change of nftables table %s: %w", t.table.Name, err)
 	}
 	for i := range t.messages {
 		h := &t.messages[i].Header
@@ -144,22 +141,57 @@ func (t *transaction) commit() error {
 			finishConntrack(t.messages[i].Data)
 		}
 	}
-	// Errors come in order, and an acknowledgement of the last change (the message
-	// after it ends the transaction) only if there is none.
-	t.messages[len(t.messages)-2].Header.Flags |= netlink.Acknowledge
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if n := len(t.messages); n > 0 {
+		// Errors come in order, and an acknowledgement of the last change (the message
+		// after it ends the transaction) only if there is none.
+		t.messages[n-2].Header.Flags |= netlink.Acknowledge
+	}
+	return t.messages, nil
+}
+
+// commit sends the transaction through a socket of its own; see socket.
+func (t *transaction) commit() error {
+	var s socket
+	return errors.Join(s.commit(t), s.close())
+}
+
+// socket is a way to the kernel that stays open from one transaction to the next.
+// When such a socket is closed the kernel first clears away what transactions have
+// removed, which takes it 10 ms, and whoever closes it waits.
+type socket struct{ conn *netlink.Conn }
+
+// commit sends a transaction and waits for the kernel's answer.
+func (s *socket) commit(t *transaction) error {
+	messages, err := t.encode()
+	if err != nil || len(messages) == 0 {
+		return err
+	}
+	if s.conn == nil {
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		if err := conn.SetWriteBuffer(socketBuffer); err != nil {
+			return errors.Join(fmt.Errorf("open nftables: %w", err), conn.Close())
+		}
+		s.conn = conn
+	}
+	if _, err = s.conn.SendMessages(messages); err == nil {
+		_, err = s.conn.Receive()
+	}
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	defer conn.Close()
-	if err := conn.SetWriteBuffer(socketBuffer); err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	if _, err := conn.SendMessages(t.messages); err != nil {
-		return fmt.Errorf("change nftables table %s: %w", t.table.Name, err)
-	}
-	if _, err := conn.Receive(); err != nil {
-		return fmt.Errorf("change nftables table %s: %w", t.table.Name, err)
+		// Further answers to a transaction that failed must not be taken for those to
+		// the next one.
+		return errors.Join(fmt.Errorf("change nftables table %s: %w", t.table.Name, err), s.close())
 	}
 	return nil
+}
+
+func (s *socket) close() error {
+	if s.conn == nil {
+		return nil
+	}
+	err := s.conn.Close()
+	s.conn = nil
+	return err
 }

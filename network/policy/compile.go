@@ -178,36 +178,44 @@ type chainKey struct {
 }
 
 // chain is a policy as a chain of the table, for the pods whose named ports are
-// the same.
+// the same, or the policies of a cluster-wide tier for the pods that they select.
 type chain struct {
 	name   string
 	key    chainKey
-	policy *policy
+	policy *policy          // or
+	tier   []*clusterPolicy // in order
 	ports  map[namedPort][]uint16
 	sets   []*set
 	refs   int
 }
 
-func (e *engine) acquireChain(np *policy, d nft.Direction, v6 bool, p *pod) *chain {
-	key := chainKey{direction: d, v6: v6}
+// portsFor resolves the named ports of rules for the pod that connections are
+// opened to, and describes the result.
+func portsFor(d nft.Direction, rules []rule, p *pod) (map[namedPort][]uint16, string) {
 	ports := map[namedPort][]uint16{}
-	if d == nft.Ingress {
-		var text strings.Builder
-		for _, r := range np.rules[d] {
-			for _, n := range r.named {
+	var text strings.Builder
+	for _, r := range rules {
+		for _, n := range r.named {
+			if _, done := ports[n]; d == nft.Ingress && !done {
 				ports[n] = p.resolve(n.protocol, n.name)
 				fmt.Fprint(&text, n, ports[n], ";")
 			}
 		}
-		key.ports = text.String()
 	}
+	return ports, text.String()
+}
+
+func (e *engine) acquireChain(np *policy, d nft.Direction, v6 bool, p *pod) *chain {
+	key := chainKey{direction: d, v6: v6}
+	var ports map[namedPort][]uint16
+	ports, key.ports = portsFor(d, np.rules[d], p)
 	if c := np.chains[key]; c != nil {
 		c.refs++
 		return c
 	}
-	c := &chain{name: chainName(np, key), key: key, ports: ports, refs: 1}
+	c := &chain{name: chainName(np, key), key: key, policy: np, ports: ports, refs: 1}
 	np.chains[key] = c
-	e.rewriteChain(c, np)
+	e.rewriteChain(c)
 	return c
 }
 
@@ -227,22 +235,33 @@ func chainName(np *policy, key chainKey) string {
 	return name
 }
 
-// rewriteChain makes a chain say what the policy does.
-func (e *engine) rewriteChain(c *chain, np *policy) {
+// rewriteChain makes a chain say what its policies do.
+func (e *engine) rewriteChain(c *chain) {
 	before := c.sets
-	c.policy, c.sets = np, nil
-	rules := nft.PolicyChain{Direction: c.key.direction, V6: c.key.v6}
-	for i, r := range np.rules[c.key.direction] {
-		rules.Rules = append(rules.Rules, e.compile(c, r, fmt.Sprintf("%s rule %d: ", np.key, i+1))...)
+	c.sets = nil
+	out := nft.PolicyChain{Direction: c.key.direction, V6: c.key.v6}
+	if c.policy != nil {
+		for i, r := range c.policy.rules[c.key.direction] {
+			out.Rules = append(out.Rules, e.compile(c, r, nft.Allow, fmt.Sprintf("%s rule %d: ", c.policy.key, i+1))...)
+		}
 	}
-	e.table.SetChain(c.name, rules)
+	for _, cp := range c.tier {
+		for i, r := range cp.rules[c.key.direction] {
+			label := fmt.Sprintf("%s rule %d", cp.name, i+1)
+			if r.name != "" {
+				label += " (" + r.name + ")"
+			}
+			out.Rules = append(out.Rules, e.compile(c, r.rule, r.action, label+": ")...)
+		}
+	}
+	e.table.SetChain(c.name, out)
 	for _, s := range before {
 		e.releaseSet(s)
 	}
 }
 
 // compile spells one rule of a policy out, and notes the sets it needs.
-func (e *engine) compile(c *chain, r rule, label string) []nft.PolicyRule {
+func (e *engine) compile(c *chain, r rule, then nft.Verdict, label string) []nft.PolicyRule {
 	use := func(s *set) string {
 		s = e.acquireSet(s)
 		c.sets = append(c.sets, s)
@@ -258,8 +277,8 @@ func (e *engine) compile(c *chain, r rule, label string) []nft.PolicyRule {
 	ports = mergePorts(ports)
 
 	var out []nft.PolicyRule
-	allow := func(nr nft.PolicyRule, comment string) {
-		nr.Comment, nr.Then = label+comment, nft.Allow
+	add := func(nr nft.PolicyRule, comment string) {
+		nr.Comment, nr.Then = label+comment, then
 		out = append(out, nr)
 	}
 	if r.anyPort || len(ports) > 0 {
@@ -268,13 +287,13 @@ func (e *engine) compile(c *chain, r rule, label string) []nft.PolicyRule {
 			portSet, by = use(portsSet(ports)), ", "+describe(ports)
 		}
 		if r.anyPeer {
-			allow(nft.PolicyRule{Ports: portSet}, "everybody"+by)
+			add(nft.PolicyRule{Ports: portSet}, "everybody"+by)
 		}
 		for _, s := range r.selectors {
-			allow(nft.PolicyRule{Peers: use(podsSet(s, c.key.v6)), Ports: portSet}, s.String()+by)
+			add(nft.PolicyRule{Peers: use(podsSet(s, c.key.v6)), Ports: portSet}, s.String()+by)
 		}
 		if len(blocks) > 0 {
-			allow(nft.PolicyRule{Peers: use(blocksSet(blocks, c.key.v6)), Ports: portSet}, describe(blocks)+by)
+			add(nft.PolicyRule{Peers: use(blocksSet(blocks, c.key.v6)), Ports: portSet}, describe(blocks)+by)
 		}
 	}
 	if c.key.direction == nft.Egress {
@@ -285,10 +304,10 @@ func (e *engine) compile(c *chain, r rule, label string) []nft.PolicyRule {
 		}
 		for _, n := range r.named {
 			for _, s := range selectors {
-				allow(nft.PolicyRule{PeerPorts: use(podPortsSet(s, n, c.key.v6))}, s.String()+", "+n.String())
+				add(nft.PolicyRule{PeerPorts: use(podPortsSet(s, n, c.key.v6))}, s.String()+", "+n.String())
 			}
 			if len(blocks) > 0 {
-				allow(nft.PolicyRule{PeerPorts: use(blockPortsSet(blocks, n, c.key.v6))}, describe(blocks)+", "+n.String())
+				add(nft.PolicyRule{PeerPorts: use(blockPortsSet(blocks, n, c.key.v6))}, describe(blocks)+", "+n.String())
 			}
 		}
 	}
@@ -299,15 +318,24 @@ func (e *engine) releaseChain(c *chain) {
 	if c.refs--; c.refs > 0 {
 		return
 	}
-	delete(c.policy.chains, c.key)
+	if c.policy != nil {
+		delete(c.policy.chains, c.key)
+	} else {
+		delete(e.tiers, c.name)
+	}
 	e.table.RemoveChain(c.name)
 	for _, s := range c.sets {
 		e.releaseSet(s)
 	}
 }
 
-// group is what judges all pods that the same policies select: each policy in
-// turn, and in the end refusal.
+// group is what judges all pods that the same policies select:
+//
+//	admin tier     the first rule that matches decides, or passes on
+//	policies       each in turn, and in the end refusal; if there are none
+//	baseline tier  the first rule that matches decides
+//
+// What reaches the end is allowed.
 type group struct {
 	name   string
 	chains []*chain
@@ -315,12 +343,48 @@ type group struct {
 	refs   int
 }
 
-func (e *engine) acquireGroup(d nft.Direction, v6 bool, selecting []*policy, p *pod) *group {
+// acquireGroup returns who judges a pod in a direction; nil for nobody.
+func (e *engine) acquireGroup(d nft.Direction, v6 bool, ns *namespace, p *pod) *group {
+	admin := e.acquireTier(false, d, v6, ns, p)
+	var policies []*chain
+	for _, np := range ns.selecting(d, p) {
+		policies = append(policies, e.acquireChain(np, d, v6, p))
+	}
+	var baseline *chain
+	if len(policies) == 0 {
+		baseline = e.acquireTier(true, d, v6, ns, p)
+	}
 	var chains []*chain
-	var content strings.Builder
-	for _, np := range selecting {
-		c := e.acquireChain(np, d, v6, p)
+	rules := nft.PolicyChain{Direction: d, V6: v6}
+	call := func(c *chain, comment string) {
 		chains = append(chains, c)
+		rules.Rules = append(rules.Rules, nft.PolicyRule{Comment: comment, Then: nft.Call, Chain: c.name})
+	}
+	itself := nft.PolicyRule{Comment: "a pod may connect to itself", Itself: itselfName(v6), Then: nft.Allow}
+	if admin != nil || baseline != nil {
+		rules.Rules = append(rules.Rules, itself) // before anything may refuse it
+	}
+	if admin != nil {
+		call(admin, "admin tier")
+	}
+	var names []string
+	for _, c := range policies {
+		names = append(names, c.policy.key.String())
+		call(c, "policy "+c.policy.key.String())
+	}
+	switch {
+	case len(policies) > 0 && admin != nil:
+		rules.Rules = append(rules.Rules, nft.PolicyRule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: nft.Deny})
+	case len(policies) > 0:
+		rules.Rules = append(rules.Rules, itself, nft.PolicyRule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: nft.Deny})
+	case baseline != nil:
+		call(baseline, "baseline tier")
+	}
+	if len(chains) == 0 {
+		return nil
+	}
+	var content strings.Builder
+	for _, c := range chains {
 		content.WriteString(c.name + "\n")
 	}
 	name := named("judge-"+d.String()+familySuffix(v6), content.String())
@@ -333,15 +397,6 @@ func (e *engine) acquireGroup(d nft.Direction, v6 bool, selecting []*policy, p *
 	}
 	g := &group{name: name, chains: chains, itself: e.acquireSet(itselfSet(v6)), refs: 1}
 	e.groups[name] = g
-	rules := nft.PolicyChain{Direction: d, V6: v6}
-	var names []string
-	for _, c := range chains {
-		names = append(names, c.policy.key.String())
-		rules.Rules = append(rules.Rules, nft.PolicyRule{Comment: "policy " + c.policy.key.String(), Then: nft.Call, Chain: c.name})
-	}
-	rules.Rules = append(rules.Rules,
-		nft.PolicyRule{Comment: "a pod may connect to itself", Itself: g.itself.name, Then: nft.Allow},
-		nft.PolicyRule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: nft.Deny})
 	e.table.SetChain(name, rules)
 	return g
 }

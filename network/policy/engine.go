@@ -33,6 +33,9 @@ type engine struct {
 	byPod      map[podKey][]*attachment
 	sets       map[string]*set   // by name
 	groups     map[string]*group // by name
+	cluster    map[string]*clusterPolicy
+	inOrder    []*clusterPolicy  // of both tiers, by priority
+	tiers      map[string]*chain // of cluster-wide policies, by name
 	synced     bool              // the API's objects are known: pods may be judged
 }
 
@@ -72,6 +75,7 @@ func newEngine(table *nft.PolicyTable) *engine {
 		namespaces: map[string]*namespace{},
 		owners:     map[string]*attachment{}, byPod: map[podKey][]*attachment{},
 		sets: map[string]*set{}, groups: map[string]*group{},
+		cluster: map[string]*clusterPolicy{}, tiers: map[string]*chain{},
 	}
 }
 
@@ -120,6 +124,9 @@ func (e *engine) setNamespace(name string, to labels.Set) {
 		}
 	}
 	ns.labels = to
+	if len(e.cluster) > 0 {
+		e.judgeNamespace(name)
+	}
 }
 
 // setPod says what a pod is; nil if it is gone.
@@ -224,17 +231,17 @@ func (e *engine) setPolicy(key podKey, to *policy) {
 		}
 		ns.policies[key.name] = to
 		for _, c := range to.chains {
-			e.rewriteChain(c, to)
+			c.policy = to
+			e.rewriteChain(c)
 		}
 	}
-	for name := range ns.pods {
-		for _, a := range e.byPod[podKey{key.namespace, name}] {
-			e.judge(a)
-		}
-	}
-	// Pods that the API does not know may be in the namespace as well.
+	e.judgeNamespace(key.namespace)
+}
+
+// judgeNamespace judges the pods of a namespace, known to the API or not.
+func (e *engine) judgeNamespace(name string) {
 	for _, a := range e.owners {
-		if a.pod.namespace == key.namespace && ns.pods[a.pod.name] == nil {
+		if a.pod.namespace == name {
 			e.judge(a)
 		}
 	}
@@ -312,26 +319,21 @@ func (e *engine) judge(a *attachment) {
 		p = ns.pods[a.pod.name].now
 	}
 	known := p != nil && a.is(p)
-	a.certain = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0)
+	a.certain = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0) && !e.clusterMaySelect(ns)
 	for _, d := range directions {
-		var selecting []*policy
-		if known {
-			selecting = ns.selecting(d, p)
-		}
 		for _, addr := range a.addrs {
 			s := subject{d, addr}
 			before := a.groups[s]
 			delete(a.groups, s)
-			switch {
-			case !a.certain:
-				e.table.Judge(d, addr, nft.Refuse)
-			case len(selecting) == 0:
-				e.table.Judge(d, addr, "")
-			default:
-				g := e.acquireGroup(d, addr.Is6(), selecting, p)
-				e.table.Judge(d, addr, g.name)
-				a.groups[s] = g
+			verdict := ""
+			if !a.certain {
+				verdict = nft.Refuse
+			} else if known {
+				if g := e.acquireGroup(d, addr.Is6(), ns, p); g != nil {
+					a.groups[s], verdict = g, g.name
+				}
 			}
+			e.table.Judge(d, addr, verdict)
 			if before != nil {
 				e.releaseGroup(before)
 			}

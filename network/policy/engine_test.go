@@ -54,6 +54,9 @@ func TestDecisions(t *testing.T) {
 		for _, name := range []string{"x", "y", "z"} {
 			e.setNamespace(name, nil)
 		}
+		for name := range w.wide {
+			e.setClusterPolicy(name, nil)
+		}
 		for _, key := range w.sorted() {
 			e.setPolicy(key, nil)
 		}
@@ -61,7 +64,7 @@ func TestDecisions(t *testing.T) {
 			e.setPod(key, nil)
 			e.detach(key.name)
 		}
-		if s := e.table.String(); s != "" || len(e.namespaces)+len(e.sets)+len(e.groups)+len(e.owners)+len(e.byPod) != 0 {
+		if s := e.table.String(); s != "" || len(e.namespaces)+len(e.sets)+len(e.groups)+len(e.owners)+len(e.byPod)+len(e.tiers) != 0 {
 			t.Fatalf("seed %d: left over:\n%s%+v", seed, s, e)
 		}
 	}

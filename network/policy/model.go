@@ -97,9 +97,13 @@ func samePorts(a, b map[string][]port) bool {
 	return true
 }
 
-// resolve returns the ports of a name that have the protocol.
+// resolve returns the ports of a name that have the protocol. A pod that has ended
+// has none.
 func (p *pod) resolve(protocol uint8, name string) []uint16 {
 	var out []uint16
+	if !p.peer {
+		return nil
+	}
 	for _, q := range p.ports[name] {
 		if q.protocol == protocol && !slices.Contains(out, q.number) {
 			out = append(out, q.number)

@@ -2,12 +2,14 @@ package policy
 
 import (
 	"net/netip"
+	"sort"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/network-policy-api/apis/v1alpha2"
 )
 
 // cluster is what the API says, in its own words.
@@ -15,6 +17,7 @@ type cluster struct {
 	namespaces map[string]labels.Set
 	pods       map[podKey]*corev1.Pod
 	policies   map[podKey]*networkingv1.NetworkPolicy
+	wide       map[string]*v1alpha2.ClusterNetworkPolicy
 }
 
 // thisNode is the node whose decisions are looked at.
@@ -53,8 +56,8 @@ func (c *cluster) owner(a netip.Addr) *corev1.Pod {
 	return nil
 }
 
-// allows judges a connection by reading the specification of NetworkPolicy from
-// top to bottom, with nothing prepared and nothing shared with the engine.
+// allows judges a connection by reading the specifications of NetworkPolicy and
+// ClusterNetworkPolicy from top to bottom, with nothing prepared and nothing shared with the engine.
 func (c *cluster) allows(conn connection) bool {
 	if conn.from == conn.to {
 		return true
@@ -72,6 +75,9 @@ func (c *cluster) allows(conn connection) bool {
 func (c *cluster) allowsOneWay(subject *corev1.Pod, conn connection, egress bool) bool {
 	if subject == nil {
 		return true
+	}
+	if action := c.tier(v1alpha2.AdminTier, subject, conn, egress); action != v1alpha2.ClusterNetworkPolicyRuleActionPass {
+		return action == v1alpha2.ClusterNetworkPolicyRuleActionAccept
 	}
 	isolated := false
 	for _, np := range c.policies {
@@ -100,7 +106,76 @@ func (c *cluster) allowsOneWay(subject *corev1.Pod, conn connection, egress bool
 			}
 		}
 	}
-	return !isolated
+	return !isolated && c.tier(v1alpha2.BaselineTier, subject, conn, egress) != v1alpha2.ClusterNetworkPolicyRuleActionDeny
+}
+
+// tier finds the first rule of a tier that matches; Pass if none does.
+func (c *cluster) tier(tier v1alpha2.Tier, subject *corev1.Pod, conn connection, egress bool) v1alpha2.ClusterNetworkPolicyRuleAction {
+	var all []*v1alpha2.ClusterNetworkPolicy
+	for _, p := range c.wide {
+		if p.Spec.Tier == tier && c.clusterSelects(p.Spec.Subject.Namespaces, p.Spec.Subject.Pods, subject) {
+			all = append(all, p)
+		}
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].Spec.Priority < all[j].Spec.Priority })
+	for _, p := range all {
+		if egress {
+			for _, r := range p.Spec.Egress {
+				for _, peer := range r.To {
+					match := c.clusterSelects(peer.Namespaces, peer.Pods, c.podAt(conn.to))
+					for _, n := range peer.Networks {
+						match = match || netip.MustParsePrefix(string(n)).Contains(conn.to)
+					}
+					if match && c.protocolsMatch(r.Protocols, conn) {
+						return r.Action
+					}
+				}
+			}
+			continue
+		}
+		for _, r := range p.Spec.Ingress {
+			for _, peer := range r.From {
+				if c.clusterSelects(peer.Namespaces, peer.Pods, c.podAt(conn.from)) && c.protocolsMatch(r.Protocols, conn) {
+					return r.Action
+				}
+			}
+		}
+	}
+	return v1alpha2.ClusterNetworkPolicyRuleActionPass
+}
+
+func (c *cluster) clusterSelects(namespaces *metav1.LabelSelector, pods *v1alpha2.NamespacedPod, p *corev1.Pod) bool {
+	switch {
+	case p == nil:
+		return false
+	case namespaces != nil:
+		return selects(namespaces, c.namespaces[p.Namespace])
+	case pods != nil:
+		return selects(&pods.NamespaceSelector, c.namespaces[p.Namespace]) && selects(&pods.PodSelector, p.Labels)
+	}
+	return false
+}
+
+func (c *cluster) protocolsMatch(protocols []v1alpha2.ClusterNetworkPolicyProtocol, conn connection) bool {
+	in := func(p *v1alpha2.Port) bool {
+		return p == nil || int(p.Number) == conn.port || p.Range != nil && int(p.Range.Start) <= conn.port && conn.port <= int(p.Range.End)
+	}
+	for _, p := range protocols {
+		switch {
+		case p.DestinationNamedPort != "":
+			if to := c.podAt(conn.to); to != nil {
+				for _, cp := range to.Spec.Containers[0].Ports {
+					if cp.Name == p.DestinationNamedPort && cp.Protocol == conn.protocol && int(cp.ContainerPort) == conn.port {
+						return true
+					}
+				}
+			}
+		case p.TCP != nil && conn.protocol == corev1.ProtocolTCP && in(p.TCP.DestinationPort),
+			p.UDP != nil && conn.protocol == corev1.ProtocolUDP && in(p.UDP.DestinationPort):
+			return true
+		}
+	}
+	return len(protocols) == 0
 }
 
 func hasType(np *networkingv1.NetworkPolicy, want networkingv1.PolicyType) bool {

@@ -8,13 +8,11 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-	corev1 "k8s.io/api/core/v1"
 
 	"kedge/internal/netns"
 	"kedge/internal/testhost"
@@ -105,30 +103,6 @@ func (l *lab) join(i int) *netns.NS {
 	return ns
 }
 
-// passes says whether a connection that a pod opens gets an answer from its target:
-// for TCP the refusal by a pod that listens nowhere, for UDP the ICMP error that
-// says the same.
-func (l *lab) passes(c connection) bool {
-	ns := l.pods[c.from]
-	address := net.JoinHostPort(c.to.String(), fmt.Sprint(c.port))
-	var err error
-	l.must(ns.Do(func() error {
-		var conn net.Conn
-		conn, err = net.DialTimeout(strings.ToLower(string(c.protocol)), address, quick)
-		if err != nil {
-			return nil
-		}
-		defer conn.Close()
-		if c.protocol == corev1.ProtocolUDP {
-			conn.SetDeadline(time.Now().Add(quick))
-			conn.Write([]byte("?"))
-			_, err = conn.Read(make([]byte, 1))
-		}
-		return nil
-	}))
-	return err == nil || errors.Is(err, syscall.ECONNREFUSED)
-}
-
 // quick is how long a test waits for a packet that is not expected to come back.
 const quick = 60 * time.Millisecond
 
@@ -138,6 +112,7 @@ func setSysctl(path, value string) error { return os.WriteFile("/proc/sys/"+path
 // what gets through with the specification.
 func TestPackets(t *testing.T) {
 	l := newLab(t)
+	s := &station{lab: l}
 	for i := range randomPods {
 		ns := l.join(i)
 		// ICMP errors are limited to a few a second and target otherwise.
@@ -171,7 +146,10 @@ func TestPackets(t *testing.T) {
 			if seen[want]++; seen[want] > 12 {
 				continue
 			}
-			if got := l.passes(c); got != want && l.passes(c) != want { // one may be lost
+			try := func() bool {
+				return s.reaches(l.pods[c.from], strings.ToLower(string(c.protocol)), c.to, uint16(c.port))
+			}
+			if got := as(want, try); got != want {
 				steps, _ := table.Trace(nft.Egress, c.nft())
 				more, _ := table.Trace(nft.Ingress, c.nft())
 				t.Fatalf("round %d: %s to %s %s %d passes: %v, want %v\n%+v\n%+v\n%s", round, c.from, c.to, c.protocol, c.port, got, want, steps, more, table)

@@ -197,6 +197,11 @@ func (p *Policy) Run(ctx context.Context, ready func()) error {
 		}
 	})
 	p.work(inner, damaged, ready)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.engine.table.Close(); err != nil {
+		p.log.Debug("nftables not closed", "error", err)
+	}
 	if ctx.Err() != nil {
 		return nil
 	}

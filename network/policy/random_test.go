@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -13,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/network-policy-api/apis/v1alpha2"
 
 	"kedge/network/cni"
 )
@@ -166,6 +168,54 @@ func (r random) policy(namespace, name string) *networkingv1.NetworkPolicy {
 	return np
 }
 
+// clusterSubject fills one of two fields.
+func (r random) clusterSubject() (*metav1.LabelSelector, *v1alpha2.NamespacedPod) {
+	if r.chance(40) {
+		return r.selector(), nil
+	}
+	return nil, &v1alpha2.NamespacedPod{NamespaceSelector: *r.selector(), PodSelector: *r.selector()}
+}
+
+func (r random) protocols() []v1alpha2.ClusterNetworkPolicyProtocol {
+	var out []v1alpha2.ClusterNetworkPolicyProtocol
+	for range r.IntN(3) {
+		port := pick(r, nil, &v1alpha2.Port{Number: 80}, &v1alpha2.Port{Range: &v1alpha2.PortRange{Start: 81, End: 90}})
+		out = append(out, pick(r,
+			v1alpha2.ClusterNetworkPolicyProtocol{TCP: &v1alpha2.ClusterNetworkPolicyProtocolTCP{DestinationPort: port}},
+			v1alpha2.ClusterNetworkPolicyProtocol{UDP: &v1alpha2.ClusterNetworkPolicyProtocolUDP{DestinationPort: port}},
+			v1alpha2.ClusterNetworkPolicyProtocol{SCTP: &v1alpha2.ClusterNetworkPolicyProtocolSCTP{DestinationPort: port}},
+			v1alpha2.ClusterNetworkPolicyProtocol{DestinationNamedPort: pick(r, "web", "dns")}))
+	}
+	return out
+}
+
+// clusterPolicy makes one whose priority is that of no other name.
+func (r random) clusterPolicy(name string) *v1alpha2.ClusterNetworkPolicy {
+	p := &v1alpha2.ClusterNetworkPolicy{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	p.Spec.Tier = pick(r, v1alpha2.AdminTier, v1alpha2.BaselineTier)
+	p.Spec.Priority = int32(r.IntN(30)*3 + strings.Index("lmn", name))
+	p.Spec.Subject.Namespaces, p.Spec.Subject.Pods = r.clusterSubject()
+	action := func() v1alpha2.ClusterNetworkPolicyRuleAction {
+		return pick(r, v1alpha2.ClusterNetworkPolicyRuleActionAccept, v1alpha2.ClusterNetworkPolicyRuleActionDeny, v1alpha2.ClusterNetworkPolicyRuleActionPass)
+	}
+	for range r.IntN(3) {
+		var peer v1alpha2.ClusterNetworkPolicyIngressPeer
+		peer.Namespaces, peer.Pods = r.clusterSubject()
+		p.Spec.Ingress = append(p.Spec.Ingress, v1alpha2.ClusterNetworkPolicyIngressRule{Action: action(), Protocols: r.protocols(), From: []v1alpha2.ClusterNetworkPolicyIngressPeer{peer}})
+	}
+	for range r.IntN(3) {
+		var peer v1alpha2.ClusterNetworkPolicyEgressPeer
+		if protocols := r.protocols(); r.chance(30) {
+			peer.Networks = []v1alpha2.CIDR{pick[v1alpha2.CIDR](r, "10.42.0.16/29", "0.0.0.0/0", "::/0", "fd42::18/125")}
+			p.Spec.Egress = append(p.Spec.Egress, v1alpha2.ClusterNetworkPolicyEgressRule{Action: action(), Protocols: protocols, To: []v1alpha2.ClusterNetworkPolicyEgressPeer{peer}})
+			continue
+		}
+		peer.Namespaces, peer.Pods = r.clusterSubject()
+		p.Spec.Egress = append(p.Spec.Egress, v1alpha2.ClusterNetworkPolicyEgressRule{Action: action(), Protocols: r.protocols(), To: []v1alpha2.ClusterNetworkPolicyEgressPeer{peer}})
+	}
+	return p
+}
+
 // world is a cluster and an engine that is told of it.
 type world struct {
 	random
@@ -176,6 +226,7 @@ type world struct {
 func newWorld(seed uint64, e *engine) *world {
 	w := &world{random: random{rand.New(rand.NewPCG(seed, 0))}, engine: e, cluster: cluster{
 		namespaces: map[string]labels.Set{}, pods: map[podKey]*corev1.Pod{}, policies: map[podKey]*networkingv1.NetworkPolicy{},
+		wide: map[string]*v1alpha2.ClusterNetworkPolicy{},
 	}}
 	return w
 }
@@ -185,7 +236,16 @@ func onNode(i int) bool { return i%4 != 3 }
 
 // step lets something happen.
 func (w *world) step() {
-	switch w.IntN(10) {
+	switch w.IntN(12) {
+	case 10:
+		name := pick(w.random, "l", "m", "n")
+		if w.wide[name] != nil && w.chance(60) {
+			delete(w.wide, name)
+			w.engine.setClusterPolicy(name, nil)
+			return
+		}
+		w.wide[name] = w.clusterPolicy(name)
+		w.engine.setClusterPolicy(name, mustRead(newClusterPolicy(w.wide[name])))
 	case 0:
 		name := w.namespace()
 		if w.chance(20) {
@@ -235,11 +295,7 @@ func (w *world) step() {
 		}
 		np := w.policy(key.namespace, key.name)
 		w.policies[key] = np
-		read, err := newPolicy(np)
-		if err != nil {
-			panic(err)
-		}
-		w.engine.setPolicy(key, read)
+		w.engine.setPolicy(key, mustRead(newPolicy(np)))
 	}
 }
 
@@ -265,11 +321,10 @@ func (w *world) replay(e *engine) {
 		}
 	}
 	for key, np := range w.policies {
-		read, err := newPolicy(np)
-		if err != nil {
-			panic(err)
-		}
-		steps = append(steps, func() { e.setPolicy(key, read) })
+		steps = append(steps, func() { e.setPolicy(key, mustRead(newPolicy(np))) })
+	}
+	for name, cnp := range w.wide {
+		steps = append(steps, func() { e.setClusterPolicy(name, mustRead(newClusterPolicy(cnp))) })
 	}
 	w.Shuffle(len(steps), func(i, j int) { steps[i], steps[j] = steps[j], steps[i] })
 	for _, s := range steps {
@@ -298,4 +353,11 @@ func (w *world) sorted() []podKey {
 	return slices.SortedFunc(maps.Keys(w.policies), func(a, b podKey) int {
 		return slices.Compare([]string{a.namespace, a.name}, []string{b.namespace, b.name})
 	})
+}
+
+func mustRead[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
 }

@@ -51,20 +51,26 @@ func (p *Policy) Trace(_ context.Context, stage trace.Stage, pkt *trace.Packet) 
 			out = append(out, step)
 			continue
 		}
-		for i, r := range rules {
+		for _, r := range rules {
 			s := step
 			s.Chain, s.Rule, s.Element = r.Chain, r.Rule, r.Why
 			switch {
 			case !r.Matched:
 				s.Effect = "does not match"
-			case i < len(rules)-1:
+			case r.Then == nft.Call:
 				s.Effect = "looks into it"
-			case allowed:
+			case r.Then == nft.Pass:
+				s.Effect = "leaves it to the next tier"
+			case r.Then == nft.Allow:
 				s.Effect = fmt.Sprintf("allows the connection %s %s", end, name(subject))
 			default:
 				s.Effect = fmt.Sprintf("refuses the connection %s %s", end, name(subject))
 			}
 			out = append(out, s)
+		}
+		if last := rules[len(rules)-1]; allowed && (!last.Matched || last.Then != nft.Allow) {
+			step.Effect = fmt.Sprintf("allowed: no rule refuses the connection %s %s", end, name(subject))
+			out = append(out, step)
 		}
 		if !allowed {
 			pkt.Ended = true

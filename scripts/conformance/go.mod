@@ -1,3 +1,5 @@
+// What upstream's end-to-end suite and its images are built from, in the versions of
+// ours: a module of its own, so that kedge's go.mod names only what kedge needs.
 module kedge/scripts/conformance
 
 go 1.26.6

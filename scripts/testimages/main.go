@@ -146,6 +146,10 @@ func agnhost(w workshop) (testimage.Image, error) {
 	if err != nil {
 		return testimage.Image{}, err
 	}
+	getent, err := w.program("getent")
+	if err != nil {
+		return testimage.Image{}, err
+	}
 	box, err := testimage.NewBusybox("")
 	if err != nil {
 		return testimage.Image{}, err
@@ -157,10 +161,11 @@ func agnhost(w workshop) (testimage.Image, error) {
 		}
 	}
 	maps.Copy(files, map[string]testimage.File{
-		"/agnhost":   program,
-		"/agnhost-2": {Link: "agnhost"},
-		"/coredns":   coredns,
-		"/uploads":   {Mode: os.ModeDir | 0o755},
+		"/agnhost":        program,
+		"/agnhost-2":      {Link: "agnhost"},
+		"/coredns":        coredns,
+		"/usr/bin/getent": getent, // musl's, as in the original image
+		"/uploads":        {Mode: os.ModeDir | 0o755},
 		"/etc/passwd": {Data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n" +
 			"user-defined-in-image:x:1000:1000::/home/user-defined-in-image:/bin/sh\n")},
 		"/etc/group": {Data: []byte("root:x:0:\nnogroup:x:65534:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n")},

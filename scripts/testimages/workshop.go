@@ -68,12 +68,13 @@ func (w workshop) packages(names ...string) (map[string]testimage.File, error) {
 			return nil, fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
 		}
 	}
+	files = merged(files)
 	for name, target := range alternatives {
 		if _, ok := files[target]; ok {
 			files[name] = testimage.File{Link: path.Base(target)}
 		}
 	}
-	return merged(files), nil
+	return files, nil
 }
 
 // download fetches the packages and their dependencies into a folder of their own,

@@ -1,0 +1,47 @@
+#!/bin/sh
+# Builds Kubernetes' own end-to-end suite and the images that its tests ask for,
+# without a registry: programs come from Go modules, the rest from Debian packages.
+# What is there already and up to date is left alone.
+set -eu
+cd "$(dirname "$0")/.."
+out=$PWD/build/conformance
+coredns=v1.12.4 # of the images agnhost and glibc-dns-testing: a server for tests to ask
+
+stamp=$(cat scripts/conformance/go.mod scripts/testimages/*.go scripts/testimages/musl/*.c internal/testimage/*.go "$0" | sha256sum | cut -d' ' -f1)
+if [ -f "$out/stamp" ] && [ "$(cat "$out/stamp")" = "$stamp" ]; then
+	exit 0
+fi
+
+missing=""
+command -v musl-gcc >/dev/null || missing="$missing musl-tools"
+command -v dpkg-deb >/dev/null || missing="$missing dpkg"
+[ -x /bin/busybox ] || missing="$missing busybox-static"
+sudo=""
+[ "$(id -u)" = 0 ] || sudo=sudo
+if ! command -v apt-get >/dev/null; then
+	echo "the images are made of Debian packages: this needs Debian or Ubuntu" >&2
+	exit 1
+fi
+$sudo apt-get update -qq
+[ -z "$missing" ] || DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+
+mkdir -p "$out/bin"
+images=k8s.io/kubernetes/test/images
+build() { go build -C scripts/conformance -ldflags '-s -w' -o "$out/bin/$1" "$2"; }
+echo "building the suite"
+go test -C scripts/conformance -c -ldflags '-s -w' -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
+build ginkgo github.com/onsi/ginkgo/v2/ginkgo
+echo "building the programs of its images"
+build agnhost $images/agnhost
+build nonewprivs $images/nonewprivs
+build regression-issue-74839 $images/regression-issue-74839
+build resource-consumer $images/resource-consumer
+build consume-cpu $images/resource-consumer/consume-cpu
+build sample-apiserver k8s.io/sample-apiserver
+build etcd go.etcd.io/etcd/server/v3
+GOBIN="$out/bin" go install -ldflags '-s -w' github.com/coredns/coredns@$coredns
+musl-gcc -Os -static -o "$out/bin/getent" scripts/testimages/musl/getent.c
+cp "build/payload/$(go env GOARCH)/pause" "$out/bin/pause"
+echo "building the images"
+"$out/e2e.test" --list-images 2>/dev/null | go run ./scripts/testimages -programs "$out/bin" -debs "$out/debs" -o "$out/images.tar"
+echo "$stamp" >"$out/stamp"
