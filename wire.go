@@ -1,9 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 
 	"kedge/agent"
@@ -85,7 +87,11 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 	var policies *policy.Policy
 	var judge cni.Judge // nil: every connection is allowed
 	if s.policy != nil {
-		if policies, err = policy.New(*s.policy, watches.Informers(), component(log, "policy")); err != nil {
+		clusterWide, err := dynamic.NewForConfig(networkClient)
+		if err != nil {
+			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
+		}
+		if policies, err = policy.New(*s.policy, watches.Informers(), clusterWide, component(log, "policy")); err != nil {
 			return err
 		}
 		judge = policies
