@@ -117,6 +117,14 @@ bench-plain: ## build the plain composition that kedge is measured against
 	@mkdir -p build/bench/plain
 	@go build -C scripts/bench/plain -ldflags '-s -w' -o $(CURDIR)/build/bench/plain/ ./control $(PLAIN)
 
+.PHONY: bench-services
+bench-services: ## measure the service proxy beside kube-proxy's nftables mode; needs root and, for that, the program nft
+	go test ./network/proxy -run '^$$' -bench Begin -benchtime 3x
+	go test ./network/proxy -run '^$$' -bench EndpointChange -benchtime 50x
+	go test ./network/proxy -run '^$$' -bench FirstPacket -benchtime 20000x
+	go test ./network/nft -run '^$$' -bench 'Services(All|One|Repair)' -benchtime 10x
+	go test ./network/nft -run '^$$' -bench ServicesNew -benchtime 200000x
+
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench

@@ -18,12 +18,14 @@ import (
 	"kedge/network"
 	"kedge/network/cni"
 	"kedge/network/explain"
+	"kedge/network/loadbalancer"
 	"kedge/network/policy"
 	"kedge/network/proxy"
 	"kedge/network/trace"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
+	"kedge/server/servicelb"
 )
 
 // wire is the whole graph: which parts there are and what each comes after.
@@ -53,6 +55,13 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hAPI := group.Add(api, hStore)
 	group.Add(controllers, hAPI)
 	group.Add(scheduler, hAPI)
+	if s.balancer != nil {
+		balancer, err := servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
+		if err != nil {
+			return err
+		}
+		group.Add(balancer, hAPI)
+	}
 	if s.disableAgent {
 		return nil
 	}
@@ -114,6 +123,13 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 			return err
 		}
 		group.Add(resolver, hWatches)
+	}
+	if s.announcer != nil {
+		announcer, err := loadbalancer.New(*s.announcer, watches.Informers(), watches.Client(), component(log, "loadbalancer"))
+		if err != nil {
+			return err
+		}
+		group.Add(announcer, hWatches)
 	}
 	group.Add(kubelet, hAPI, hRuntime, hPods)
 	return nil

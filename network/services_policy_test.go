@@ -368,8 +368,8 @@ func TestServiceRulesSurviveOthers(t *testing.T) {
 		"set emptied": func(c *nftables.Conn) {
 			c.FlushSet(&nftables.Set{Table: table, Name: "endpoints-4", IsMap: true})
 		},
-		"class emptied": func(c *nftables.Conn) {
-			c.FlushSet(&nftables.Set{Table: table, Name: "classes-4", IsMap: true})
+		"services emptied": func(c *nftables.Conn) {
+			c.FlushSet(&nftables.Set{Table: table, Name: "services-4", IsMap: true})
 		},
 		"strange element": func(c *nftables.Conn) {
 			c.SetAddElements(&nftables.Set{Table: table, Name: "cluster-ips-4", KeyType: nftables.TypeIPAddr}, []nftables.SetElement{{Key: []byte{10, 43, 9, 9}}})

@@ -125,7 +125,7 @@ func TestComponentsAreEmbeddedInMarkedFiles(t *testing.T) {
 		marked := strings.HasPrefix(filepath.Base(s.path), "embed_") && (s.dir == "server" || s.dir == "agent" || s.dir == "network/proxy")
 		for _, imp := range imports(s) {
 			if strings.HasPrefix(imp, "k8s.io/kubernetes/") && !marked {
-				t.Errorf("%s imports %s: only embed_*.go in server and agent may; move the use there", s.path, imp)
+				t.Errorf("%s imports %s: only embed_*.go in server, agent and network/proxy may; move the use there", s.path, imp)
 			}
 		}
 	}

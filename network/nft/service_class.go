@@ -1,140 +1,144 @@
 package nft
 
 import (
-	"crypto/sha256"
-	"encoding/base64"
 	"fmt"
 	"hash/fnv"
+	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // class says what happens to connections to a frontend. All frontends of the same
 // class share one chain, so the number of chains does not depend on the number
-// of services but on how much they differ.
+// of services but on how much they differ. Only services with session affinity,
+// and those that take turns, have chains of their own.
 type class struct {
-	do      action
-	cluster uint32 // how many endpoints traffic to any node has
-	local   uint32 // how many endpoints traffic that stays on this node has
-	sticky  uint32 // seconds
-	turn    uint32 // which counter of RoundRobin is used; 0 with other schedulers
+	do         action
+	restricted bool   // only some sources are allowed
+	cluster    uint32 // how many endpoints traffic to any node has
+	local      uint32 // how many endpoints traffic that stays on this node has
+	turn       uint32 // which counter of RoundRobin is used; 0 with other schedulers
+	sticky     *stickyPort
 }
 
 // action is the kind of a class.
-type action uint32
+type action uint8
 
 const (
-	actReject action = 1 + iota
-	actDrop
-	actInternal      // cluster IP, to any node
-	actInternalLocal // cluster IP, to this node
-	actExternal      // another address, to any node
-	actExternalLocal // another address, to this node unless it comes from here
-	actNodePort      // node port, to any node
-	actNodePortLocal // node port, to this node unless it comes from here
-
-	// actRestricted is added where only some sources are allowed.
-	actRestricted action = 0x100
+	actReject        action = iota
+	actDrop                 // Local policies, and no endpoint here
+	actCluster              // to any node
+	actLocal                // to this node
+	actExternalLocal        // to this node, unless it comes from here
 )
 
 func (a action) String() string {
-	names := []string{"", "reject", "drop", "internal", "internal-local", "external", "external-local", "node-port", "node-port-local"}
-	name := names[a&^actRestricted]
-	if a&actRestricted != 0 {
-		name += "-restricted"
-	}
-	return name
+	return []string{"reject", "drop", "cluster", "local", "external-local"}[a]
 }
 
-func (c class) isExternalLocal() bool {
-	do := c.do &^ actRestricted
-	return do == actExternalLocal || do == actNodePortLocal
+// stickyPort is what the chains of a port with session affinity need to know.
+type stickyPort struct {
+	service        frontend // its cluster IP
+	timeout        time.Duration
+	cluster, local []netip.AddrPort
 }
 
-// key is the class as the value of a map, in the 16 bytes of an interface's name:
-// the nft program prints it, and one number for each part it could not print.
-func (c class) key() string {
-	name := fmt.Sprintf("%x", uint32(c.do))
-	for _, part := range c.parts() {
-		name += string(part.letter) + strconv.FormatUint(uint64(part.n), 36)
-	}
-	if c.turn != 0 {
-		name += "t" + strconv.FormatUint(uint64(c.turn), 36)
-	}
-	if len(name) > classKeyLen-1 { // many thousands of endpoints
-		sum := sha256.Sum256([]byte(name))
-		name = "#" + base64.RawStdEncoding.EncodeToString(sum[:])[:classKeyLen-2]
-	}
-	return name + strings.Repeat("\x00", classKeyLen-len(name))
-}
+// kind says where the endpoints of a frontend are looked up.
+type kind bool
 
-const classKeyLen = unix.IFNAMSIZ
-
-type classPart struct {
-	letter byte
-	n      uint32
-}
-
-// parts are the numbers of a class that are not zero.
-func (c class) parts() []classPart {
-	all := []classPart{{'c', c.cluster}, {'l', c.local}, {'s', c.sticky}}
-	return slices.DeleteFunc(all, func(p classPart) bool { return p.n == 0 })
-}
+const (
+	byAddress  kind = false
+	byNodePort kind = true
+)
 
 // chain names the chain of the class, as in "external-local.c3.l1-4": three
 // endpoints anywhere, one of them here, IPv4.
-func (c class) chain(f family) string {
+func (c class) chain(f family, k kind) string {
 	var b strings.Builder
-	b.WriteString(c.do.String())
-	for _, part := range c.parts() {
-		fmt.Fprintf(&b, ".%c%d", part.letter, part.n)
+	if k == byNodePort && c.sticky == nil && c.do != actReject && c.do != actDrop {
+		b.WriteString("node-port-") // with session affinity it makes no difference
 	}
-	if c.turn != 0 {
+	b.WriteString(c.do.String())
+	if c.restricted {
+		b.WriteString("-restricted")
+	}
+	if c.cluster > 0 {
+		fmt.Fprintf(&b, ".c%d", c.cluster)
+	}
+	if c.local > 0 {
+		fmt.Fprintf(&b, ".l%d", c.local)
+	}
+	switch {
+	case c.sticky != nil:
+		b.WriteString("." + c.sticky.name())
+	case c.turn != 0:
 		fmt.Fprintf(&b, ".t%d", c.turn)
 	}
 	return b.String() + "-" + f.suffix
 }
 
-// classes says what happens at the port's cluster IP, its other addresses and
-// its node port.
-func (p *ServicePort) classes(s Scheduler) (internal, external, nodePort class) {
-	if !p.Ready {
-		c := class{do: actReject}
-		return c, c, c
+// name is part of names of chains, in the characters that nft allows there.
+func (s *stickyPort) name() string {
+	ip := strings.ReplaceAll(s.service.addr.String(), ":", "_")
+	return fmt.Sprintf("%s_%s_%d", ip, strings.ToLower(protocolName(s.service.protocol)), s.service.port)
+}
+
+// fingerprint tells chains of the same name apart that differ in their rules.
+func (c class) fingerprint() string {
+	if c.sticky == nil {
+		return ""
 	}
-	common := class{sticky: uint32(p.StickyFor / time.Second)}
-	if s == RoundRobin {
+	return fmt.Sprint(c.sticky.timeout, c.sticky.cluster, c.sticky.local)
+}
+
+// fromInside is the class of connections from this node to addresses that bring
+// others to this node's endpoints only: as if they had gone out and come back.
+func (c class) fromInside() class {
+	c.do, c.local, c.restricted = actCluster, 0, false
+	return c
+}
+
+// withThoseItLeadsTo is the class and those to whose chains its chain leads.
+func (c class) withThoseItLeadsTo() []class {
+	if c.do == actExternalLocal && c.cluster > 0 {
+		return []class{c, c.fromInside()}
+	}
+	return []class{c}
+}
+
+// classes says what happens at the port's cluster IP and at its other frontends.
+func (p *ServicePort) classes(s Scheduler) (internal, external class) {
+	if !p.Ready {
+		return class{do: actReject}, class{do: actReject}
+	}
+	var common class
+	switch {
+	case p.StickyFor > 0:
+		common.sticky = &stickyPort{service: p.clusterFrontend(), timeout: p.StickyFor, cluster: p.Cluster, local: p.Local}
+	case s == RoundRobin:
 		common.turn = p.turn()
 	}
-	internal = common
+	internal, external = common, common
 	if p.InternalLocal {
-		internal.do, internal.local = actInternalLocal, uint32(len(p.Local))
+		internal.do, internal.local = actLocal, uint32(len(p.Local))
 	} else {
-		internal.do, internal.cluster = actInternal, uint32(len(p.Cluster))
+		internal.do, internal.cluster = actCluster, uint32(len(p.Cluster))
 	}
-	if internal.cluster+internal.local == 0 {
-		internal = class{do: actDrop}
-	}
-	external = common
-	external.do, external.cluster = actExternal, uint32(len(p.Cluster))
+	external.do, external.cluster = actCluster, uint32(len(p.Cluster))
 	if p.ExternalLocal {
 		external.do, external.local = actExternalLocal, uint32(len(p.Local))
 	}
-	if external.cluster+external.local == 0 {
-		external = class{do: actDrop}
-		return internal, external, external
+	for _, c := range []*class{&internal, &external} {
+		if c.cluster+c.local == 0 {
+			*c = class{do: actDrop}
+		}
 	}
-	nodePort = external
-	nodePort.do += actNodePort - actExternal
-	return internal, external, nodePort
+	return internal, external
 }
 
 // turns is how many counters there are for each number of endpoints.
-const turns = 1 << 15
+const turns = 1 << 20
 
 // turn numbers the port's counter. Two ports with the same number and as many
 // endpoints take turns together, which does no harm.
@@ -143,4 +147,39 @@ func (p *ServicePort) turn() uint32 {
 	h.Write(p.ClusterIP.AsSlice())
 	h.Write([]byte{p.Protocol, byte(p.Port >> 8), byte(p.Port)})
 	return 1 + h.Sum32()%turns
+}
+
+// pools are the groups of endpoints among which the chain of the class chooses.
+func (c class) pools() []pool {
+	var out []pool
+	if c.cluster > 0 && c.do == actCluster {
+		out = append(out, pool{count: c.cluster})
+	}
+	if c.local > 0 {
+		out = append(out, pool{count: c.local, first: localPlaces})
+	}
+	return out
+}
+
+// pool is a group of endpoints: how many, and the place of the first.
+type pool struct{ count, first uint32 }
+
+func (p pool) endpoints(s *stickyPort) []netip.AddrPort {
+	if p.first == localPlaces {
+		return s.local
+	}
+	return s.cluster
+}
+
+// endpointChain names the chain that sends clients of a port with session affinity
+// to one endpoint.
+func (s *stickyPort) endpointChain(f family, e netip.AddrPort) string {
+	return fmt.Sprintf("endpoint.%s_%s_%d-%s", s.name(), strings.ReplaceAll(e.Addr().String(), ":", "_"), e.Port(), f.suffix)
+}
+
+// every returns all endpoints of the port, each once.
+func (s *stickyPort) every() []netip.AddrPort {
+	out := slices.Concat(s.cluster, s.local)
+	slices.SortFunc(out, netip.AddrPort.Compare)
+	return slices.Compact(out)
 }

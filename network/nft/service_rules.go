@@ -2,7 +2,6 @@ package nft
 
 import (
 	"net/netip"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -66,12 +65,12 @@ func (c ServiceConfig) chains() []chain {
 		services.add("the node answers "+a.String()+" itself", f.is(), f.addrIn(f.daddr, netip.PrefixFrom(a, a.BitLen()), expr.CmpOpEq), leave())
 	}
 	for _, f := range []family{v4, v6} {
-		services.add("addresses of services", f.is(), f.loadDestination(word0), f.decide(kindServices))
+		services.add("addresses of services", f.is(), f.loadDestination(word0), f.follow(kindServices))
 		for _, p := range c.NodePortsOn {
 			if familyOf(p.Addr()).proto == f.proto {
 				services.add("node ports at "+p.String(), f.is(), f.addrIn(f.daddr, p, expr.CmpOpEq),
 					f.addrIn(f.daddr, f.loopback, expr.CmpOpNeq), toThisNode(),
-					rule{loadProtocol(word0), loadPort(word0 + 1)}, f.decide(kindNodePorts))
+					rule{loadProtocol(word0), loadPort(word0 + 1)}, f.follow(kindNodePorts))
 			}
 		}
 		services.add("other ports of cluster IPs", f.is(), rule{f.load(f.daddr, word0), f.in(word0, kindClusterIPs)}, jumpTo(chainClusterIP))
@@ -96,12 +95,7 @@ func (c ServiceConfig) chains() []chain {
 		post.add("from a pod: "+p.String(), f.is(), f.addrIn(f.saddr, p, expr.CmpOpEq), leave())
 	}
 	for _, f := range []family{v4, v6} {
-		for _, k := range []setKind{kindClusterIPs, kindExternalIPs} {
-			post.add("from outside through one of "+f.set(k).name(), f.is(),
-				rule{&expr.Ct{Key: expr.CtKeyDST, Register: reg1}, f.in(reg1, k)}, masquerade())
-		}
-		post.add("from outside through a node port", f.is(), rule{loadProtocol(word0), loadOriginalPort(word0 + 1)},
-			rule{f.get(word0, word0, kindNodePorts)}, masquerade())
+		post.add("from outside to an endpoint elsewhere", f.is(), f.loadDestination(word0), rule{f.in(word0, kindElsewhere)}, masquerade())
 	}
 	return []chain{pre, out, post, services, unused, refuse}
 }
@@ -118,87 +112,96 @@ func refusal() []commented {
 	}
 }
 
-// chain spells out what happens to connections of a class.
-func (c ServiceConfig) classChain(f family, k class) chain {
-	ch := chain{name: k.chain(f)}
-	if k.do&actRestricted != 0 {
+// classChains spells out what happens to connections of a class.
+func (c ServiceConfig) classChains(f family, k class, at kind) []chain {
+	ch := chain{name: k.chain(f, at)}
+	if k.restricted {
 		source := uint32(word0) + f.words() + 2
 		ch.add("from sources that are not allowed", f.loadDestination(word0),
 			rule{f.load(f.saddr, source), &expr.Lookup{SourceRegister: word0, SetName: f.set(kindSources).name(), Invert: true}}, drop())
 	}
-	switch k.do &^ actRestricted {
+	switch k.do {
 	case actReject:
 		ch.rules = append(ch.rules, refusal()...)
+		return []chain{ch}
 	case actDrop:
 		ch.add("no endpoint may be used here", drop())
-	case actInternal, actExternal, actNodePort:
-		c.choose(&ch, f, k, pool{count: k.cluster, sticky: kindStickyCluster})
-	case actExternalLocal, actNodePortLocal:
+		return []chain{ch}
+	case actExternalLocal:
 		if k.cluster > 0 {
-			ch.add("from a pod of this node", linkStartsWith(expr.MetaKeyIIFNAME, c.LinkPrefix), jumpTo(k.fromInside().chain(f)))
-			ch.add("from the node itself", fromThisNode(), jumpTo(k.fromInside().chain(f)))
+			inside := jumpTo(k.fromInside().chain(f, at))
+			ch.add("from a pod of this node", linkStartsWith(expr.MetaKeyIIFNAME, c.LinkPrefix), inside)
+			ch.add("from the node itself", fromThisNode(), inside)
 		}
-		fallthrough
-	case actInternalLocal:
-		if k.local > 0 {
-			c.choose(&ch, f, k, pool{count: k.local, first: localPlaces, sticky: kindStickyLocal})
-		} else {
+		if k.local == 0 {
 			ch.add("no endpoint on this node", drop())
+			return []chain{ch}
 		}
 	}
+	for _, p := range k.pools() {
+		if k.sticky != nil {
+			c.chooseSticky(&ch, f, k, p)
+		} else {
+			c.choose(&ch, f, k, at, p)
+		}
+	}
+	// Sets and chains change in one transaction, but a packet may look into one
+	// before it and into the other after it. The client sends it again.
+	ch.add("its endpoints change at this moment", drop())
+	return []chain{ch}
+}
+
+// choose adds the rule that sends a connection to one of the pool's endpoints.
+func (c ServiceConfig) choose(ch *chain, f family, k class, at kind, p pool) {
+	load, set, place := f.loadDestination(word0), kindEndpoints, uint32(word0)+f.words()+2
+	if at == byNodePort {
+		load, set, place = rule{loadProtocol(word0), loadPort(word0 + 1)}, kindNodeEndpoints, word0+2
+	}
+	ch.add("one of the endpoints", load, c.place(f, k, p, place), rule{f.get(word0, word0, set)}, f.send(word0))
+}
+
+// chooseSticky adds the rules for clients that had one of the endpoints, and the
+// one for others. These chains are of one service, which they have in them.
+func (c ServiceConfig) chooseSticky(ch *chain, f family, k class, p pool) {
+	for _, e := range p.endpoints(k.sticky) {
+		ch.add("was at "+e.String(), k.sticky.client(f, e), rule{f.in(word0, kindClients)}, jumpTo(k.sticky.endpointChain(f, e)))
+	}
+	place := uint32(word0) + f.words() + 2
+	ch.add("one of the endpoints", k.sticky.service.load(f, word0), c.place(f, k, p, place),
+		rule{f.get(word0, unix.NFT_REG_VERDICT, kindStickyPlaces)})
+}
+
+// toEndpoint is the chain that sends a client to an endpoint and remembers it.
+func (s *stickyPort) toEndpoint(f family, e netip.AddrPort) chain {
+	ch := chain{name: s.endpointChain(f, e)}
+	to := rule{
+		&expr.Immediate{Register: word0, Data: e.Addr().AsSlice()},
+		&expr.Immediate{Register: word0 + f.words(), Data: portBytes(e.Port())},
+	}
+	protocol := rule{loadProtocol(reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{s.service.protocol}}}
+	ch.add("remember the client", s.client(f, e), rule{&expr.Dynset{
+		SrcRegKey: word0, SetName: f.set(kindClients).name(), Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: s.timeout,
+	}})
+	// A rule of its own: when there is no room for more clients, the one above fails.
+	ch.add("send it to "+e.String(), f.is(), protocol, to, f.send(word0))
 	return ch
 }
 
-// fromInside is the class of connections from this node to addresses that bring
-// others to this node's endpoints only: as if they had gone out and come back.
-func (k class) fromInside() class {
-	return class{do: (k.do &^ actRestricted) - 1, cluster: k.cluster, sticky: k.sticky, turn: k.turn}
+// client loads what is remembered of a client: its address, service and endpoint.
+func (s *stickyPort) client(f family, e netip.AddrPort) rule {
+	service := uint32(word0) + f.words()
+	return join(rule{f.load(f.saddr, word0)}, s.service.load(f, service),
+		rule{&expr.Immediate{Register: service + f.words() + 2, Data: e.Addr().AsSlice()}})
 }
 
-// pool is the endpoints among which one is chosen.
-type pool struct {
-	count, first uint32
-	sticky       setKind // which of them are valid for clients that had one
-}
-
-// choose adds the rules that send a connection to an endpoint. In registers, a
-// service is cluster IP, protocol and port in neighbouring words.
-func (c ServiceConfig) choose(ch *chain, f family, k class, p pool) {
-	if k.sticky > 0 {
-		c.chooseSticky(ch, f, k, p)
+// load puts the frontend itself into registers, in place of a packet's destination.
+func (at frontend) load(f family, register uint32) rule {
+	return rule{
+		&expr.Immediate{Register: register, Data: at.addr.AsSlice()},
+		&expr.Immediate{Register: register + f.words(), Data: []byte{at.protocol}},
+		&expr.Immediate{Register: register + f.words() + 1, Data: portBytes(at.port)},
 	}
-	service := uint32(word0)
-	place := service + f.words() + 2
-	ch.add("one of the endpoints", f.loadService(k.do, service), c.place(f, k, p, place),
-		rule{f.get(service, word0, kindEndpoints)}, f.send(word0))
-	// Rules and sets change in one transaction, but a packet may look into one
-	// before it and into the other after it. The client sends it again.
-	ch.add("its endpoints change at this moment", drop())
 }
-
-func (c ServiceConfig) chooseSticky(ch *chain, f family, k class, p pool) {
-	client := uint32(word0)
-	service := client + f.words()
-	endpoint := service + f.words() + 2
-	timeout := time.Duration(k.sticky) * time.Second
-	remember := func(operation uint32) rule {
-		return rule{&expr.Dynset{
-			SrcRegKey: client, SrcRegData: endpoint, SetName: f.set(kindClients).name(),
-			Operation: operation, Timeout: timeout,
-		}}
-	}
-	known := join(rule{f.load(f.saddr, client)}, f.loadService(k.do, service))
-	ch.add("the endpoint that the client had, if it is still one", known,
-		rule{f.get(client, endpoint, kindClients), f.get(service, endpoint+f.words(), p.sticky)},
-		remember(unix.NFT_DYNSET_OP_UPDATE), f.send(endpoint))
-	// An update does not change the value, so what was remembered must go first.
-	ch.add("one of the endpoints, from now on this client's", known, c.place(f, k, p, endpoint),
-		rule{f.get(service, endpoint, kindEndpoints)},
-		remember(dynsetDelete), remember(unix.NFT_DYNSET_OP_ADD), f.send(endpoint))
-}
-
-// dynsetDelete is NFT_DYNSET_OP_DELETE, which the library's constants lack.
-const dynsetDelete = 2
 
 // place puts the number of an endpoint of the pool into a register.
 func (c ServiceConfig) place(f family, k class, p pool, register uint32) rule {
@@ -223,24 +226,6 @@ func (f family) loadDestination(at uint32) rule {
 	return rule{f.load(f.daddr, at), loadProtocol(at + f.words()), loadPort(at + f.words() + 1)}
 }
 
-// loadService loads the service behind the destination. External addresses have the
-// port of the service, node ports have another.
-func (f family) loadService(a action, at uint32) rule {
-	switch a &^ actRestricted {
-	case actExternal, actExternalLocal:
-		return append(f.loadDestination(at), f.get(at, at, kindBehindAddress))
-	case actNodePort, actNodePortLocal:
-		port := at + f.words()
-		return rule{loadProtocol(port), loadPort(port + 1), f.get(port, at, kindBehindNode), f.get(port, port+1, kindPortBehind)}
-	}
-	return f.loadDestination(at)
-}
-
-// loadOriginalPort loads the port to which a connection was opened.
-func loadOriginalPort(register uint32) expr.Any {
-	return &expr.Ct{Key: expr.CtKeyPROTODST, Register: register}
-}
-
 // get looks the key at one register up in a map and puts what it finds at another.
 func (f family) get(key, val uint32, k setKind) expr.Any {
 	return &expr.Lookup{SourceRegister: key, DestRegister: val, IsDestRegSet: true, SetName: f.set(k).name()}
@@ -251,11 +236,8 @@ func (f family) in(key uint32, k setKind) expr.Any {
 	return &expr.Lookup{SourceRegister: key, SetName: f.set(k).name()}
 }
 
-// decide looks the class of the frontend at the first register up and goes where
-// connections of that class go.
-func (f family) decide(k setKind) rule {
-	return rule{f.get(word0, word0, k), f.get(word0, unix.NFT_REG_VERDICT, kindClasses)}
-}
+// follow goes to the chain that a map has for the key at the first register.
+func (f family) follow(k setKind) rule { return rule{f.get(word0, unix.NFT_REG_VERDICT, k)} }
 
 // send makes the address and port at a register the packet's destination.
 func (f family) send(at uint32) rule {

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -14,21 +15,21 @@ import (
 type setKind uint8
 
 const (
-	kindServices      setKind = iota // address . protocol . port : class
-	kindNodePorts                    // protocol . port : class
-	kindBehindAddress                // address . protocol . port : cluster IP
-	kindBehindNode                   // protocol . port : cluster IP
-	kindPortBehind                   // protocol . port : port of the cluster IP
-	kindEndpoints                    // cluster IP . protocol . port . place : endpoint . port
+	kindServices      setKind = iota // address . protocol . port : verdict
+	kindNodePorts                    // protocol . port : verdict
+	kindEndpoints                    // address . protocol . port . place : endpoint . port
+	kindNodeEndpoints                // protocol . port . place : endpoint . port
+	kindStickyPlaces                 // cluster IP . protocol . port . place : verdict
+	kindClients                      // client . cluster IP . protocol . port . endpoint
 	kindClusterIPs                   // cluster IP
-	kindExternalIPs                  // address
 	kindItself                       // endpoint . endpoint, of this node's
+	kindElsewhere                    // endpoint . protocol . port, of other nodes'
 	kindSources                      // address . protocol . port . range of sources
-	kindStickyCluster                // cluster IP . protocol . port . endpoint : port
-	kindStickyLocal                  // the same
-	kindClients                      // client . cluster IP . protocol . port : endpoint
-	kindClasses                      // class : verdict
 	setKinds
+
+	// kindChains is no set of the kernel's: its elements are the chains of classes,
+	// by their names, with what tells their rules apart.
+	kindChains
 )
 
 // maxClients is how many clients of services with session affinity a family can
@@ -55,61 +56,56 @@ func (id setID) family() family {
 
 func (id setID) name() string { return id.describe().name }
 
-// describe returns the set without elements. What a map yields is of one type
-// wherever it becomes part of another key: the nft program, with which people and
-// firewalls look at all rules, aborts on anything else.
+// describe returns the set without elements.
+//
+// What a map yields is never part of another key: versions of the nft program that
+// are in use abort when they list such a rule, and with them every program that
+// looks at all rules of the machine.
 func (id setID) describe() set {
 	f := id.family()
 	concat := nftables.MustConcatSetType
-	addr, proto, port, number := f.addrType, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark
-	classType := nftables.TypeIFName
+	addr, proto, port, number, verdict := f.addrType, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeMark, nftables.TypeVerdict
 	var s set
 	switch id.kind {
 	case kindServices:
 		s = set{name: "services", comment: "what happens at an address of a service", isMap: true,
-			key: concat(addr, proto, port), data: classType}
+			key: concat(addr, proto, port), data: verdict}
 	case kindNodePorts:
 		s = set{name: "node-ports", comment: "what happens at a node port", isMap: true,
-			key: concat(proto, port), data: classType}
-	case kindBehindAddress:
-		s = set{name: "behind-addresses", comment: "cluster IP behind an external address", isMap: true,
-			key: concat(addr, proto, port), data: addr}
-	case kindBehindNode:
-		s = set{name: "behind-node-ports", comment: "cluster IP behind a node port", isMap: true,
-			key: concat(proto, port), data: addr}
-	case kindPortBehind:
-		s = set{name: "ports-behind-node-ports", comment: "port of the cluster IP behind a node port", isMap: true,
-			key: concat(proto, port), data: port}
+			key: concat(proto, port), data: verdict}
 	case kindEndpoints:
 		s = set{name: "endpoints", comment: "numbered endpoints of services; from 0x10000 on those for local traffic", isMap: true,
 			key: concat(addr, proto, port, number), data: concat(addr, port)}
+	case kindNodeEndpoints:
+		s = set{name: "node-port-endpoints", comment: "the same for node ports", isMap: true,
+			key: concat(proto, port, number), data: concat(addr, port)}
+	case kindStickyPlaces:
+		s = set{name: "sticky-endpoints", comment: "the same for services with session affinity", isMap: true,
+			key: concat(addr, proto, port, number), data: verdict}
+	case kindClients:
+		s = set{name: "clients", comment: "which endpoint of a service a client had", grows: maxClients,
+			key: concat(addr, addr, proto, port, addr)}
 	case kindClusterIPs:
 		s = set{name: "cluster-ips", comment: "cluster IPs in use", key: addr}
-	case kindExternalIPs:
-		s = set{name: "external-ips", comment: "external addresses of services in use", key: addr}
 	case kindItself:
 		s = set{name: "endpoints-to-themselves", comment: "pods that may reach themselves through a service", key: concat(addr, addr)}
+	case kindElsewhere:
+		s = set{name: "endpoints-elsewhere", comment: "endpoints that are not on this node", key: concat(addr, proto, port)}
 	case kindSources:
 		s = set{name: "sources", comment: "who may use an address with source ranges", ranges: true,
 			key: concat(addr, proto, port, addr)}
-	case kindStickyCluster:
-		s = set{name: "sticky", comment: "endpoints of services with session affinity", isMap: true,
-			key: concat(addr, proto, port, addr), data: port}
-	case kindStickyLocal:
-		s = set{name: "sticky-local", comment: "local endpoints of services with session affinity", isMap: true,
-			key: concat(addr, proto, port, addr), data: port}
-	case kindClients:
-		s = set{name: "clients", comment: "which endpoint a client had", isMap: true, grows: maxClients,
-			key: concat(addr, addr, proto, port), data: addr}
-	case kindClasses:
-		s = set{name: "classes", comment: "the chain for each kind of service", isMap: true, key: classType, data: nftables.TypeVerdict}
 	}
 	s.name += "-" + f.suffix
 	return s
 }
 
-// element is one of a set. Its key and value are as the kernel has them; that of
-// a range is its beginning followed by its end, that of a class its chain.
+// hasVerdicts says whether the values of a map are chains.
+func (k setKind) hasVerdicts() bool {
+	return k == kindServices || k == kindNodePorts || k == kindStickyPlaces
+}
+
+// element is one of a set. Its key and value are as the kernel has them; the key of
+// a range is its beginning followed by its end, and a verdict is the name of a chain.
 type element struct {
 	ref
 	val string
@@ -124,10 +120,10 @@ type ref struct {
 // from is the element of a set that the kernel tells of.
 func (id setID) from(e nftables.SetElement) element {
 	out := element{ref{id, string(e.Key)}, string(e.Val)}
-	switch id.kind {
-	case kindSources:
+	switch {
+	case id.kind == kindSources:
 		out.key += string(e.KeyEnd)
-	case kindClasses:
+	case id.kind.hasVerdicts():
 		out.val = verdictChain(e.Val)
 	}
 	return out
@@ -149,11 +145,11 @@ func verdictChain(b []byte) string {
 
 // kernel is the element as the library wants it.
 func (e element) kernel() nftables.SetElement {
-	switch e.set.kind {
-	case kindSources:
+	switch {
+	case e.set.kind == kindSources:
 		half := len(e.key) / 2
 		return nftables.SetElement{Key: []byte(e.key[:half]), KeyEnd: []byte(e.key[half:])}
-	case kindClasses:
+	case e.set.kind.hasVerdicts():
 		return nftables.SetElement{Key: []byte(e.key), VerdictData: verdictGoto(e.val)}
 	}
 	return nftables.SetElement{Key: []byte(e.key), Val: []byte(e.val)}
@@ -174,73 +170,98 @@ func addrPort(a netip.AddrPort) string {
 func number(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
 
 // elements spells out what one port needs; holds says which of its frontends are
-// its own. Classes that it uses are among them, and may be among those of others;
-// they are noted in classes.
-func (p *ServicePort) elements(s Scheduler, classes map[string]class, holds func(frontend) bool) []element {
+// its own. Chains that it uses are among them, and may be among those of others;
+// what is in them is noted in chains.
+func (p *ServicePort) elements(cfg ServiceConfig, chains map[string]chain, holds func(frontend) bool) []element {
 	f, main := p.family(), p.clusterFrontend()
 	if !holds(main) {
 		return nil
 	}
 	var out []element
 	add := func(k setKind, key, val string) { out = append(out, element{ref{f.set(k), key}, val}) }
-	internal, external, nodePort := p.classes(s)
-	note := func(c class) string {
-		key := c.key()
-		classes[key] = c
-		add(kindClasses, key, c.chain(f))
-		return key
+	use := func(c class, k kind) string {
+		for _, class := range c.withThoseItLeadsTo() {
+			for _, ch := range cfg.classChains(f, class, k) {
+				chains[ch.name] = ch
+				add(kindChains, ch.name, class.fingerprint())
+			}
+		}
+		return c.chain(f, k)
 	}
-	use := func(k setKind, key string, c class) {
-		add(k, key, note(c))
-		if c.isExternalLocal() && c.cluster > 0 {
-			note(c.fromInside())
+	internal, external := p.classes(cfg.Scheduler)
+	endpoints := func(set setKind, key string, c class) {
+		if !p.Ready || c.sticky != nil {
+			return
+		}
+		if c.cluster > 0 {
+			for i, e := range p.Cluster {
+				add(set, key+number(uint32(i)), addrPort(e))
+			}
+		}
+		if c.local > 0 {
+			for i, e := range p.Local {
+				add(set, key+number(uint32(localPlaces+i)), addrPort(e))
+			}
 		}
 	}
-	service := destination(main)
 	add(kindClusterIPs, string(p.ClusterIP.AsSlice()), "")
-	use(kindServices, service, internal)
-	for _, at := range p.frontends()[1:] {
+	for _, at := range p.frontends() {
 		if !holds(at) {
 			continue
 		}
-		key := destination(at)
-		if !at.addr.IsValid() {
-			use(kindNodePorts, key, nodePort)
-			add(kindBehindNode, key, string(p.ClusterIP.AsSlice()))
-			add(kindPortBehind, key, string(portBytes(p.Port)))
+		key, c := destination(at), external
+		switch {
+		case at == main:
+			c = internal
+		case !at.addr.IsValid():
+			add(kindNodePorts, key, use(c, byNodePort))
+			endpoints(kindNodeEndpoints, key, c)
 			continue
-		}
-		c := external
-		if len(p.Sources) > 0 && slices.Contains(p.LoadBalancerIPs, at.addr) {
-			c.do |= actRestricted
+		case len(p.Sources) > 0 && slices.Contains(p.LoadBalancerIPs, at.addr):
+			c.restricted = true
 			for _, r := range outermost(p.Sources, f) {
 				first, last := bounds(r)
 				add(kindSources, key+string(first.AsSlice())+key+string(last.AsSlice()), "")
 			}
 		}
-		use(kindServices, key, c)
-		add(kindBehindAddress, key, string(p.ClusterIP.AsSlice()))
-		add(kindExternalIPs, string(at.addr.AsSlice()), "")
+		add(kindServices, key, use(c, byAddress))
+		endpoints(kindEndpoints, key, c)
 	}
 	if !p.Ready {
 		return out
 	}
-	for i, e := range p.Cluster {
-		add(kindEndpoints, service+number(uint32(i)), addrPort(e))
-		if p.StickyFor > 0 {
-			add(kindStickyCluster, service+string(e.Addr().AsSlice()), string(portBytes(e.Port())))
+	if sticky := p.sticky(); sticky != nil {
+		service := destination(main)
+		for i, e := range p.Cluster {
+			add(kindStickyPlaces, service+number(uint32(i)), sticky.endpointChain(f, e))
 		}
-	}
-	for i, e := range p.Local {
-		add(kindEndpoints, service+number(uint32(localPlaces+i)), addrPort(e))
-		if p.StickyFor > 0 {
-			add(kindStickyLocal, service+string(e.Addr().AsSlice()), string(portBytes(e.Port())))
+		for i, e := range p.Local {
+			add(kindStickyPlaces, service+number(uint32(localPlaces+i)), sticky.endpointChain(f, e))
+		}
+		for _, e := range sticky.every() {
+			ch := sticky.toEndpoint(f, e)
+			chains[ch.name] = ch
+			add(kindChains, ch.name, fmt.Sprint(sticky.timeout))
 		}
 	}
 	for _, a := range p.Here {
 		add(kindItself, string(a.AsSlice())+string(a.AsSlice()), "")
 	}
+	for _, e := range p.Cluster {
+		if !slices.Contains(p.Here, e.Addr()) {
+			add(kindElsewhere, destination(frontend{addr: e.Addr(), protocol: p.Protocol, port: e.Port()}), "")
+		}
+	}
 	return out
+}
+
+// sticky is what the port's chains with session affinity need, or nil.
+func (p *ServicePort) sticky() *stickyPort {
+	internal, external := p.classes(Random)
+	if internal.sticky != nil {
+		return internal.sticky
+	}
+	return external.sticky
 }
 
 // outermost returns the ranges of a family without those inside of others: the

@@ -24,8 +24,7 @@ type ServiceTable struct {
 	want     map[ref]wanted        // every element that the kernel should have
 	inStep   bool                  // the kernel was given all of want
 	adopted  bool                  // the rules are this process's
-	classes  map[string]class      // all that were used, by their keys
-	idle     map[ref]time.Time     // elements of classes that no service uses any more, since when
+	chains   map[string]chain      // of the elements of kindChains
 	unused   map[string]time.Time  // chains that no element leads to any more, since when
 	now      func() time.Time
 	conn     *nftables.Conn // nil until needed and after an error
@@ -47,7 +46,7 @@ func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
 	return &ServiceTable{
 		name: TableName(node, "services"), cfg: cfg,
 		services: map[string]*renderedService{}, holders: map[frontend][]string{},
-		want: map[ref]wanted{}, classes: map[string]class{}, idle: map[ref]time.Time{}, unused: map[string]time.Time{}, now: time.Now,
+		want: map[ref]wanted{}, chains: map[string]chain{}, unused: map[string]time.Time{}, now: time.Now,
 	}
 }
 
@@ -95,7 +94,7 @@ func (t *ServiceTable) Apply(changes map[string]Service) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	before := t.record(changes)
-	t.retire(before)
+	t.retire()
 	if !t.inStep {
 		_, err := t.synchronize()
 		return err
@@ -119,12 +118,7 @@ func (t *ServiceTable) Repair() (int, error) {
 	if !t.adopted {
 		return 0, nil // nothing was applied yet
 	}
-	before := map[ref]presence{}
-	t.retire(before)
-	if err := t.write(t.difference(before)); err != nil {
-		t.inStep = false
-		t.hangUp()
-	}
+	t.retire()
 	return t.synchronize()
 }
 
@@ -170,7 +164,7 @@ func (t *ServiceTable) record(changes map[string]Service) map[ref]presence {
 		old := s.elements
 		s.elements = nil
 		for i := range s.Ports {
-			s.elements = append(s.elements, s.Ports[i].elements(t.cfg.Scheduler, t.classes, func(f frontend) bool { return t.holders[f][0] == name })...)
+			s.elements = append(s.elements, s.Ports[i].elements(t.cfg, t.chains, func(f frontend) bool { return t.holders[f][0] == name })...)
 		}
 		for _, e := range s.elements { // those that stay never reach zero
 			t.add(e, 1, before)
@@ -195,15 +189,9 @@ func (t *ServiceTable) add(e element, n int, before map[ref]presence) {
 	if n > 0 {
 		w.val = e.val
 	}
-	switch {
-	case w.n > 0:
+	if w.n > 0 {
 		t.want[e.ref] = w
-		delete(t.idle, e.ref)
-	case e.set.kind == kindClasses:
-		// A packet that has just read the class of its service must find it.
-		t.want[e.ref] = w
-		t.idle[e.ref] = t.now()
-	default:
+	} else {
 		delete(t.want, e.ref)
 	}
 }
@@ -263,7 +251,8 @@ func withPlaces(old, next []ServicePort) []ServicePort {
 // delta is what a transaction changes.
 type delta struct {
 	remove, add []element
-	chains      []chain // to be written anew
+	chains      []chain  // to be written anew
+	unused      []string // chains to which nothing leads any more
 }
 
 func (d delta) size() int { return len(d.remove) + len(d.add) + len(d.chains) }
@@ -276,21 +265,18 @@ func (t *ServiceTable) difference(before map[ref]presence) delta {
 		if ok && was.there && is.val == was.val {
 			continue
 		}
-		if was.there {
-			d.remove = append(d.remove, element{r, was.val})
-		}
-		if ok {
-			d.add = append(d.add, element{r, is.val})
-		}
-	}
-	return t.withChains(d)
-}
-
-// withChains adds the chains of the classes that d adds.
-func (t *ServiceTable) withChains(d delta) delta {
-	for _, e := range d.add {
-		if e.set.kind == kindClasses {
-			d.chains = append(d.chains, t.cfg.classChain(e.set.family(), t.classes[e.key]))
+		switch {
+		case r.set.kind == kindChains && ok:
+			d.chains = append(d.chains, t.chains[r.key])
+		case r.set.kind == kindChains:
+			d.unused = append(d.unused, r.key)
+		default:
+			if was.there {
+				d.remove = append(d.remove, element{r, was.val})
+			}
+			if ok {
+				d.add = append(d.add, element{r, is.val})
+			}
 		}
 	}
 	return d
@@ -299,6 +285,7 @@ func (t *ServiceTable) withChains(d delta) delta {
 // write makes a delta true in one transaction.
 func (t *ServiceTable) write(d delta) error {
 	if d.size() == 0 {
+		t.noteUnused(d)
 		return nil
 	}
 	conn, err := t.open()
@@ -321,31 +308,21 @@ func (t *ServiceTable) write(d delta) error {
 }
 
 func (t *ServiceTable) noteUnused(d delta) {
-	for _, e := range d.remove {
-		if e.set.kind == kindClasses {
-			t.unused[e.val] = t.now()
-		}
+	for _, name := range d.unused {
+		t.unused[name] = t.now()
+		delete(t.chains, name)
 	}
 	for _, c := range d.chains {
 		delete(t.unused, c.name)
 	}
 }
 
-// linger is how long what leads packets on stays when nothing leads to it any
-// more: packets on their way need it for a moment, and kernels before 6.2 hold on
-// to a chain for a moment after the last element that led to it.
+// linger is how long chains stay when nothing leads to them any more: kernels before
+// 6.2 hold on to one for a moment after the last element that led to it.
 const linger = 2 * time.Second
 
-// retire gives up classes that no service has used for a while, and removes the
-// chains of those that were given up before.
-func (t *ServiceTable) retire(before map[ref]presence) {
-	for r, since := range t.idle {
-		if t.now().Sub(since) > linger {
-			before[r] = presence{t.want[r].val, true}
-			delete(t.want, r)
-			delete(t.idle, r)
-		}
-	}
+// retire removes chains that have not been used for a while.
+func (t *ServiceTable) retire() {
 	var old []string
 	for name, since := range t.unused {
 		if t.now().Sub(since) > linger {
@@ -405,186 +382,4 @@ func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	return conn, nil
-}
-
-// synchronize brings the kernel from whatever it has to what is wanted, and
-// returns how much differed. Sets are compared element by element: connections
-// go on, and what clients of services with session affinity had stays.
-func (t *ServiceTable) synchronize() (int, error) {
-	d, err := t.compare()
-	switch {
-	case errors.Is(err, errOtherShape):
-		d, err = t.replace()
-	case err == nil:
-		err = t.write(d)
-	}
-	if err != nil {
-		t.inStep = false
-		t.hangUp()
-		return 0, err
-	}
-	t.inStep, t.adopted = true, true
-	return d.size(), nil
-}
-
-// errOtherShape says that the table is not there or was not written by this version.
-var errOtherShape = errors.New("nftables table is missing or has another shape")
-
-// compare returns what the kernel lacks and has too much.
-func (t *ServiceTable) compare() (delta, error) {
-	var d delta
-	conn, err := t.open()
-	if err != nil {
-		return d, err
-	}
-	table, err := conn.ListTableOfFamily(t.name, nftables.TableFamilyINet)
-	if err != nil {
-		return d, errors.Join(absent(err), errOtherShape)
-	}
-	if err := t.sameSets(conn, table); err != nil {
-		return d, err
-	}
-	have := map[ref]bool{}
-	for id := range allSets {
-		if id.kind == kindClients {
-			continue // packets change it
-		}
-		got, err := conn.GetSetElements(id.describe().of(table))
-		if err != nil {
-			return d, fmt.Errorf("read set %s: %w", id.name(), err)
-		}
-		for _, g := range got {
-			e := id.from(g)
-			w, ok := t.want[e.ref]
-			if ok && w.val == e.val {
-				have[e.ref] = true
-			} else {
-				d.remove = append(d.remove, e)
-			}
-		}
-	}
-	for r, w := range t.want {
-		if !have[r] {
-			d.add = append(d.add, element{r, w.val})
-		}
-	}
-	d.chains, err = t.wrongChains(conn)
-	return d, err
-}
-
-func allSets(yield func(setID) bool) {
-	for k := range setKinds {
-		for _, f := range []family{v4, v6} {
-			if !yield(f.set(k)) {
-				return
-			}
-		}
-	}
-}
-
-// sameSets says whether the table has our sets with keys and values as ours.
-func (t *ServiceTable) sameSets(conn *nftables.Conn, table *nftables.Table) error {
-	list, err := conn.GetSets(table)
-	if err != nil {
-		return fmt.Errorf("list sets: %w", err)
-	}
-	have := map[string]*nftables.Set{}
-	for _, s := range list {
-		have[s.Name] = s
-	}
-	for id := range allSets {
-		want, got := id.describe(), have[id.name()]
-		if got == nil || got.IsMap != want.isMap {
-			return errOtherShape
-		}
-		if id.kind == kindClasses {
-			continue // of a map of verdicts the library tells no lengths
-		}
-		if got.KeyType.Bytes != want.key.Bytes || got.DataType.Bytes != want.data.Bytes {
-			return errOtherShape
-		}
-	}
-	return nil
-}
-
-// wantedChains are all chains that the table should have.
-func (t *ServiceTable) wantedChains() []chain {
-	list := t.cfg.chains()
-	for r := range t.want {
-		if r.set.kind == kindClasses {
-			list = append(list, t.cfg.classChain(r.set.family(), t.classes[r.key]))
-		}
-	}
-	return list
-}
-
-// wrongChains returns the chains whose rules differ; all of them if they are
-// another process's. A foreign chain, or one with another hook, is another shape.
-func (t *ServiceTable) wrongChains(conn *nftables.Conn) ([]chain, error) {
-	all, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return nil, fmt.Errorf("list chains: %w", err)
-	}
-	have := map[string]*nftables.Chain{}
-	for _, c := range all {
-		if c.Table.Name == t.name {
-			have[c.Name] = c
-		}
-	}
-	rules, err := comments(t.name)
-	if err != nil {
-		return nil, err
-	}
-	var wrong []chain
-	for _, c := range t.wantedChains() {
-		got := have[c.name]
-		delete(have, c.name)
-		if c.hook != nil && (got == nil || got.Hooknum == nil || *got.Hooknum != *c.hook || got.Priority == nil || *got.Priority != *c.priority) {
-			return nil, errOtherShape
-		}
-		if got == nil || !t.adopted || !c.has(rules[c.name]) {
-			wrong = append(wrong, c)
-		}
-	}
-	for name, c := range have { // of classes that a process before used
-		if c.Hooknum != nil {
-			return nil, errOtherShape
-		}
-		if _, known := t.unused[name]; !known {
-			t.unused[name] = t.now()
-		}
-	}
-	return wrong, nil
-}
-
-// replace writes the whole table in one transaction.
-func (t *ServiceTable) replace() (delta, error) {
-	conn, err := t.open()
-	if err != nil {
-		return delta{}, err
-	}
-	table := t.table()
-	conn.AddTable(table) // so that removing it cannot fail
-	conn.DelTable(table)
-	conn.AddTable(table)
-	var sets []set
-	for id := range allSets {
-		sets = append(sets, id.describe())
-	}
-	if err := addSets(conn, table, sets); err != nil {
-		return delta{}, err
-	}
-	d := delta{chains: t.wantedChains()}
-	addChains(conn, table, d.chains)
-	for r, w := range t.want {
-		d.add = append(d.add, element{r, w.val})
-	}
-	if err := t.queue(conn, table, d.add, (*nftables.Conn).SetAddElements); err != nil {
-		return delta{}, err
-	}
-	if err := conn.Flush(); err != nil {
-		return delta{}, fmt.Errorf("replace nftables table %s: %w", t.name, err)
-	}
-	clear(t.unused)
-	return d, nil
 }

@@ -118,7 +118,8 @@ func (w *walk) destination() error {
 		w.add(chainServices, "the node answers "+to.String()+" itself", "", "left as it is: a process of the node answers this cluster IP")
 		return nil
 	}
-	at := frontend{addr: to, protocol: p.Protocol, port: p.To.Addr.Port()}
+	is6 := w.f.proto == unix.NFPROTO_IPV6
+	at := frontend{addr: to, is6: is6, protocol: p.Protocol, port: p.To.Addr.Port()}
 	found, err := w.decide("addresses of services", kindServices, at)
 	if found || err != nil {
 		return err
@@ -127,7 +128,7 @@ func (w *walk) destination() error {
 		if p.To.Place != trace.Node || !r.Contains(to) || w.f.loopback.Contains(to) {
 			continue
 		}
-		at := frontend{protocol: p.Protocol, port: at.port}
+		at := frontend{is6: is6, protocol: p.Protocol, port: at.port}
 		if found, err := w.decide("node ports at "+r.String(), kindNodePorts, at); found || err != nil {
 			return err
 		}
@@ -153,10 +154,10 @@ func (w *walk) destination() error {
 	return nil
 }
 
-// decide does what the rule does that looks up the class of a frontend.
+// decide does what the rule does that looks up the chain of a frontend.
 func (w *walk) decide(rule string, k setKind, at frontend) (bool, error) {
 	id := w.f.set(k)
-	val, ok, problem, err := w.get(k, destination(at))
+	chain, ok, problem, err := w.get(k, destination(at))
 	if err != nil || (!ok && problem == "") {
 		return false, err
 	}
@@ -164,26 +165,51 @@ func (w *walk) decide(rule string, k setKind, at frontend) (bool, error) {
 		w.add(chainServices, rule, "", "nothing: the element of "+at.String()+" is missing").Problem = problem
 		return false, nil
 	}
-	c := w.table.classes[val]
-	chain, ok, missing, err := w.get(kindClasses, val)
-	if err != nil {
-		return false, err
+	name, port := w.table.holder(at)
+	c, known := w.table.classOf(port, at)
+	if !known {
+		w.end(chainServices, rule, id.name()+": "+id.text(destination(at), chain), "unknown: no service has this address")
+		w.steps[len(w.steps)-1].Problem = problem
+		return true, nil
 	}
-	holder := "somebody"
-	if h := w.table.holders[frontend{addr: at.addr, is6: w.f.proto == unix.NFPROTO_IPV6, protocol: at.protocol, port: at.port}]; len(h) > 0 {
-		holder = h[0]
+	s := w.add(chainServices, rule, id.name()+": "+id.text(destination(at), chain), fmt.Sprintf("%s of service %s, %s", at, name, c.text()))
+	s.Problem = joinProblems(s.Problem, problem)
+	return true, w.class(chain, c, port, at)
+}
+
+// holder returns the service that has a frontend, and the port of it.
+func (t *ServiceTable) holder(at frontend) (string, *ServicePort) {
+	names := t.holders[at]
+	if len(names) == 0 {
+		return "", nil
 	}
-	s := w.add(chainServices, rule, id.name()+": "+id.text(destination(at), val), fmt.Sprintf("%s of service %s, %s", at, holder, c.text()))
-	s.Problem = joinProblems(s.Problem, problem, missing)
-	if !ok {
-		return false, nil
+	s := t.services[names[0]]
+	for i := range s.Ports {
+		if slices.Contains(s.Ports[i].frontends(), at) {
+			return names[0], &s.Ports[i]
+		}
 	}
-	return true, w.class(chain, c, k, at)
+	return names[0], nil
+}
+
+// classOf is the class of one of a port's frontends.
+func (t *ServiceTable) classOf(p *ServicePort, at frontend) (class, bool) {
+	if p == nil {
+		return class{}, false
+	}
+	internal, external := p.classes(t.cfg.Scheduler)
+	switch {
+	case at == p.clusterFrontend():
+		return internal, true
+	case at.addr.IsValid() && len(p.Sources) > 0 && slices.Contains(p.LoadBalancerIPs, at.addr):
+		external.restricted = true
+	}
+	return external, true
 }
 
 // class does what the chain of a class does.
-func (w *walk) class(chain string, c class, k setKind, at frontend) error {
-	if c.do&actRestricted != 0 {
+func (w *walk) class(chain string, c class, port *ServicePort, at frontend) error {
+	if c.restricted {
 		if allowed, err := w.allowed(at); err != nil {
 			return err
 		} else if !allowed {
@@ -191,9 +217,8 @@ func (w *walk) class(chain string, c class, k setKind, at frontend) error {
 			return nil
 		}
 	}
-	service := destination(at)
-	pool, count, first := "any node", c.cluster, uint32(0)
-	switch c.do &^ actRestricted {
+	where := "any node"
+	switch c.do {
 	case actReject:
 		rule := "the others"
 		if at.protocol == unix.IPPROTO_TCP {
@@ -204,94 +229,89 @@ func (w *walk) class(chain string, c class, k setKind, at frontend) error {
 	case actDrop:
 		w.end(chain, "no endpoint may be used here", "", "dropped: there are endpoints, but the traffic policy Local allows none of them here")
 		return nil
-	case actExternalLocal, actNodePortLocal:
+	case actExternalLocal:
 		if w.p.From.Place != trace.Outside && c.cluster > 0 {
 			rule := "from a pod of this node"
 			if w.p.From.Place == trace.Node {
 				rule = "from the node itself"
 			}
-			inside := c.fromInside()
 			w.add(chain, rule, "", "externalTrafficPolicy Local does not bind connections from this node")
-			return w.class(inside.chain(w.f), inside, k, at)
+			k := byAddress
+			if !at.addr.IsValid() {
+				k = byNodePort
+			}
+			return w.class(c.fromInside().chain(w.f, k), c.fromInside(), port, at)
 		}
-		pool, count, first = "this node", c.local, localPlaces
 		if c.local == 0 {
 			w.end(chain, "no endpoint on this node", "", "dropped: externalTrafficPolicy is Local and no endpoint is here")
 			return nil
 		}
-	case actInternalLocal:
-		pool, count, first = "this node", c.local, localPlaces
+		where = "this node"
+	case actLocal:
+		where = "this node"
+	}
+	for _, pool := range c.pools() {
+		return w.choose(chain, c, pool, where, port, at)
+	}
+	return nil
+}
+
+// choose does what the rules do that choose an endpoint. Of several that may be
+// chosen, it follows the first.
+func (w *walk) choose(chain string, c class, pool pool, where string, port *ServicePort, at frontend) error {
+	set, key := kindEndpoints, destination(at)
+	switch {
+	case c.sticky != nil:
+		set, key = kindStickyPlaces, destination(c.sticky.service)
+	case !at.addr.IsValid():
+		set = kindNodeEndpoints
+	}
+	all := port.Cluster
+	if pool.first == localPlaces {
+		all = port.Local
 	}
 	var problems []string
-	if behind := behindKind(c.do); behind != 0 {
-		ip, ok, problem, err := w.get(behind, destination(at))
+	var endpoints []netip.AddrPort
+	var names []string
+	for i := range pool.count {
+		val, ok, problem, err := w.get(set, key+number(pool.first+i))
 		if err != nil {
 			return err
-		}
-		port := string(portBytes(at.port))
-		if ok && behind == kindBehindNode {
-			var missing string
-			if port, ok, missing, err = w.get(kindPortBehind, destination(at)); err != nil {
-				return err
-			}
-			problem = joinProblems(problem, missing)
 		}
 		problems = append(problems, problem)
 		if !ok {
-			w.end(chain, "its endpoints change at this moment", "", "dropped: the element that leads to the service is missing")
-			w.steps[len(w.steps)-1].Problem = problem
-			return nil
+			continue
 		}
-		service = ip + string(word(at.protocol)) + string(word([]byte(port)[:2]...))
-	}
-	var endpoints []netip.AddrPort
-	for i := range count {
-		val, ok, problem, err := w.get(kindEndpoints, service+number(first+i))
-		if err != nil {
-			return err
+		e := all[i]
+		if c.sticky == nil {
+			e = parseAddrPort(w.f, val)
 		}
-		problems = append(problems, problem)
-		if ok {
-			endpoints = append(endpoints, parseAddrPort(w.f, val))
-		}
+		endpoints, names = append(endpoints, e), append(names, e.String())
 	}
 	if len(endpoints) == 0 {
 		w.end(chain, "its endpoints change at this moment", "", "dropped: no endpoint is in the kernel's set")
 		w.steps[len(w.steps)-1].Problem = joinProblems(problems...)
 		return nil
 	}
-	chosen, rule, why := endpoints[0], "one of the endpoints", fmt.Sprintf("%s of %d endpoints on %s", w.table.cfg.Scheduler, len(endpoints), pool)
-	if c.sticky > 0 {
-		rule = "one of the endpoints, from now on this client's"
-		had, ok, _, err := w.get(kindClients, string(w.p.From.Addr.Addr().AsSlice())+service)
-		if err != nil {
-			return err
-		}
+	chosen, rule, why := endpoints[0], "one of the endpoints", fmt.Sprintf("%s of %d endpoints on %s", w.table.cfg.Scheduler, len(endpoints), where)
+	if c.sticky != nil {
 		for _, e := range endpoints {
-			if ok && string(e.Addr().AsSlice()) == had {
-				chosen, rule = e, "the endpoint that the client had, if it is still one"
-				why = "session affinity: the client was there before"
+			key := string(w.p.From.Addr.Addr().AsSlice()) + destination(c.sticky.service) + string(e.Addr().AsSlice())
+			if _, had, _, err := w.get(kindClients, key); err != nil {
+				return err
+			} else if had {
+				chosen, rule, why = e, "was at "+e.String(), "session affinity: the client was there before"
+				break
 			}
 		}
 	}
-	var names []string
-	for _, e := range endpoints {
-		names = append(names, e.String())
-	}
-	w.add(chain, rule, w.f.set(kindEndpoints).name()+": "+strings.Join(names, ", "),
+	w.add(chain, rule, w.f.set(set).name()+": "+strings.Join(names, ", "),
 		fmt.Sprintf("sent to an endpoint, %s; followed here: %s", why, chosen)).Problem = joinProblems(problems...)
+	if c.sticky != nil {
+		w.add(c.sticky.endpointChain(w.f, chosen), "send it to "+chosen.String(), "", fmt.Sprintf("the client comes back to it for %s", c.sticky.timeout))
+	}
 	w.p.To.Addr = chosen
 	return nil
-}
-
-func behindKind(a action) setKind {
-	switch a &^ actRestricted {
-	case actExternal, actExternalLocal:
-		return kindBehindAddress
-	case actNodePort, actNodePortLocal:
-		return kindBehindNode
-	}
-	return 0
 }
 
 // allowed says whether the kernel has a range for a frontend with the source in it.
@@ -340,16 +360,7 @@ func (w *walk) source() error {
 		if rule != "" {
 			break
 		}
-		rule = "from outside through a node port"
-		for _, k := range []setKind{kindClusterIPs, kindExternalIPs} {
-			if _, ok, _, err := w.get(k, string(p.Original.Addr().AsSlice())); err != nil {
-				return err
-			} else if ok {
-				rule = "from outside through one of " + w.f.set(k).name()
-				break
-			}
-		}
-		effect = "gets the node's source address, so that the answer comes back here"
+		rule, effect = "from outside to an endpoint elsewhere", "gets the node's source address, so that the answer comes back here"
 	}
 	w.add(chainPostrouting, rule, "", effect)
 	return nil
@@ -365,22 +376,22 @@ func refusalText(protocol uint8) string {
 // text says in words what a class does.
 func (c class) text() string {
 	var parts []string
-	switch c.do &^ actRestricted {
+	switch c.do {
 	case actReject:
 		parts = append(parts, "which has no endpoints")
 	case actDrop:
 		parts = append(parts, "which has no endpoint for this node")
-	case actExternalLocal, actNodePortLocal:
+	case actExternalLocal:
 		parts = append(parts, fmt.Sprintf("externalTrafficPolicy Local, %d endpoints here, %d in all", c.local, c.cluster))
-	case actInternalLocal:
+	case actLocal:
 		parts = append(parts, fmt.Sprintf("internalTrafficPolicy Local, %d endpoints here", c.local))
-	default:
+	case actCluster:
 		parts = append(parts, fmt.Sprintf("%d endpoints", c.cluster))
 	}
-	if c.sticky > 0 {
-		parts = append(parts, fmt.Sprintf("session affinity for %ds", c.sticky))
+	if c.sticky != nil {
+		parts = append(parts, fmt.Sprintf("session affinity for %s", c.sticky.timeout))
 	}
-	if c.do&actRestricted != 0 {
+	if c.restricted {
 		parts = append(parts, "for some sources only")
 	}
 	return strings.Join(parts, ", ")
@@ -395,18 +406,16 @@ func (id setID) text(key, val string) string {
 	f := id.family()
 	switch id.kind {
 	case kindServices, kindNodePorts:
-		return parseFrontend(f, key).String() + " -> " + strings.TrimRight(val, "\x00")
-	case kindBehindAddress, kindBehindNode:
-		a, _ := netip.AddrFromSlice([]byte(val))
-		return parseFrontend(f, key).String() + " -> " + a.String()
-	case kindEndpoints:
+		return parseFrontend(f, key).String() + " -> chain " + val
+	case kindEndpoints, kindNodeEndpoints:
 		end := len(key) - 4
 		return fmt.Sprintf("%s no. %#x -> %s", parseFrontend(f, key[:end]), parseNumber(key[end:]), parseAddrPort(f, val))
+	case kindStickyPlaces:
+		end := len(key) - 4
+		return fmt.Sprintf("%s no. %#x -> chain %s", parseFrontend(f, key[:end]), parseNumber(key[end:]), val)
 	case kindClusterIPs:
 		a, _ := netip.AddrFromSlice([]byte(key))
 		return a.String()
-	case kindClasses:
-		return strings.TrimRight(key, "\x00") + " -> " + val
 	}
 	return fmt.Sprintf("%x -> %x", key, val)
 }

@@ -85,27 +85,22 @@ func TestClasses(t *testing.T) {
 	}{
 		{name: "no endpoints", internal: "reject-4", external: "reject-4", nodePort: "reject-4"},
 		{name: "no endpoints, local policies", internalLocal: true, externalLocal: true, internal: "reject-4", external: "reject-4", nodePort: "reject-4"},
-		{name: "two", ready: true, cluster: []netip.AddrPort{a, b}, internal: "internal.c2-4", external: "external.c2-4", nodePort: "node-port.c2-4"},
+		{name: "two", ready: true, cluster: []netip.AddrPort{a, b}, internal: "cluster.c2-4", external: "cluster.c2-4", nodePort: "node-port-cluster.c2-4"},
 		{name: "external local, one here", ready: true, externalLocal: true, cluster: []netip.AddrPort{a, b}, local: []netip.AddrPort{a},
-			internal: "internal.c2-4", external: "external-local.c2.l1-4", nodePort: "node-port-local.c2.l1-4"},
+			internal: "cluster.c2-4", external: "external-local.c2.l1-4", nodePort: "node-port-external-local.c2.l1-4"},
 		{name: "external local, none here", ready: true, externalLocal: true, cluster: []netip.AddrPort{a, b},
-			internal: "internal.c2-4", external: "external-local.c2-4", nodePort: "node-port-local.c2-4"},
+			internal: "cluster.c2-4", external: "external-local.c2-4", nodePort: "node-port-external-local.c2-4"},
 		{name: "internal local, one here", ready: true, internalLocal: true, cluster: []netip.AddrPort{a, b}, local: []netip.AddrPort{a},
-			internal: "internal-local.l1-4", external: "external.c2-4", nodePort: "node-port.c2-4"},
+			internal: "local.l1-4", external: "cluster.c2-4", nodePort: "node-port-cluster.c2-4"},
 		{name: "internal local, none here", ready: true, internalLocal: true, cluster: []netip.AddrPort{a, b},
-			internal: "drop-4", external: "external.c2-4", nodePort: "node-port.c2-4"},
+			internal: "drop-4", external: "cluster.c2-4", nodePort: "node-port-cluster.c2-4"},
 		{name: "both local, none anywhere usable", ready: true, internalLocal: true, externalLocal: true,
 			internal: "drop-4", external: "drop-4", nodePort: "drop-4"},
 	} {
 		p := ServicePort{ClusterIP: a.Addr(), Ready: c.ready, Cluster: c.cluster, Local: c.local, InternalLocal: c.internalLocal, ExternalLocal: c.externalLocal}
-		internal, external, nodePort := p.classes(Random)
-		if internal.chain(v4) != c.internal || external.chain(v4) != c.external || nodePort.chain(v4) != c.nodePort {
-			t.Errorf("%s: %s, %s, %s", c.name, internal.chain(v4), external.chain(v4), nodePort.chain(v4))
-		}
-		for _, k := range []class{internal, external, nodePort} {
-			if len(k.key()) != classKeyLen || k.key()[classKeyLen-1] != 0 {
-				t.Errorf("%s: key %q", c.name, k.key())
-			}
+		internal, external := p.classes(Random)
+		if internal.chain(v4, byAddress) != c.internal || external.chain(v4, byAddress) != c.external || external.chain(v4, byNodePort) != c.nodePort {
+			t.Errorf("%s: %s, %s, %s", c.name, internal.chain(v4, byAddress), external.chain(v4, byAddress), external.chain(v4, byNodePort))
 		}
 	}
 }
@@ -212,7 +207,7 @@ func TestServicesModel(t *testing.T) {
 			if err := table.Apply(all); err != nil {
 				t.Fatal(err)
 			}
-			for range 3 { // classes go, then their chains
+			for range 2 { // chains go after their elements
 				clock = clock.Add(time.Hour)
 				if err := table.Apply(nil); err != nil {
 					t.Fatal(err)
@@ -233,19 +228,21 @@ func TestServicesModel(t *testing.T) {
 }
 
 // withoutPlaces lists what a table wants; of endpoints only which there are, since
-// their places depend on what was before, and no idle classes.
+// their places depend on what was before. The order of endpoints tells chains of
+// services with session affinity apart.
 func withoutPlaces(t *ServiceTable) []string {
 	var out []string
 	for r, w := range t.want {
-		if w.n == 0 {
-			continue
-		}
 		key := r.key
-		if r.set.kind == kindEndpoints {
+		if r.set.kind == kindEndpoints || r.set.kind == kindNodeEndpoints || r.set.kind == kindStickyPlaces {
 			end := len(key) - 4
 			key = key[:end] + fmt.Sprint(parseNumber(key[end:]) >= localPlaces)
 		}
-		out = append(out, fmt.Sprintf("%v %x %x", r.set, key, w.val))
+		val := w.val
+		if r.set.kind == kindChains {
+			val = ""
+		}
+		out = append(out, fmt.Sprintf("%v %x %x", r.set, key, val))
 	}
 	slices.Sort(out)
 	return out
@@ -276,7 +273,7 @@ func TestOneChangeIsFewElements(t *testing.T) {
 	p := port(7, 300)
 	p.Cluster = slices.Delete(p.Cluster, 100, 101)
 	d := table.difference(table.record(map[string]Service{"7": {Ports: []ServicePort{p}}}))
-	// One endpoint moves, its old place goes, the class and its chain change.
+	// One endpoint moves, its old place goes, another chain chooses.
 	if len(d.remove) > 4 || len(d.add) > 4 || len(d.chains) > 1 {
 		t.Errorf("one endpoint less removes %d elements, adds %d, writes %d chains", len(d.remove), len(d.add), len(d.chains))
 	}

@@ -92,6 +92,8 @@ type changes struct {
 	flows    bool                          // whether tracked datagram flows may be stale
 }
 
+func newChanges() changes { return changes{services: map[types.NamespacedName]bool{}} }
+
 // update takes over what the trackers were told since the last time.
 func (t *tracker) update(c *changes) {
 	services := t.services.Update(t.serviceChanges)

@@ -13,7 +13,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -44,6 +43,7 @@ type Proxy struct {
 	broadcaster events.EventBroadcaster
 	informed    []cache.ResourceEventHandlerRegistration
 	flows       *flows
+	pending     changes // not written yet; of the goroutine that calls update
 
 	wake chan struct{} // asks for an update of the rules; holds one request
 	look chan struct{} // asks for a comparison with the kernel; holds one request
@@ -62,6 +62,7 @@ func New(cfg Config, shared informers.SharedInformerFactory, client kubernetes.I
 		table:       nft.NewServiceTable(cfg.NodeName, cfg.rules()),
 		broadcaster: events.NewBroadcaster(&events.EventSinkImpl{Interface: client.EventsV1()}),
 		flows:       newFlows(log),
+		pending:     newChanges(),
 		wake:        make(chan struct{}, 1),
 		look:        make(chan struct{}, 1),
 	}
@@ -201,11 +202,11 @@ func (p *Proxy) Check(context.Context) error {
 func (p *Proxy) update() error {
 	began := time.Now()
 	labels, full := p.takeLabels()
-	c := changes{services: map[types.NamespacedName]bool{}}
+	c := &p.pending
 	for _, t := range p.trackers {
-		t.update(&c)
+		t.update(c)
 		if full {
-			t.all(&c)
+			t.all(c)
 		}
 	}
 	rules := make(map[string]nft.Service, len(c.services))
@@ -233,6 +234,7 @@ func (p *Proxy) update() error {
 		}
 	}
 	p.log.Debug("rules of services written", "services", len(rules), "took", time.Since(began))
+	p.pending = newChanges()
 	return errors.Join(errs...)
 }
 

@@ -49,7 +49,7 @@ func proxyOf(t testing.TB, cfg Config) *Proxy {
 // ports are what the proxy decides for a service at this moment.
 func (p *Proxy) ports(name string) []nft.ServicePort {
 	labels, _ := p.takeLabels()
-	c := changes{services: map[types.NamespacedName]bool{}}
+	c := newChanges()
 	var out []nft.ServicePort
 	for _, t := range p.trackers {
 		t.update(&c)

@@ -132,9 +132,10 @@ func debian(cmd []string, packages ...string) recipe {
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// agnhost is the program that most tests run, with the tools that they call beside it.
+// agnhost is the program that most tests run, with the tools that they call beside
+// it. (Its wget is a real one: that of Debian's static busybox crashes with -T.)
 func agnhost(w workshop) (testimage.Image, error) {
-	files, err := w.packages("bash", "bind9-dnsutils", "coreutils", "curl", "grep", "iperf", "iproute2", "iputils-ping", "netcat-openbsd", "procps", "sed", "socat", "util-linux")
+	files, err := w.packages("bash", "bind9-dnsutils", "coreutils", "curl", "grep", "iperf", "iproute2", "iputils-ping", "netcat-openbsd", "procps", "sed", "socat", "util-linux", "wget")
 	if err != nil {
 		return testimage.Image{}, err
 	}
