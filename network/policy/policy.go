@@ -230,6 +230,7 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 	again.Stop()
 	defer again.Stop()
 	var looked time.Time // when the rules were last compared
+	said := ""           // what the log has of the failure at hand
 	for {
 		var err error
 		select {
@@ -257,10 +258,14 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 			err = p.repair()
 		}
 		if err != nil {
-			p.log.Error("network policies cannot be enforced as they are; trying again", "error", err)
+			if text := err.Error(); text != said {
+				p.log.Error("network policies cannot be enforced as they are; trying again", "error", err)
+				said = text
+			}
 			retry.Reset(retryPause)
 			continue
 		}
+		said = ""
 		ready()
 	}
 }
