@@ -315,6 +315,8 @@ func TestNetTrace(t *testing.T) {
 	pods := n.servers(t, ns, "web", 1, "")
 	s := n.service(t, ns, "web", "web", "type: NodePort,")
 	n.service(t, ns, "nowhere", "nobody", "")
+	n.apply(t, ns, shellWith("hosted", "exec probe serve :8080 hosted", "", fmt.Sprintf("ports: [{containerPort: 8080, hostPort: %d}],", n.apiPort+3001)))
+	hosted := n.waitPod(t, ns, "hosted", false).Status.PodIP
 	trace := func(args ...string) (string, error) {
 		return n.run(append([]string{"net", "trace", "--run-dir=" + n.runDir(), "-n", ns}, args...)...)
 	}
@@ -322,10 +324,12 @@ func TestNetTrace(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"web"}, []string{"chain output", "services-4: " + s.Spec.ClusterIP + ":80/TCP", "service " + ns + "/web, 1 endpoints", "it reaches " + pods[0].Status.PodIP + ":8080, pod " + ns + "/web-0"}},
+		{[]string{"web"}, []string{"chain output", "services-4: " + s.Spec.ClusterIP + ":80/TCP", "service " + ns + "/web, 1 endpoint", "it reaches " + pods[0].Status.PodIP + ":8080, pod " + ns + "/web-0"}},
 		{[]string{"from", "web-0", "to", "web"}, []string{"chain prerouting", "a pod that reaches itself through a service"}},
 		{[]string{"from", "203.0.113.9", "to", fmt.Sprint(n.address(t), ":", s.Spec.Ports[0].NodePort)}, []string{"node-ports-4", "to a pod of this machine"}},
 		{[]string{"nowhere"}, []string{"which has no endpoints", "the connection is reset at once", "it ends here"}},
+		{[]string{fmt.Sprint("node:", n.apiPort+3001)}, []string{"host ports of all node addresses", "it reaches " + hosted + ":8080"}},
+		{[]string{"from", "hosted", "203.0.113.5:443"}, []string{"the outside sees the node's address", "it goes to 203.0.113.5:443, outside"}},
 		{[]string{"web:81"}, []string{"not a port that its service has", "it ends here"}},
 	} {
 		eventually(t, 5*time.Second, func() error {
