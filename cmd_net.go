@@ -68,7 +68,7 @@ func printTrace(w io.Writer, a explain.Answer) {
 	fmt.Fprintf(w, "from %s\nto   %s\n\n", a.From, a.To)
 	for i, s := range a.Steps {
 		fmt.Fprintf(w, "%d. table %s", i+1, s.Table)
-		if s.Chain != "" {
+		if s.Chain != "" { // a step may be about a table as a whole
 			fmt.Fprintf(w, ", chain %s: %q", s.Chain, s.Rule)
 		}
 		fmt.Fprintln(w)

@@ -17,11 +17,13 @@ import (
 	"kedge/internal/resolvconf"
 	"kedge/network"
 	"kedge/network/cni"
+	"kedge/network/loadbalancer"
 	"kedge/network/nft"
 	"kedge/network/policy"
 	"kedge/network/proxy"
 	"kedge/runtime"
 	"kedge/server"
+	"kedge/server/servicelb"
 )
 
 // settings are the configurations of all parts. They are composed once, in
@@ -40,9 +42,11 @@ type settings struct {
 	agent     agent.Config
 
 	// Parts that can be left to somebody else; nil when they are.
-	proxy  *proxy.Config
-	policy *policy.Config
-	dns    *dns.Config
+	proxy     *proxy.Config
+	policy    *policy.Config
+	dns       *dns.Config
+	balancer  *servicelb.Config
+	announcer *loadbalancer.Config
 }
 
 // compose turns flags into configurations and derives what depends on several.
@@ -188,6 +192,13 @@ func (s *settings) dataPath(p *flagParser, disabled map[string]bool) {
 			px.Own = resolver
 		}
 		s.proxy = &px
+	}
+	pools := p.pools()
+	if !disabled[partBalancer] {
+		s.balancer = &servicelb.Config{Pools: pools, Reserved: []uint16{uint16(s.server.HTTPSPort), uint16(s.agent.KubeletPort)}}
+		if len(pools) > 0 {
+			s.announcer = &loadbalancer.Config{NodeName: s.nodeName, Pools: pools, PodLinks: cni.LinkTag}
+		}
 	}
 	if !p.c.Bool("disable-network-policy") {
 		s.policy = &policy.Config{NodeName: s.nodeName}

@@ -59,7 +59,7 @@ func serverFlags() []cli.Flag {
 		str(catGeneral, "log-format", "text", "`FORMAT`: text or json"),
 		boolean(catGeneral, "debug", "The same as --log-level=debug"),
 		boolean(catGeneral, "disable-agent", "Run the control plane only, no node"),
-		list(catGeneral, "disable", "Part to leave out: dns (can be repeated)"),
+		list(catGeneral, "disable", "Part to leave out: dns or servicelb (can be repeated)"),
 
 		str(catNode, "node-name", "", "`NAME` of the node (default: the hostname)"),
 		list(catNode, "node-label", "`KEY=VALUE` to register the node with (can be repeated)"),
@@ -74,6 +74,7 @@ func serverFlags() []cli.Flag {
 		list(catNetwork, "service-cidr", "`RANGE` of service addresses, one of each family (default: 10.43.0.0/16)"),
 		list(catNetwork, "cluster-dns", "`ADDRESS` of the cluster's DNS (default: the tenth of the service range)"),
 		str(catNetwork, "cluster-domain", "cluster.local", "`DOMAIN` of the cluster"),
+		list(catNetwork, "lb-pool", "`[NAME=]RANGE` of addresses for services of type LoadBalancer, in place of the nodes' (can be repeated)"),
 		boolean(catNetwork, "disable-network-policy", "Do not enforce network policies"),
 		str(catNetwork, "service-node-port-range", "30000-32767", "`RANGE` of node ports"),
 		list(catNetwork, "nodeport-addresses", "`RANGE` of node addresses at which node ports answer, or \"primary\" for the node's own (default: primary)"),

@@ -14,6 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"kedge/internal/addresspool"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
 )
@@ -143,10 +144,22 @@ func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
 }
 
 // Parts that --disable leaves out.
-const partDNS = "dns"
+const (
+	partDNS      = "dns"
+	partBalancer = "servicelb"
+)
 
 // parts are what --disable takes: our names, and k3s's for the same.
-var parts = map[string]string{partDNS: partDNS, "coredns": partDNS}
+var parts = map[string]string{partDNS: partDNS, "coredns": partDNS, partBalancer: partBalancer}
+
+// pools are the addresses that services of type LoadBalancer are given.
+func (p *flagParser) pools() []addresspool.Pool {
+	pools, err := addresspool.Parse(splitList(p.c.StringSlice("lb-pool")))
+	if err != nil {
+		p.fail(fmt.Errorf("--lb-pool: %w", err))
+	}
+	return pools
+}
 
 func (p *flagParser) disabled() map[string]bool {
 	out := map[string]bool{}

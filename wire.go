@@ -1,9 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 
 	"kedge/agent"
@@ -16,12 +18,14 @@ import (
 	"kedge/network"
 	"kedge/network/cni"
 	"kedge/network/explain"
+	"kedge/network/loadbalancer"
 	"kedge/network/policy"
 	"kedge/network/proxy"
 	"kedge/network/trace"
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/loopback"
+	"kedge/server/servicelb"
 )
 
 // wire is the whole graph: which parts there are and what each comes after.
@@ -51,6 +55,13 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hAPI := group.Add(api, hStore)
 	group.Add(controllers, hAPI)
 	group.Add(scheduler, hAPI)
+	if s.balancer != nil {
+		balancer, err := servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
+		if err != nil {
+			return err
+		}
+		group.Add(balancer, hAPI)
+	}
 	if s.disableAgent {
 		return nil
 	}
@@ -76,7 +87,11 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 	var policies *policy.Policy
 	var judge cni.Judge // nil: every connection is allowed
 	if s.policy != nil {
-		if policies, err = policy.New(*s.policy, watches.Informers(), component(log, "policy")); err != nil {
+		clusterWide, err := dynamic.NewForConfig(networkClient)
+		if err != nil {
+			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
+		}
+		if policies, err = policy.New(*s.policy, watches.Informers(), clusterWide, component(log, "policy")); err != nil {
 			return err
 		}
 		judge = policies
@@ -109,6 +124,13 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 			return err
 		}
 		group.Add(resolver, hWatches)
+	}
+	if s.announcer != nil {
+		announcer, err := loadbalancer.New(*s.announcer, watches.Informers(), watches.Client(), component(log, "loadbalancer"))
+		if err != nil {
+			return err
+		}
+		group.Add(announcer, hWatches)
 	}
 	group.Add(kubelet, hAPI, hRuntime, hPods)
 	return nil

@@ -34,6 +34,9 @@ func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) er
 	if err := ensureNetworkRole(ctx, c); err != nil {
 		return fmt.Errorf("let nodes read what their network needs: %w", err)
 	}
+	if err := ensureLoadBalancer(ctx, c); err != nil {
+		return fmt.Errorf("let the load balancer write addresses: %w", err)
+	}
 	if err := ensureDNS(ctx, c, cfg.ClusterDNS); err != nil {
 		return fmt.Errorf("publish the cluster's DNS: %w", err)
 	}
@@ -50,15 +53,20 @@ const NetworkGroup = "system:kedge:network"
 
 func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
 	read := []string{"get", "list", "watch"}
-	role := &rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: NetworkGroup},
-		Rules: []rbacv1.PolicyRule{
-			{APIGroups: []string{""}, Resources: []string{"services", "pods", "namespaces", "nodes"}, Verbs: read},
-			{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: read},
-			{APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}, Verbs: read},
-			{APIGroups: []string{"", "events.k8s.io"}, Resources: []string{"events"}, Verbs: []string{"create", "patch", "update"}},
-		},
-	}
+	return ensureClusterRole(ctx, c, NetworkGroup, rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: NetworkGroup}, []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"services", "pods", "namespaces", "nodes"}, Verbs: read},
+		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: read},
+		{APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}, Verbs: read},
+		{APIGroups: []string{"policy.networking.k8s.io"}, Resources: []string{"clusternetworkpolicies"}, Verbs: read},
+		{APIGroups: []string{"apiextensions.k8s.io"}, Resources: []string{"customresourcedefinitions"}, Verbs: read,
+			ResourceNames: []string{"clusternetworkpolicies.policy.networking.k8s.io"}},
+		{APIGroups: []string{"", "events.k8s.io"}, Resources: []string{"events"}, Verbs: []string{"create", "patch", "update"}},
+	})
+}
+
+// ensureClusterRole lets somebody do what the rules say.
+func ensureClusterRole(ctx context.Context, c kubernetes.Interface, name string, who rbacv1.Subject, rules []rbacv1.PolicyRule) error {
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: name}, Rules: rules}
 	roles := c.RbacV1().ClusterRoles()
 	old, err := roles.Get(ctx, role.Name, metav1.GetOptions{})
 	switch {
@@ -72,9 +80,9 @@ func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
 		return err
 	}
 	binding := &rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: NetworkGroup},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role.Name},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: NetworkGroup}},
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
+		Subjects:   []rbacv1.Subject{who},
 	}
 	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return err

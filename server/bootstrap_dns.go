@@ -29,9 +29,6 @@ func ensureDNS(ctx context.Context, c kubernetes.Interface, addrs []netip.Addr) 
 	if len(addrs) == 0 {
 		return nil
 	}
-	if err := waitNamespace(ctx, c, metav1.NamespaceSystem); err != nil {
-		return err
-	}
 	if err := ensureDNSRole(ctx, c); err != nil {
 		return fmt.Errorf("let nodes read %s: %w", dnsSettings, err)
 	}
@@ -104,10 +101,18 @@ func ensureDNSService(ctx context.Context, c kubernetes.Interface, addrs []netip
 }
 
 func ensureDNSRole(ctx context.Context, c kubernetes.Interface) error {
-	meta := metav1.ObjectMeta{Name: "kedge:dns", Namespace: metav1.NamespaceSystem}
-	role := &rbacv1.Role{ObjectMeta: meta, Rules: []rbacv1.PolicyRule{
+	return ensureSystemRole(ctx, c, "kedge:dns", []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{dnsSettings}, Verbs: []string{"get", "list", "watch"}},
-	}}
+	})
+}
+
+// ensureSystemRole lets the nodes' networks do in kube-system what the rules say.
+func ensureSystemRole(ctx context.Context, c kubernetes.Interface, name string, rules []rbacv1.PolicyRule) error {
+	if err := waitNamespace(ctx, c, metav1.NamespaceSystem); err != nil {
+		return err
+	}
+	meta := metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceSystem}
+	role := &rbacv1.Role{ObjectMeta: meta, Rules: rules}
 	if _, err := c.RbacV1().Roles(meta.Namespace).Create(ctx, role, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return err
 	}

@@ -1,5 +1,6 @@
 // Package policy decides which connections of this node's pods are allowed:
-// Kubernetes' NetworkPolicy (networking.k8s.io/v1). It follows what the API says
+// Kubernetes' NetworkPolicy (networking.k8s.io/v1) and the cluster-wide
+// ClusterNetworkPolicy (policy.networking.k8s.io/v1alpha2). It follows what the API says
 // of policies, pods and namespaces, keeps package nft told in steps of what
 // changed, and explains its decisions. DESIGN.md of package network has the
 // whole picture.

@@ -318,7 +318,9 @@ func (e *engine) judge(a *attachment) {
 	if ns != nil && ns.pods[a.pod.name] != nil {
 		p = ns.pods[a.pod.name].now
 	}
-	known := p != nil && a.is(p)
+	// Cluster-wide policies select by labels of namespaces, which come by a watch of
+	// their own.
+	known := p != nil && a.is(p) && (ns.labels != nil || len(e.cluster) == 0)
 	a.certain = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0) && !e.clusterMaySelect(ns)
 	for _, d := range directions {
 		for _, addr := range a.addrs {

@@ -14,6 +14,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
 
@@ -50,8 +51,9 @@ var ErrNotSynced = errors.New("network policies are not known yet")
 
 // Policy is the component that enforces network policies on one node.
 type Policy struct {
-	log    *slog.Logger
-	synced []cache.InformerSynced
+	log     *slog.Logger
+	synced  []cache.InformerSynced
+	cluster *clusterWatch // nil if cluster-wide policies are not followed
 
 	mu      sync.Mutex // guards what follows
 	engine  *engine
@@ -62,12 +64,17 @@ type Policy struct {
 }
 
 // New returns the policies of a node; factory is where it asks for pods,
-// namespaces and policies. Until the factory runs and all of them are known,
-// new pods are refused everything and the rules of an earlier process stay.
-func New(cfg Config, factory informers.SharedInformerFactory, log *slog.Logger) (*Policy, error) {
+// namespaces and policies, and client, unless it is nil, for cluster-wide ones.
+// Until the factory runs and all of them are known, new pods are refused everything
+// and the rules of an earlier process stay.
+func New(cfg Config, factory informers.SharedInformerFactory, client dynamic.Interface, log *slog.Logger) (*Policy, error) {
 	p := &Policy{
 		log: log, engine: newEngine(nft.NewPolicyTable(cfg.NodeName)),
 		changed: make(chan struct{}), wake: make(chan struct{}, 1),
+	}
+	if client != nil {
+		p.cluster = &clusterWatch{policy: p, client: client}
+		p.synced = append(p.synced, p.cluster.hasSynced)
 	}
 	resolver := newResolver(cfg.DNS)
 	p.engine.setPod(resolver.key, resolver)
@@ -170,6 +177,14 @@ func (p *Policy) Name() string { return "policy" }
 // say what the API does. The pods that the node has must be known by then: see
 // Restore.
 func (p *Policy) Run(ctx context.Context, ready func()) error {
+	ready = sync.OnceFunc(ready)
+	inner, fail := context.WithCancelCause(ctx)
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer fail(nil)
+	if p.cluster != nil {
+		parts.Go(func() { p.cluster.run(inner) })
+	}
 	if !cache.WaitForCacheSync(ctx.Done(), p.synced...) {
 		return nil
 	}
@@ -178,14 +193,8 @@ func (p *Policy) Run(ctx context.Context, ready func()) error {
 	p.announce()
 	p.mu.Unlock()
 
-	ready = sync.OnceFunc(ready)
-	inner, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
 	damaged := make(chan struct{}, 1)
-	var watch sync.WaitGroup
-	defer watch.Wait()
-	defer fail(nil)
-	watch.Go(func() {
+	parts.Go(func() {
 		err := nft.Watch(inner, func() {
 			select {
 			case damaged <- struct{}{}:

@@ -34,10 +34,15 @@ func newProcess(t *testing.T, api *fake.Clientset) *process {
 	testhost.RequireIsolation(t)
 	t.Cleanup(func() { nft.RemoveTables("node1") })
 	factory := informers.NewSharedInformerFactory(api, 0)
-	p, err := New(Config{NodeName: "node1"}, factory, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	p, err := New(Config{NodeName: "node1"}, factory, nil, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return run(t, p, factory)
+}
+
+// run makes a process of a component.
+func run(t *testing.T, p *Policy, factory informers.SharedInformerFactory) *process {
 	pr := &process{t: t, policy: p, stop: func() {}}
 	pr.start = func() {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -79,6 +84,8 @@ func denyApp(app string) *networkingv1.NetworkPolicy {
 func attachmentOf(name string, i int) cni.Attachment {
 	return cni.Attachment{Owner: name + "/eth0", Namespace: "default", Name: name, UID: "uid-" + name, Addrs: []netip.Addr{podAddr(i, false)}}
 }
+
+func restored(name string, i int) []cni.Attachment { return []cni.Attachment{attachmentOf(name, i)} }
 
 // kernel says what the kernel does with connections that a pod opens.
 func (pr *process) kernel(i int) string {

@@ -228,7 +228,16 @@ func newWorld(seed uint64, e *engine) *world {
 		namespaces: map[string]labels.Set{}, pods: map[podKey]*corev1.Pod{}, policies: map[podKey]*networkingv1.NetworkPolicy{},
 		wide: map[string]*v1alpha2.ClusterNetworkPolicy{},
 	}}
+	for _, name := range []string{"x", "y", "z"} {
+		w.label(name)
+	}
 	return w
+}
+
+// label gives a namespace other labels.
+func (w *world) label(name string) {
+	w.namespaces[name] = w.labels()
+	w.engine.setNamespace(name, w.namespaces[name])
 }
 
 // onNode says whether a pod is on the node; the others are peers only.
@@ -247,14 +256,7 @@ func (w *world) step() {
 		w.wide[name] = w.clusterPolicy(name)
 		w.engine.setClusterPolicy(name, mustRead(newClusterPolicy(w.wide[name])))
 	case 0:
-		name := w.namespace()
-		if w.chance(20) {
-			delete(w.namespaces, name)
-			w.engine.setNamespace(name, nil)
-			return
-		}
-		w.namespaces[name] = w.labels()
-		w.engine.setNamespace(name, w.namespaces[name])
+		w.label(w.namespace())
 	case 1, 2, 3, 4, 5:
 		i := w.IntN(randomPods)
 		p := w.pod(i)

@@ -390,3 +390,64 @@ func TestPolicyOutlivesKedge(t *testing.T) {
 	}
 	eventually(t, 5*time.Second, refused)
 }
+
+// clusterPolicyKind stands for the definition that users install; this one checks
+// nothing.
+const clusterPolicyKind = `{apiVersion: apiextensions.k8s.io/v1, kind: CustomResourceDefinition,
+	metadata: {name: clusternetworkpolicies.policy.networking.k8s.io, annotations: {api-approved.kubernetes.io: unapproved}},
+	spec: {group: policy.networking.k8s.io, scope: Cluster, names: {plural: clusternetworkpolicies, singular: clusternetworkpolicy, kind: ClusterNetworkPolicy},
+	versions: [{name: v1alpha2, served: true, storage: true, schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}}]}}`
+
+// TestClusterNetworkPolicy: the kind is installed while the node runs; the admin
+// tier overrides a NetworkPolicy, which overrides the baseline tier.
+func TestClusterNetworkPolicy(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	n.kubectl(t, "label", "namespace", ns, "cluster-policy="+ns)
+	n.apply(t, ns, agnhostPod("server", "app: server"))
+	n.apply(t, ns, agnhostPod("client", "app: client"))
+	ip := n.waitPod(t, ns, "server", false).Status.PodIP
+	n.waitPod(t, ns, "client", false)
+	client := n.inPod(t, ns, "client")
+	want := func(port string, allowed bool) {
+		t.Helper()
+		eventually(t, 20*time.Second, func() error {
+			conn, err := dialFrom(client, "tcp", net.JoinHostPort(ip, port))
+			if err == nil {
+				conn.Close()
+			}
+			if (err == nil) != allowed {
+				return fmt.Errorf("port %s: allowed: %v (%v), want %v", port, err == nil, err, allowed)
+			}
+			return nil
+		})
+	}
+	n.apply(t, ns, clusterPolicyKind)
+	t.Cleanup(func() { n.tryKubectl(nil, "delete", "crd", "clusternetworkpolicies.policy.networking.k8s.io") })
+	policy := func(name, tier, rules string) {
+		t.Helper()
+		manifest := fmt.Sprintf(`{apiVersion: policy.networking.k8s.io/v1alpha2, kind: ClusterNetworkPolicy, metadata: {name: %s}, spec: {tier: %s, priority: 10, subject: {namespaces: {matchLabels: {cluster-policy: %s}}}, %s}}`, name, tier, ns, rules)
+		eventually(t, 20*time.Second, func() error { // the API serves the kind a moment after it is installed
+			out, err := n.tryKubectl(strings.NewReader(manifest), "apply", "-f", "-")
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		})
+	}
+	want("80", true)
+	policy("baseline", "Baseline", `ingress: [{action: Deny, from: [{namespaces: {}}]}]`)
+	want("80", false)
+	n.apply(t, ns, `{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: allow}, spec: {podSelector: {}, ingress: [{}]}}`)
+	want("80", true)
+	want("81", true)
+	policy("admin", "Admin", `ingress: [{action: Deny, from: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {number: 81}}}]}]`)
+	want("81", false)
+	want("80", true)
+	n.kubectl(t, "delete", "networkpolicy", "-n", ns, "allow")
+	want("80", false)
+	n.kubectl(t, "delete", "crd", "clusternetworkpolicies.policy.networking.k8s.io")
+	want("80", true)
+	want("81", true)
+}

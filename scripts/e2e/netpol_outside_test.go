@@ -1,0 +1,90 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// trace explains the connection from the pod client to the service web.
+func (n *lanNode) trace(t *testing.T, namespace string) string {
+	t.Helper()
+	var out bytes.Buffer
+	cmd := exec.Command(binary(), "net", "trace", "--run-dir="+n.runDir(), "--namespace="+namespace, "from", "client", "to", "web")
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		t.Logf("trace: %v", err) // so it ends for a connection that is refused
+	}
+	return out.String()
+}
+
+// TestPoliciesServicesAndNames: what policies say of pods holds for connections
+// through services, from pods and from outside, in both families, and for the
+// cluster's names.
+func TestPoliciesServicesAndNames(t *testing.T) {
+	t.Parallel()
+	n := onLAN(t)
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 1, "")
+	n.apply(t, ns, shell("client", "exec sleep 3600", ""))
+	n.waitPod(t, ns, "client", false)
+	service := n.service(t, ns, "web", "web", "type: NodePort, ipFamilyPolicy: RequireDualStack,")
+	policy := func(name, spec string) {
+		t.Helper()
+		n.apply(t, ns, fmt.Sprintf(`{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: %s}, spec: {%s}}`, name, spec))
+	}
+	want := func(what string, allowed bool, ask func() (string, error)) {
+		t.Helper()
+		eventually(t, 20*time.Second, func() error {
+			if got, err := ask(); (err == nil) != allowed {
+				return fmt.Errorf("%s: %q, %v; allowed should be %v", what, got, err, allowed)
+			}
+			return nil
+		})
+	}
+	outside := func(what string, allowed4, allowed6 bool) {
+		t.Helper()
+		for node, allowed := range map[netip.Prefix]bool{lanNodeV4: allowed4, lanNodeV6: allowed6} {
+			url := fmt.Sprintf("http://%s/", netip.AddrPortFrom(node.Addr(), uint16(service.Spec.Ports[0].NodePort)))
+			want(what+" by "+url, allowed, func() (string, error) { return n.getOutside(url, time.Second) })
+		}
+	}
+	byName := func(pod string) func() (string, error) {
+		return func() (string, error) { return n.getFrom(ns, pod, "http://web."+ns+"/") }
+	}
+
+	outside("from outside without policies", true, true)
+	want("by name without policies", true, byName("client"))
+
+	policy("deny", "podSelector: {}, policyTypes: [Ingress, Egress]")
+	outside("from outside, refused", false, false)
+	want("by name, refused", false, byName("client"))
+
+	policy("outside", fmt.Sprintf("podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress], ingress: [{from: [{ipBlock: {cidr: %s, except: [%s/32]}}, {ipBlock: {cidr: %s/128}}]}]",
+		lanOutsideV4.Masked(), lanOutsideV4.Addr(), lanOutsideV6.Addr()))
+	outside("from outside, IPv6 only", false, true)
+	policy("outside", fmt.Sprintf("podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress], ingress: [{from: [{ipBlock: {cidr: %s}}]}]", lanOutsideV4.Masked()))
+	outside("from outside, IPv4 only", true, false)
+
+	// The usual policy for names, as it is written for clusters whose resolver is a pod.
+	policy("names", `podSelector: {}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: kube-system}}, podSelector: {matchLabels: {k8s-app: kube-dns}}}], ports: [{port: 53, protocol: UDP}, {port: 53}]}]`)
+	want("the name, but not whom it names", false, byName("client"))
+	refused := n.trace(t, ns)
+	for _, w := range []string{"policy " + ns + "/names", "allowed by none of " + ns + "/deny, " + ns + "/names", "refuses the connection from " + ns + "/client"} {
+		if !strings.Contains(refused, w) {
+			t.Errorf("no %q in the explanation:\n%s", w, refused)
+		}
+	}
+	policy("client", `podSelector: {matchLabels: {app: client}}, policyTypes: [Egress], egress: [{to: [{podSelector: {matchLabels: {app: web}}}], ports: [{port: 8080}]}]`)
+	want("allowed at one end only", false, byName("client"))
+	policy("web", `podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress], ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]`)
+	want("allowed at both ends", true, byName("client"))
+	if out := n.trace(t, ns); !strings.Contains(out, "allows the connection to "+ns+"/web-0") {
+		t.Errorf("not explained:\n%s", out)
+	}
+	want("a pod reaches itself through its service", true, byName("web-0"))
+}
