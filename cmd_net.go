@@ -67,7 +67,11 @@ func netTraceCommand() *cli.Command {
 func printTrace(w io.Writer, a explain.Answer) {
 	fmt.Fprintf(w, "from %s\nto   %s\n\n", a.From, a.To)
 	for i, s := range a.Steps {
-		fmt.Fprintf(w, "%d. table %s, chain %s: %q\n", i+1, s.Table, s.Chain, s.Rule)
+		fmt.Fprintf(w, "%d. table %s", i+1, s.Table)
+		if s.Chain != "" { // a step may be about a table as a whole
+			fmt.Fprintf(w, ", chain %s: %q", s.Chain, s.Rule)
+		}
+		fmt.Fprintln(w)
 		if s.Element != "" {
 			fmt.Fprintf(w, "   %s\n", s.Element)
 		}

@@ -52,11 +52,16 @@ CGO_ENABLED=0 go run ./scripts/demo build/e2e/probe build/hello.tar
 step "\$ kedge kubectl apply -f scripts/demo/hello.yaml"
 "$kedge" kubectl apply -f scripts/demo/hello.yaml
 "$kedge" kubectl rollout status deployment/hello --timeout=60s
+"$kedge" kubectl wait service/hello --for='jsonpath={.status.loadBalancer.ingress}' --timeout=20s
 "$kedge" kubectl get pods -o wide
+"$kedge" kubectl get service hello
 
-step "Asking the application, through the API:"
-pod=$("$kedge" kubectl get pods -l app=hello -o 'jsonpath={.items[0].metadata.name}')
-"$kedge" kubectl get --raw "/api/v1/namespaces/default/pods/$pod:8080/proxy/"
+address=$("$kedge" kubectl get service/hello -o 'jsonpath={.status.loadBalancer.ingress[0].ip}')
+step "\$ curl http://$address:8088/   (from this machine or any other)"
+build/e2e/probe get "http://$address:8088/"
+
+step "The same from a pod, by name:"
+"$kedge" kubectl exec deployment/hello -- /hello get http://hello:8088/
 
 cat <<EOF
 
