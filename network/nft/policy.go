@@ -131,8 +131,9 @@ type PolicyTable struct {
 	oldChains   map[string]bool             // existed
 	oldSubjects map[subject]string          // chain; empty for none
 
-	known   bool // the kernel holds what Commit wrote last, as far as we know
-	present bool // the table exists, as far as we know; valid if known
+	known   bool  // the kernel holds what Commit wrote last, as far as we know
+	present bool  // the table exists, as far as we know; valid if known
+	damage  error // see Damaged
 }
 
 type policySet struct {

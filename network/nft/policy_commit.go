@@ -13,8 +13,10 @@ import (
 )
 
 // Commit makes true what was staged. After an error nothing of it is, and the
-// next Commit tries again with all of it.
+// next Commit tries again with all of it. Where the table turns out not to be what
+// the last Commit left, it is written anew; Damaged then says so.
 func (t *PolicyTable) Commit() error {
+	t.damage = nil
 	empty := len(t.subjects) == 0
 	switch {
 	case !t.known:
@@ -31,7 +33,7 @@ func (t *PolicyTable) Commit() error {
 		// Nothing is there, and nothing should be.
 	default:
 		if err := t.update(); err != nil {
-			// Somebody removed or changed the table: write all of it.
+			t.damage = err
 			return t.rewrite()
 		}
 	}
@@ -39,6 +41,10 @@ func (t *PolicyTable) Commit() error {
 	t.forget()
 	return nil
 }
+
+// Damaged returns why the last Commit wrote the whole table anew instead of what
+// was different, or nil.
+func (t *PolicyTable) Damaged() error { return t.damage }
 
 // rewrite makes the table new, in one transaction.
 func (t *PolicyTable) rewrite() error {

@@ -279,10 +279,14 @@ func TestPolicyTableIsRepaired(t *testing.T) {
 		t.Fatal(err)
 	}
 	table.Judge(Egress, testAddr(false, 1), Refuse)
-	if err := table.Commit(); err != nil {
-		t.Fatal(err)
+	if err := table.Commit(); err != nil || table.Damaged() == nil {
+		t.Fatalf("commit: %v, damage: %v", err, table.Damaged())
 	}
 	table.mustBe(t, true)
+	table.Judge(Egress, testAddr(false, 1), "")
+	if err := table.Commit(); err != nil || table.Damaged() != nil {
+		t.Fatalf("commit: %v, damage: %v", err, table.Damaged())
+	}
 }
 
 func TestHoldLeavesOtherPodsAlone(t *testing.T) {

@@ -259,7 +259,7 @@ func BenchmarkConnect(b *testing.B) {
 		}()
 		s.must(s.pods[from].Do(func() error {
 			for b.Loop() {
-				conn, err := net.DialTimeout("tcp", addr, time.Second)
+				conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
 				if errors.Is(err, syscall.ECONNRESET) {
 					continue // made, and ended by the other side at once
 				}

@@ -18,7 +18,7 @@ func (e *engine) allows(c connection) bool {
 }
 
 func TestDecisions(t *testing.T) {
-	for seed := range uint64(8) {
+	for seed := range uint64(6) {
 		e := newEngine(nft.NewPolicyTable("node1"))
 		e.judgeAll()
 		w := newWorld(seed, e)
@@ -27,7 +27,9 @@ func TestDecisions(t *testing.T) {
 			for range 1 + w.IntN(5) {
 				w.step()
 			}
-			for _, c := range w.connections() {
+			all := w.connections()
+			w.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+			for _, c := range all[:800] {
 				want := w.allows(c)
 				if got := e.allows(c); got != want {
 					steps, _ := e.table.Trace(nft.Egress, c.nft())

@@ -126,7 +126,7 @@ func TestPackets(t *testing.T) {
 	e.judgeAll()
 	w := newWorld(7, e)
 	allowed, refused := 0, 0
-	for round := range 25 {
+	for round := range 15 {
 		for range 1 + w.IntN(6) {
 			w.step()
 		}

@@ -41,6 +41,8 @@ const (
 	// settle is how long repair waits after rules were changed by others: those
 	// who load a firewall make several changes.
 	settle = 200 * time.Millisecond
+	// repairPause is the least time between two comparisons but the one after settle.
+	repairPause = time.Second
 	// repairEvery is how often the rules are compared even though no event said
 	// that somebody changed them.
 	repairEvery = 5 * time.Minute
@@ -227,6 +229,8 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 	again := time.NewTimer(settle)
 	again.Stop()
 	defer again.Stop()
+	var looked time.Time // when the rules were last compared
+	said := ""           // what the log has of the failure at hand
 	for {
 		var err error
 		select {
@@ -238,19 +242,30 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 			err = p.commit()
 		case <-damaged:
 			// At once, since until then nothing may be enforced, and once more when
-			// whoever changes rules is likely to be done.
+			// whoever changes rules is likely to be done. Not all the time, though:
+			// there may be another node on the machine, with tables of its own.
+			if time.Since(looked) < repairPause {
+				again.Reset(repairPause)
+				continue
+			}
 			err = p.repair()
+			looked = time.Now()
 			again.Reset(settle)
 		case <-again.C:
 			err = p.repair()
+			looked = time.Now()
 		case <-regular.C:
 			err = p.repair()
 		}
 		if err != nil {
-			p.log.Error("network policies cannot be enforced as they are; trying again", "error", err)
+			if text := err.Error(); text != said {
+				p.log.Error("network policies cannot be enforced as they are; trying again", "error", err)
+				said = text
+			}
 			retry.Reset(retryPause)
 			continue
 		}
+		said = ""
 		ready()
 	}
 }
@@ -258,8 +273,7 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 func (p *Policy) commit() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.failure = p.engine.table.Commit()
-	return p.failure
+	return p.write()
 }
 
 func (p *Policy) repair() error {
@@ -300,8 +314,8 @@ func (p *Policy) Restore(all []cni.Attachment) {
 // Attach returns when the policies for a new pod are in force: call it before the
 // pod can send anything. Where it must be known more about the pod than is, it
 // waits a moment, and then lets the pod start with all connections refused until
-// that is known. An error means that the pod must not start;
-// Detach is to be called all the same.
+// that is known. An error means that the pod must not start; Detach is to be
+// called all the same.
 func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -340,13 +354,24 @@ func (p *Policy) enforce(at *attachment) error {
 	if !p.engine.synced {
 		return p.engine.table.Hold(at.addrs)
 	}
-	return p.write()
+	return p.writeNow()
 }
 
-// write commits what is staged; Run tries again after a failure. Caller holds mu.
-func (p *Policy) write() error {
-	if p.failure = p.engine.table.Commit(); p.failure != nil {
+// writeNow is [Policy.write] for those who do not try again themselves: Run does.
+// Caller holds mu.
+func (p *Policy) writeNow() error {
+	err := p.write()
+	if err != nil {
 		p.wakeUp()
+	}
+	return err
+}
+
+// write commits what is staged. Caller holds mu.
+func (p *Policy) write() error {
+	p.failure = p.engine.table.Commit()
+	if damage := p.engine.table.Damaged(); damage != nil {
+		p.log.Warn("rules written anew: somebody removed or changed them", "table", p.engine.table.Name(), "cause", damage)
 	}
 	return p.failure
 }
@@ -360,7 +385,7 @@ func (p *Policy) Detach(owner string) error {
 	if !p.engine.synced {
 		return nil // an entry that is left over goes with the first Commit
 	}
-	return p.write()
+	return p.writeNow()
 }
 
 var _ cni.Judge = (*Policy)(nil)

@@ -111,8 +111,7 @@ func TestServiceTypes(t *testing.T) {
 	n.apply(t, ns, shell("client", "exec sleep 3600", ""))
 	n.waitPod(t, ns, "client", false)
 	lb := "203.0.113.10"
-	// Of a class of its own, so that nobody else gives it an address.
-	s := n.service(t, ns, "web", "web", "type: LoadBalancer, loadBalancerClass: example.org/test, externalIPs: [203.0.113.11],")
+	s := n.service(t, ns, "web", "web", "type: LoadBalancer, loadBalancerClass: example.com/by-hand, externalIPs: [203.0.113.11],")
 	s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: lb}}
 	if _, err := n.client.CoreV1().Services(ns).UpdateStatus(context.Background(), s, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
