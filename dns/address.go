@@ -1,11 +1,15 @@
 package dns
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
+	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -30,6 +34,64 @@ func claim(addrs []netip.Addr) error {
 	}
 	return nil
 }
+
+// watchRoutes opens a socket that tells of interfaces and routes.
+func watchRoutes() (*mdnetlink.Conn, error) {
+	conn, err := mdnetlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return nil, fmt.Errorf("watch routes: %w", err)
+	}
+	for _, group := range []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE} {
+		if err := conn.JoinGroup(group); err != nil {
+			return nil, errors.Join(fmt.Errorf("watch routes: %w", err), conn.Close())
+		}
+	}
+	return conn, nil
+}
+
+// keepAddresses makes the addresses local again when somebody has removed a route, or an
+// interface changed: when loopback goes down, its routes go without a word.
+func (r *Resolver) keepAddresses(ctx context.Context, conn *mdnetlink.Conn) {
+	// A deadline in the past ends the receive that is under way.
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for {
+		msgs, err := conn.Receive()
+		if ctx.Err() != nil {
+			return
+		}
+		lost := errors.Is(err, unix.ENOBUFS) // of which something was lost
+		if err != nil && !lost {
+			r.log.Warn("routes are not watched any more", "cause", err)
+			return
+		}
+		for _, m := range msgs {
+			lost = lost || concerns(m)
+		}
+		if !lost {
+			continue
+		}
+		// While loopback is down this fails; its coming up is an event too.
+		if err := claim(r.cfg.Addresses); err != nil {
+			r.log.Warn("the DNS addresses are not local", "cause", err)
+		}
+	}
+}
+
+// concerns says whether a message may mean that a route of ours is gone. Pods that come
+// and go cause many that do not.
+func concerns(m mdnetlink.Message) bool {
+	switch {
+	case m.Header.Type == unix.RTM_DELROUTE && len(m.Data) >= unix.SizeofRtMsg:
+		return m.Data[5] == routeProtocol // rtm_protocol
+	case m.Header.Type == unix.RTM_NEWLINK && len(m.Data) >= unix.SizeofIfInfomsg:
+		return binary.NativeEndian.Uint32(m.Data[4:]) == loopbackIndex // ifi_index
+	}
+	return false
+}
+
+// loopbackIndex is the loopback interface's in every network namespace.
+const loopbackIndex = 1
 
 // Cleanup removes the addresses of a resolver that has ended.
 func Cleanup(addresses []netip.Addr) error {

@@ -121,6 +121,11 @@ func (r *Resolver) programmed(s *discoveryv1.EndpointSlice) {
 
 // Run implements lifecycle.Component. It is ready when names are answered.
 func (r *Resolver) Run(ctx context.Context, ready func()) error {
+	routes, err := watchRoutes() // before they are made, so that none is lost unseen
+	if err != nil {
+		return err
+	}
+	defer routes.Close()
 	if err := claim(r.cfg.Addresses); err != nil {
 		return err
 	}
@@ -148,6 +153,10 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	}
 	for _, l := range socks.tcp {
 		waiting.Go(func() { r.answer.serveTCP(inner, l, &waiting) })
+	}
+	waiting.Go(func() { r.keepAddresses(inner, routes) })
+	if socks.noMetrics != nil {
+		r.log.Warn("metrics are not served", "cause", socks.noMetrics)
 	}
 	metrics := r.metricsServer()
 	for _, l := range socks.metrics {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -95,6 +96,33 @@ func TestAddresses(t *testing.T) {
 	}
 	if n := localRoutes(t); n != 0 {
 		t.Errorf("%d routes after the clean-up", n)
+	}
+}
+
+// Somebody flushes the routes, or loopback goes down for a moment.
+func TestAddressesComeBack(t *testing.T) {
+	w := start(t, "")
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, damage := range map[string]func() error{
+		"routes removed": func() error { return Cleanup(w.cfg.Addresses) },
+		"loopback down":  func() error { return errors.Join(netlink.LinkSetDown(lo), netlink.LinkSetUp(lo)) },
+	} {
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		deadline := time.Now().Add(10 * time.Second)
+		for {
+			if err = w.r.Check(t.Context()); err == nil && localRoutes(t) == 2 {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %d routes; Check says %v", name, localRoutes(t), err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
 	}
 }
 

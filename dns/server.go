@@ -43,6 +43,8 @@ type sockets struct {
 	udp     []*net.UDPConn
 	tcp     []net.Listener
 	metrics []net.Listener
+
+	noMetrics error // why metrics are not served at all addresses
 }
 
 // listen opens the sockets at the addresses, which are local by now. On an error none
@@ -68,11 +70,11 @@ func listen(ctx context.Context, addrs []netip.Addr) (s sockets, err error) {
 			return s, explain(err, at)
 		}
 		s.tcp = append(s.tcp, l)
-		at = netip.AddrPortFrom(a, metricsPort).String()
-		if l, err = c.Listen(ctx, "tcp", at); err != nil {
-			return s, explain(err, at)
+		if l, err := c.Listen(ctx, "tcp", netip.AddrPortFrom(a, metricsPort).String()); err == nil {
+			s.metrics = append(s.metrics, l)
+		} else {
+			s.noMetrics = err // names matter more
 		}
-		s.metrics = append(s.metrics, l)
 	}
 	return s, nil
 }

@@ -186,7 +186,7 @@ func (x *Index) belowService(q *message.Query, r *message.Reply, rec *record) ou
 	}
 	out := noData
 	for i, e := range eps {
-		if x.wants(q, e.addr) && (i == 0 || e.addr != eps[i-1].addr) {
+		if wants(q, e.addr) && (i == 0 || e.addr != eps[i-1].addr) {
 			out = found
 			if !r.Addr(message.Question, x.cfg.TTL, e.addr) {
 				break
@@ -210,7 +210,7 @@ func (r *record) find(name, protocol []byte) *port {
 }
 
 // wants says whether a question is for addresses of this kind.
-func (x *Index) wants(q *message.Query, a netip.Addr) bool {
+func wants(q *message.Query, a netip.Addr) bool {
 	switch q.Type {
 	case message.TypeA:
 		return a.Is4()
@@ -401,7 +401,7 @@ func (x *Index) pod(q *message.Query, r *message.Reply, n int) outcome {
 	if !ok {
 		return noName
 	}
-	if !x.wants(q, a) {
+	if !wants(q, a) {
 		return noData
 	}
 	r.Addr(message.Question, x.cfg.TTL, a)

@@ -97,7 +97,7 @@ func (g *group) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 			} else {
 				failure = r.err
 			}
-			if attempts < len(servers) {
+			if attempts < min(limit, len(servers)) {
 				next.Reset(0)
 				break
 			}

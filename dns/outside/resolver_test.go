@@ -174,6 +174,18 @@ func TestFailuresAreOneServersOpinion(t *testing.T) {
 	}
 }
 
+func TestManyServersThatRefuse(t *testing.T) {
+	var all []*server
+	for i := range maxAttempts + 2 {
+		all = append(all, newServer(t, fmt.Sprintf("127.0.0.%d", 2+i), says(t, dns.RcodeRefused, "", "")))
+	}
+	r, _ := newResolver(t, all...)
+	began := time.Now()
+	if m := ask(t, r, "a.example.", dns.TypeA); m.Rcode != dns.RcodeRefused || time.Since(began) > time.Second {
+		t.Errorf("after %s: %s", time.Since(began), m)
+	}
+}
+
 // A name that fails is not asked for again and again, however often clients ask.
 func TestFailuresAreAskedForSeldom(t *testing.T) {
 	s := newServer(t, "127.0.0.2", says(t, dns.RcodeServerFailure, "", ""))
