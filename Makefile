@@ -122,7 +122,7 @@ bench-services: ## measure the service proxy beside kube-proxy's nftables mode; 
 	go test ./network/proxy -run '^$$' -bench Begin -benchtime 3x
 	go test ./network/proxy -run '^$$' -bench EndpointChange -benchtime 50x
 	go test ./network/proxy -run '^$$' -bench FirstPacket -benchtime 20000x
-	go test ./network/nft -run '^$$' -bench 'Services(All|One|Repair)' -benchtime 10x
+	go test ./network/nft -run '^$$' -bench 'Services(All|One|Moved|Repair)' -benchtime 10x
 	go test ./network/nft -run '^$$' -bench ServicesNew -benchtime 200000x
 
 .PHONY: bench

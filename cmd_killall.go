@@ -14,6 +14,7 @@ import (
 	"kedge/internal/datadir"
 	"kedge/internal/logging"
 	"kedge/network"
+	"kedge/network/proxy"
 	"kedge/runtime"
 )
 
@@ -63,5 +64,9 @@ func killall(ctx context.Context, s settings) error {
 	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
 		return err
 	}
-	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), dns.Cleanup(s.agent.ClusterDNS))
+	var services error
+	if s.proxy != nil {
+		services = proxy.Cleanup(*s.proxy)
+	}
+	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), services, dns.Cleanup(s.agent.ClusterDNS))
 }

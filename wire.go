@@ -116,6 +116,7 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 		group.Add(services, hWatches)
 		rules = append(rules, services.Rules())
 	}
+	rules = append(rules, pods.Rules()) // after services, which translate first
 	answerTrace(asked, explain.New(s.nodeName, s.server.NodeIPs, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))

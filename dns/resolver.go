@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/client-go/informers"
@@ -35,6 +36,7 @@ type Resolver struct {
 	synced []cache.InformerSynced // that what the watches have read has reached the index
 
 	running atomic.Bool
+	failure atomic.Pointer[error] // why the sockets could not be opened
 }
 
 var _ interface {
@@ -122,12 +124,12 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	if err := claim(r.cfg.Addresses); err != nil {
 		return err
 	}
-	socks, err := listen(ctx, r.cfg.Addresses)
-	if err != nil {
+	defer r.answer.outside.Close()
+	socks, err := r.open(ctx, ready)
+	if err != nil || ctx.Err() != nil {
 		return err
 	}
 	defer socks.close()
-	defer r.answer.outside.Close()
 	var waiting sync.WaitGroup
 	defer waiting.Wait()
 	inner, cancel := context.WithCancel(ctx)
@@ -166,6 +168,31 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	return nil
 }
 
+// open opens the sockets. A port that another program has is waited for: without names
+// pods suffer, without the node they would all be gone. Nobody else has to wait then, and
+// Check says what is wrong.
+func (r *Resolver) open(ctx context.Context, ready func()) (sockets, error) {
+	defer r.failure.Store(nil)
+	for {
+		socks, err := listen(ctx, r.cfg.Addresses)
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return socks, err
+		}
+		if r.failure.Swap(&err) == nil {
+			r.log.Error("names are not answered", "cause", err)
+		}
+		ready()
+		select {
+		case <-ctx.Done():
+			return socks, nil
+		case <-time.After(listenAgain):
+		}
+	}
+}
+
+// listenAgain is how often a port that is taken is tried.
+const listenAgain = 2 * time.Second
+
 func (r *Resolver) metricsServer() *http.Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(r.answer.stats)
@@ -176,6 +203,9 @@ func (r *Resolver) metricsServer() *http.Server {
 
 // Check implements lifecycle.Checker: it asks for a name of the cluster as a pod would.
 func (r *Resolver) Check(ctx context.Context) error {
+	if err := r.failure.Load(); err != nil {
+		return *err
+	}
 	if !r.running.Load() {
 		return errors.New("names are not answered")
 	}

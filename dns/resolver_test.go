@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/informers"
 
 	"kedge/dns/cluster"
 	"kedge/dns/custom"
@@ -99,15 +98,38 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
+// Another program at port 53 must not cost the node: what is wrong is told, and names are
+// answered as soon as the port is free.
 func TestPortIsTaken(t *testing.T) {
-	w := start(t, "")
-	other, err := New(w.cfg, informers.NewSharedInformerFactory(w.client, 0), w.client, slog.New(slog.DiscardHandler))
+	testhost.RequireIsolation(t)
+	other, err := net.Listen("tcp", ":53")
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = other.Run(t.Context(), func() {})
-	if err == nil || !strings.Contains(err.Error(), "--service-cidr") {
-		t.Errorf("got %v", err)
+	defer other.Close()
+	w := start(t, "")
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := w.r.Check(t.Context())
+		if err != nil && strings.Contains(err.Error(), "another program has 10.43.0.10:53") && strings.Contains(err.Error(), "--service-cidr") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("Check says %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if err = w.r.Check(t.Context()); err == nil {
+			break
+		}
+		if time.Now().After(deadline.Add(10 * time.Second)) {
+			t.Fatalf("with a free port Check says %v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -68,7 +69,7 @@ func (w *world) run() {
 	}
 	factory.Start(ctx.Done())
 	ready, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- r.Run(ctx, func() { close(ready) }) }()
+	go func() { done <- r.Run(ctx, sync.OnceFunc(func() { close(ready) })) }()
 	select {
 	case <-ready:
 	case err := <-done:

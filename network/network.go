@@ -18,6 +18,7 @@ import (
 	"kedge/network/cni"
 	"kedge/network/ipam"
 	"kedge/network/nft"
+	"kedge/network/trace"
 )
 
 // repairEvery is how often everything is looked at even though no event said
@@ -82,6 +83,10 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	}
 	return nil
 }
+
+// Rules returns the part of the node's rules that is about host ports and the way
+// out of the cluster, for those who want to see what it does.
+func (n *Network) Rules() trace.Part { return n.table }
 
 // Run sets the node up and answers CNI requests until ctx is cancelled. It is
 // ready when the runtime may call; until the pod ranges are known the answer is

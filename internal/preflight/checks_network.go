@@ -88,7 +88,8 @@ func checkRanges(_ context.Context, c Config, p probes) []finding {
 		return warn("the machine's routes cannot be read: "+err.Error(), "run kedge as root")
 	}
 	for _, r := range routes {
-		if r.to.Bits() == 0 || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
+		// What leads to the loopback interface is this machine, or a kedge's own.
+		if r.to.Bits() == 0 || r.link == "lo" || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
 			continue
 		}
 		for _, mine := range c.Ranges {

@@ -409,6 +409,7 @@ func TestAddressMovesWhenItsNodeDies(t *testing.T) {
 	other := map[string]string{"a": "b", "b": "a"}[first]
 	c.stops[first]()
 	took := c.eventually(5*time.Second, "the other node has it after the stop", func() bool { return c.holder(pool4, false) == other })
+	t.Logf("handed over in %s", took)
 	if took > time.Second {
 		t.Errorf("a hand-over took %s", took)
 	}

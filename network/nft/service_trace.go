@@ -293,7 +293,7 @@ func (w *walk) choose(chain string, c class, pool pool, where string, port *Serv
 		w.steps[len(w.steps)-1].Problem = joinProblems(problems...)
 		return nil
 	}
-	chosen, rule, why := endpoints[0], "one of the endpoints", fmt.Sprintf("%s of %d endpoints on %s", w.table.cfg.Scheduler, len(endpoints), where)
+	chosen, rule, why := endpoints[0], "one of the endpoints", fmt.Sprintf("%s of %s on %s", w.table.cfg.Scheduler, endpointCount(uint32(len(endpoints))), where)
 	if c.sticky != nil {
 		for _, e := range endpoints {
 			key := string(w.p.From.Addr.Addr().AsSlice()) + destination(c.sticky.service) + string(e.Addr().AsSlice())
@@ -382,11 +382,11 @@ func (c class) text() string {
 	case actDrop:
 		parts = append(parts, "which has no endpoint for this node")
 	case actExternalLocal:
-		parts = append(parts, fmt.Sprintf("externalTrafficPolicy Local, %d endpoints here, %d in all", c.local, c.cluster))
+		parts = append(parts, fmt.Sprintf("externalTrafficPolicy Local, %s here, %d in all", endpointCount(c.local), c.cluster))
 	case actLocal:
-		parts = append(parts, fmt.Sprintf("internalTrafficPolicy Local, %d endpoints here", c.local))
+		parts = append(parts, fmt.Sprintf("internalTrafficPolicy Local, %s here", endpointCount(c.local)))
 	case actCluster:
-		parts = append(parts, fmt.Sprintf("%d endpoints", c.cluster))
+		parts = append(parts, endpointCount(c.cluster))
 	}
 	if c.sticky != nil {
 		parts = append(parts, fmt.Sprintf("session affinity for %s", c.sticky.timeout))
@@ -395,6 +395,13 @@ func (c class) text() string {
 		parts = append(parts, "for some sources only")
 	}
 	return strings.Join(parts, ", ")
+}
+
+func endpointCount(n uint32) string {
+	if n == 1 {
+		return "1 endpoint"
+	}
+	return fmt.Sprintf("%d endpoints", n)
 }
 
 func joinProblems(list ...string) string {

@@ -164,6 +164,25 @@ func BenchmarkServicesOneEndpoint(b *testing.B) {
 	}
 }
 
+// BenchmarkServicesMovedEndpoint gives one of many services another endpoint in place
+// of one that it has.
+func BenchmarkServicesMovedEndpoint(b *testing.B) {
+	newServiceTable(b, sampleServiceConfig())
+	for _, n := range []int{10, 1000, 10000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			d := &ourDesign{}
+			d.program(b, n)
+			for i := 0; b.Loop(); i++ {
+				p := benchPort(i/2%n, 3)
+				p.Cluster[1] = netip.AddrPortFrom(p.Cluster[1].Addr(), uint16(8080+i%2))
+				if err := d.table.Apply(map[string]Service{fmt.Sprint("default/s", i/2%n): {Ports: []ServicePort{p}}}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkServicesNewConnection sends the first packet of a connection to one of
 // many services; "none" is what it costs without any.
 func BenchmarkServicesNewConnection(b *testing.B) {

@@ -121,6 +121,9 @@ func (p *Proxy) Run(ctx context.Context, ready func()) error {
 			return nil
 		}
 	}
+	if err := ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs); err != nil {
+		return err
+	}
 	if err := p.broadcaster.StartRecordingToSinkWithContext(ctx); err != nil {
 		return fmt.Errorf("record events of services: %w", err)
 	}
@@ -246,10 +249,10 @@ func (p *Proxy) takeLabels() (labels map[string]string, changed bool) {
 	return labels, changed
 }
 
-// repair compares the rules with the kernel's.
+// repair compares rules and routes with the kernel's.
 func (p *Proxy) repair() {
 	n, err := p.table.Repair()
-	if p.noted(err, "rules of services could not be repaired") && n > 0 {
+	if p.noted(errors.Join(err, ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs)), "rules of services, or the way to them, could not be repaired") && n > 0 {
 		p.log.Warn("rules repaired: somebody removed or changed them", "table", p.table.Name(), "differences", n)
 	}
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -315,6 +317,8 @@ func TestNetTrace(t *testing.T) {
 	pods := n.servers(t, ns, "web", 1, "")
 	s := n.service(t, ns, "web", "web", "type: NodePort,")
 	n.service(t, ns, "nowhere", "nobody", "")
+	n.apply(t, ns, shellWith("hosted", "exec probe serve :8080 hosted", "", fmt.Sprintf("ports: [{containerPort: 8080, hostPort: %d}],", n.apiPort+3001)))
+	hosted := n.waitPod(t, ns, "hosted", false).Status.PodIP
 	trace := func(args ...string) (string, error) {
 		return n.run(append([]string{"net", "trace", "--run-dir=" + n.runDir(), "-n", ns}, args...)...)
 	}
@@ -322,10 +326,12 @@ func TestNetTrace(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"web"}, []string{"chain output", "services-4: " + s.Spec.ClusterIP + ":80/TCP", "service " + ns + "/web, 1 endpoints", "it reaches " + pods[0].Status.PodIP + ":8080, pod " + ns + "/web-0"}},
+		{[]string{"web"}, []string{"chain output", "services-4: " + s.Spec.ClusterIP + ":80/TCP", "service " + ns + "/web, 1 endpoint", "it reaches " + pods[0].Status.PodIP + ":8080, pod " + ns + "/web-0"}},
 		{[]string{"from", "web-0", "to", "web"}, []string{"chain prerouting", "a pod that reaches itself through a service"}},
 		{[]string{"from", "203.0.113.9", "to", fmt.Sprint(n.address(t), ":", s.Spec.Ports[0].NodePort)}, []string{"node-ports-4", "to a pod of this machine"}},
 		{[]string{"nowhere"}, []string{"which has no endpoints", "the connection is reset at once", "it ends here"}},
+		{[]string{fmt.Sprint("node:", n.apiPort+3001)}, []string{"host ports of all node addresses", "it reaches " + hosted + ":8080"}},
+		{[]string{"from", "hosted", "203.0.113.5:443"}, []string{"the outside sees the node's address", "it goes to 203.0.113.5:443, outside"}},
 		{[]string{"web:81"}, []string{"not a port that its service has", "it ends here"}},
 	} {
 		eventually(t, 5*time.Second, func() error {
@@ -346,5 +352,48 @@ func TestNetTrace(t *testing.T) {
 	}
 	if out, err := trace("nothing"); err == nil || !strings.Contains(out, "there is no service or pod "+ns+"/nothing") {
 		t.Errorf("an unknown name: %v, %s", err, out)
+	}
+}
+
+// TestServicesWithoutDefaultRoute: on a machine that is on no network but its own, the
+// node's processes reach services too, of which the API server is one.
+func TestServicesWithoutDefaultRoute(t *testing.T) {
+	t.Parallel()
+	n := own(t)
+	n.network = network(t, "198.51.100.10/24")
+	if err := prepareImages(n.dataDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 1, "")
+	s := n.service(t, ns, "web", "web", "")
+	url := "http://" + s.Spec.ClusterIP + "/"
+	answered(t, func() (string, error) { return n.get(url) }, "web-0")
+	answered(t, func() (string, error) { return n.getFrom(ns, "web-0", url) }, "web-0")
+	if got, err := n.get(url + "addr"); seen(got) != "198.51.100.10" {
+		t.Errorf("the server sees %q, %v, want the node's address", got, err)
+	}
+	if _, err := n.get("http://" + s.Spec.ClusterIP + ":81/"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("another port: %v", err)
+	}
+	if out, err := n.command("check"); strings.Contains(out, "overlaps") {
+		t.Errorf("the node's own route is taken for another's: %v\n%s", err, out)
+	}
+	n.stop(t, syscall.SIGTERM, 10*time.Second)
+	if out, err := n.command("killall"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	err := n.inside(func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: 212}, netlink.RT_FILTER_PROTOCOL)
+		if err == nil && len(routes) > 0 {
+			err = fmt.Errorf("routes are left: %v", routes)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }

@@ -111,7 +111,7 @@ func TestServiceTypes(t *testing.T) {
 	n.apply(t, ns, shell("client", "exec sleep 3600", ""))
 	n.waitPod(t, ns, "client", false)
 	lb := "203.0.113.10"
-	s := n.service(t, ns, "web", "web", "type: LoadBalancer, externalIPs: [203.0.113.11],")
+	s := n.service(t, ns, "web", "web", "type: LoadBalancer, loadBalancerClass: example.com/by-hand, externalIPs: [203.0.113.11],")
 	s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: lb}}
 	if _, err := n.client.CoreV1().Services(ns).UpdateStatus(context.Background(), s, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)

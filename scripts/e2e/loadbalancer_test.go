@@ -1,0 +1,128 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// given waits until a service has addresses, and returns them.
+func (n *node) given(t *testing.T, namespace, name string) []string {
+	t.Helper()
+	var out []string
+	eventually(t, 20*time.Second, func() error {
+		s, err := n.client.CoreV1().Services(namespace).Get(context.Background(), name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		out = nil
+		for _, i := range s.Status.LoadBalancer.Ingress {
+			out = append(out, i.IP)
+		}
+		if len(out) == 0 {
+			return errors.New("no address")
+		}
+		return nil
+	})
+	return out
+}
+
+func TestLoadBalancerAtNodes(t *testing.T) {
+	t.Parallel()
+	n := onLAN(t)
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 1, "")
+	n.servers(t, ns, "other", 1, "")
+	n.service(t, ns, "first", "web", "type: LoadBalancer, ipFamilyPolicy: RequireDualStack,")
+	if got, want := fmt.Sprint(n.given(t, ns, "first")), fmt.Sprintf("[%s %s]", lanNodeV4.Addr(), lanNodeV6.Addr()); got != want {
+		t.Errorf("addresses %s, want %s", got, want)
+	}
+	for _, a := range []string{lanNodeV4.Addr().String(), lanNodeV6.Addr().String()} {
+		answered(t, func() (string, error) { return n.getOutside("http://"+net.JoinHostPort(a, "80")+"/", 2*time.Second) }, "web-0")
+	}
+	// Another one wants the same port, and gets it when it is free.
+	n.service(t, ns, "second", "other", "type: LoadBalancer,")
+	n.waitEvent(t, ns, "second", "PortTaken", ns+"/first's")
+	n.kubectl(t, "delete", "service", "-n", ns, "first")
+	n.given(t, ns, "second")
+	answered(t, func() (string, error) { return n.getOutside("http://"+lanNodeV4.Addr().String()+"/", 2*time.Second) }, "other-0")
+	// The API's own port is nobody's.
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Service, metadata: {name: api}, spec: {type: LoadBalancer, ports: [{port: %d}]}}`, n.apiPort))
+	n.waitEvent(t, ns, "api", "PortTaken", "kedge's own")
+	// What is no load balancer any more has no addresses.
+	n.kubectl(t, "patch", "service", "-n", ns, "second", "-p", `{"spec": {"type": "ClusterIP"}}`)
+	eventually(t, 20*time.Second, func() error {
+		s, err := n.client.CoreV1().Services(ns).Get(context.Background(), "second", metav1.GetOptions{})
+		if err == nil && len(s.Status.LoadBalancer.Ingress) > 0 {
+			err = fmt.Errorf("it still has %v", s.Status.LoadBalancer.Ingress)
+		}
+		return err
+	})
+}
+
+func TestLoadBalancerOfPool(t *testing.T) {
+	t.Parallel()
+	n := onLAN(t, "--lb-pool=198.51.100.200-198.51.100.210,2001:db8:51::200/120,lab=198.51.100.240/28")
+	ns := n.namespace(t)
+	n.servers(t, ns, "web", 1, "")
+	n.service(t, ns, "web", "web", "type: LoadBalancer, ipFamilyPolicy: RequireDualStack, externalTrafficPolicy: Local,")
+	addrs := n.given(t, ns, "web")
+	if got := fmt.Sprint(addrs); got != "[198.51.100.200 2001:db8:51::200]" {
+		t.Errorf("addresses %s", got)
+	}
+	for i, a := range addrs {
+		url := "http://" + net.JoinHostPort(a, "80")
+		answered(t, func() (string, error) { return n.getOutside(url+"/", 2*time.Second) }, "web-0")
+		got, err := n.getOutside(url+"/addr", 2*time.Second)
+		if want := []string{lanOutsideV4.Addr().String(), lanOutsideV6.Addr().String()}[i]; seen(got) != want {
+			t.Errorf("the server sees %q, %v, want %s", got, err, want)
+		}
+		answered(t, func() (string, error) { return n.get(url + "/") }, "web-0")
+	}
+	n.apply(t, ns, `{apiVersion: v1, kind: Service, metadata: {name: asked, annotations: {kedge.io/address-pool: lab, kedge.io/loadBalancerIPs: 198.51.100.245}}, spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 81, targetPort: 8080}]}}`)
+	if got := n.given(t, ns, "asked"); got[0] != "198.51.100.245" {
+		t.Errorf("address %v", got)
+	}
+	answered(t, func() (string, error) { return n.getOutside("http://198.51.100.245:81/", 2*time.Second) }, "web-0")
+
+	// Restarted, it gives the same addresses and answers for them.
+	n.stop(t, syscall.SIGTERM, 10*time.Second)
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(n.given(t, ns, "web")); got != fmt.Sprint(addrs) {
+		t.Errorf("addresses after the restart: %s", got)
+	}
+	answered(t, func() (string, error) { return n.getOutside("http://"+addrs[0]+"/", 2*time.Second) }, "web-0")
+	n.kubectl(t, "delete", "service", "-n", ns, "asked")
+	eventually(t, 20*time.Second, func() error {
+		out, err := n.getOutside("http://198.51.100.245:81/", time.Second)
+		if err == nil || strings.Contains(err.Error(), "reset") {
+			return fmt.Errorf("an address that nobody has answers: %q %v", out, err)
+		}
+		return nil
+	})
+}
+
+func TestWithoutLoadBalancer(t *testing.T) {
+	t.Parallel()
+	n := own(t, "--disable=servicelb", "--node-ip=192.0.2.2")
+	n.network = network(t, "192.0.2.2/24")
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	ns := n.namespace(t)
+	n.service(t, ns, "web", "web", "type: LoadBalancer,")
+	time.Sleep(2 * time.Second) // nothing tells that nothing happens
+	s, err := n.client.CoreV1().Services(ns).Get(context.Background(), "web", metav1.GetOptions{})
+	if err != nil || len(s.Status.LoadBalancer.Ingress) != 0 {
+		t.Errorf("got %v %v", s.Status, err)
+	}
+}
