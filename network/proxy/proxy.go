@@ -121,9 +121,7 @@ func (p *Proxy) Run(ctx context.Context, ready func()) error {
 			return nil
 		}
 	}
-	if err := ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs); err != nil {
-		return err
-	}
+	p.noted(ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs), "processes of the node may not reach services")
 	if err := p.broadcaster.StartRecordingToSinkWithContext(ctx); err != nil {
 		return fmt.Errorf("record events of services: %w", err)
 	}
