@@ -275,7 +275,7 @@ func BenchmarkServicesRepair(b *testing.B) {
 // bulk opens a connection whose transactions may be large.
 func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
 	conn, err := nftables.New(append(more, nftables.WithSockOptions(func(c *mdnetlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(16<<20))
+		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(64<<20))
 	}))...)
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
