@@ -65,6 +65,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		ExitErrHandler:            func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
 			serverCommand(),
+			agentCommand(),
+			tokenCommand(),
+			nodeCommand(),
 			statusCommand(),
 			netCommand(),
 			checkCommand(),
