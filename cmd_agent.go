@@ -12,7 +12,6 @@ import (
 
 	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
-	"kedge/server"
 )
 
 func agentCommand() *cli.Command {
@@ -50,13 +49,8 @@ func runAgent(c *cli.Context) error {
 	if _, err := os.Stat(filepath.Join(dataDir, "server", "tls")); err == nil {
 		return fmt.Errorf("%s is the data directory of a server; start it with \"kedge server\", or choose another with --data-dir", dataDir)
 	}
-	// What is wrong with the flags must be said before a token is spent. The cluster's
-	// settings are not known before, and the usual ones do for that.
-	usual := server.DefaultConfig()
-	s, err := composeAgent(c, joining.Cluster{
-		ClusterCIDRs: usual.ClusterCIDRs, ServiceCIDRs: usual.ServiceCIDRs, ClusterDomain: usual.ClusterDomain,
-		ClusterDNS: p.clusterDNS(usual.ServiceCIDRs),
-	}, netip.Addr{})
+	// What is wrong with the flags must be said before a token is spent.
+	s, err := composeAgent(c, usualCluster(), netip.Addr{})
 	if err != nil {
 		return err
 	}

@@ -95,10 +95,22 @@ func composeAny(c *cli.Context) (settings, error) {
 	if err != nil {
 		return settings{}, err
 	}
-	if joined {
+	switch {
+	case joined:
 		return composeAgent(c, cluster, address)
+	case c.String("server") != "":
+		return composeAgent(c, usualCluster(), netip.Addr{})
 	}
 	return compose(c)
+}
+
+// usualCluster stands for the cluster's settings where they are not known yet.
+func usualCluster() joining.Cluster {
+	usual := server.DefaultConfig()
+	return joining.Cluster{
+		ClusterCIDRs: usual.ClusterCIDRs, ServiceCIDRs: usual.ServiceCIDRs, ClusterDomain: usual.ClusterDomain,
+		ClusterDNS: tenthOf(usual.ServiceCIDRs),
+	}
 }
 
 // agentDir is where an agent keeps its key and certificates.

@@ -219,6 +219,10 @@ func (p *flagParser) clusterDNS(services []netip.Prefix) []netip.Addr {
 	if given := p.addrs("cluster-dns"); len(given) > 0 {
 		return given
 	}
+	return tenthOf(services)
+}
+
+func tenthOf(services []netip.Prefix) []netip.Addr {
 	var out []netip.Addr
 	for _, r := range services {
 		a := r.Masked().Addr()
