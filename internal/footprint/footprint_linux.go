@@ -26,10 +26,13 @@ const (
 	// settledGC trades a little processor time, of which an idle node has
 	// plenty, for memory, of which a small machine does not.
 	settledGC = 30
-	// limitShare is the part of the control group's memory limit from which on
-	// the collector works harder. The rest is for pages of the executable, which
-	// the kernel can drop, and for what is not on Go's heap.
+	// limitShare is the part of the memory from which on the collector works harder.
+	// The rest is for pages of the executable, which the kernel can drop, and for what
+	// is not on Go's heap.
 	limitShare = 0.7
+	// tightShare is the same where memory is tight: there the shims of ten pods and
+	// the pages of the executable that are in use need as much as the heap.
+	tightShare = 0.45
 	// tight is how much memory, ours or the machine's, is too little to keep the
 	// whole executable in beside the heap of the start.
 	tight = 512 << 20
@@ -40,17 +43,35 @@ func Boot() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(bootGC)
 	}
-	limit, limited := cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup")
-	if limited && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(int64(float64(limit) * limitShare))
+	memory, known := available()
+	if !known {
+		return
 	}
-	var machine unix.Sysinfo_t
-	small := unix.Sysinfo(&machine) == nil && int64(machine.Totalram)*int64(machine.Unit) < tight
-	if small || limited && limit < tight {
+	share := limitShare
+	if memory < tight {
+		share = tightShare
 		// Else the kernel reads what lies around each page that is needed, has to
 		// throw out others for it, and soon does nothing else.
 		_ = adviseExecutable(unix.MADV_RANDOM) // without it we are slow, not wrong
 	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(int64(float64(memory) * share))
+	}
+}
+
+// available is how many bytes of memory we may use: the machine's, or less where a
+// control group says so.
+func available() (bytes int64, known bool) {
+	limit, limited := cgroupLimit("/proc/self/cgroup", "/sys/fs/cgroup")
+	var machine unix.Sysinfo_t
+	if unix.Sysinfo(&machine) != nil {
+		return limit, limited
+	}
+	total := int64(machine.Totalram) * int64(machine.Unit)
+	if limited {
+		total = min(total, limit)
+	}
+	return total, true
 }
 
 // Settle is called when the start is over. It takes some ten milliseconds of
