@@ -14,7 +14,11 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 
 	"kedge/internal/netns"
 	"kedge/internal/testhost"
@@ -223,6 +227,90 @@ func TestAgents(t *testing.T) {
 		a.stop(t, syscall.SIGTERM, 15*time.Second)
 		a.flags = []string{"--server=" + f.url()}
 		if err := a.start(); err != nil {
+			t.Fatal(err)
+		}
+		f.stillRuns(t, ns, "pod-0")
+	})
+
+	t.Run("what a node may not do", func(t *testing.T) {
+		a := agents[0]
+		dir := filepath.Join(a.dataDir(), "agent")
+		as := func(cert string) *kubernetes.Clientset {
+			config := &rest.Config{Host: f.url(), QPS: -1, Dial: f.config.Dial, TLSClientConfig: rest.TLSClientConfig{
+				CAFile: filepath.Join(dir, "server-ca.crt"), CertFile: filepath.Join(dir, cert), KeyFile: filepath.Join(dir, "node.key"),
+			}}
+			c, err := kubernetes.NewForConfig(config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		ctx, node, network := context.Background(), as("node.crt"), as("network.crt")
+		if _, err := node.CoreV1().Nodes().Get(ctx, a.name, metav1.GetOptions{}); err != nil {
+			t.Errorf("a node cannot read itself: %v", err)
+		}
+		if _, err := network.CoreV1().Services("").List(ctx, metav1.ListOptions{}); err != nil {
+			t.Errorf("a node's network cannot read services: %v", err)
+		}
+		patch := []byte(`{"metadata":{"labels":{"node-role.kubernetes.io/control-plane":"true"}}}`)
+		for what, try := range map[string]func(*kubernetes.Clientset) error{
+			"list Secrets": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Secrets("kube-system").List(ctx, metav1.ListOptions{})
+				return err
+			},
+			"read the key that belongs to its name": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Secrets("kube-system").Get(ctx, "kedge-node-"+a.name, metav1.GetOptions{})
+				return err
+			},
+			"give another node's name to itself": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Secrets("kube-system").Patch(ctx, "kedge-node-"+agents[1].name, types.MergePatchType, []byte(`{"data":{"allowed":"dHJ1ZQ=="}}`), metav1.PatchOptions{})
+				return err
+			},
+			"make a token": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Secrets("kube-system").Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "kedge-token-0123456789"}, Type: "kedge.io/token"}, metav1.CreateOptions{})
+				return err
+			},
+			"change another node": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Nodes().Patch(ctx, agents[1].name, types.MergePatchType, []byte(`{"metadata":{"labels":{"a":"b"}}}`), metav1.PatchOptions{})
+				return err
+			},
+			"call itself a server": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Nodes().Patch(ctx, a.name, types.MergePatchType, patch, metav1.PatchOptions{})
+				return err
+			},
+			"run a pod elsewhere": func(c *kubernetes.Clientset) error {
+				_, err := c.CoreV1().Pods(ns).Create(ctx, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "x"}, Spec: corev1.PodSpec{NodeName: f.name, Containers: []corev1.Container{{Name: "x", Image: busybox}}}}, metav1.CreateOptions{})
+				return err
+			},
+			"run commands in another node's pod": func(c *kubernetes.Clientset) error {
+				return c.CoreV1().RESTClient().Post().Namespace(ns).Resource("pods").Name("pod-1").SubResource("exec").Param("command", "id").Do(ctx).Error()
+			},
+		} {
+			for who, c := range map[string]*kubernetes.Clientset{"node": node, "network": network} {
+				if err := try(c); !apierrors.IsForbidden(err) {
+					t.Errorf("the %s's certificate can %s: %v", who, what, err)
+				}
+			}
+		}
+	})
+
+	t.Run("start while the server is down", func(t *testing.T) {
+		a := agents[0]
+		a.stop(t, syscall.SIGTERM, 15*time.Second)
+		f.stop(t, syscall.SIGTERM, 15*time.Second)
+		if err := a.launch(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 30*time.Second, func() error {
+			if log := a.tail(100); !strings.Contains(log, "going on with what is known of the cluster") {
+				return fmt.Errorf("it does not go on:\n%s", log)
+			}
+			return nil
+		})
+		if err := f.start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.waitReady(60 * time.Second); err != nil {
 			t.Fatal(err)
 		}
 		f.stillRuns(t, ns, "pod-0")
