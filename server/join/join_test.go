@@ -421,6 +421,26 @@ func TestRequestsAreBounded(t *testing.T) {
 	}
 }
 
+func TestDawdlersTakeNoSlots(t *testing.T) {
+	c := newCluster(t, nil)
+	for range maxAtOnce + 2 {
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(c.url, "https://"), &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", joining.PathJoin)
+	}
+	for c.asks.Load() < maxAtOnce+2 {
+		time.Sleep(time.Millisecond)
+	}
+	begin := time.Now()
+	c.mustJoin(t, t.TempDir(), "edge", c.token(t, Spec{}))
+	if took := time.Since(begin); took >= bodyWithin {
+		t.Errorf("joining took %s", took)
+	}
+}
+
 func TestLimiterForgetsAndIsBounded(t *testing.T) {
 	now := time.Now()
 	l := &limiter{now: func() time.Time { return now }, sources: map[netip.Prefix]allowance{}}

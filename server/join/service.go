@@ -1,11 +1,13 @@
 package join
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -52,8 +54,10 @@ type Service struct {
 	now    func() time.Time
 }
 
-// maxAtOnce is how many requests are worked on at a time.
-const maxAtOnce = 16
+const (
+	maxAtOnce  = 16              // requests are worked on at a time
+	bodyWithin = 5 * time.Second // the whole of a request has arrived
+)
 
 // New makes the service. client acts for the server itself.
 func New(cfg Config, client kubernetes.Interface, log *slog.Logger) *Service {
@@ -97,6 +101,18 @@ func (s *Service) Handler(next http.Handler) http.Handler {
 			tell(w, http.StatusTooManyRequests, "too many requests from this address; wait some seconds")
 			return
 		}
+		// The body first: a sender that dawdles must not take a slot from others.
+		// Only a writer that is no connection has no deadline.
+		if err := http.NewResponseController(w).SetReadDeadline(s.now().Add(bodyWithin)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			tell(w, http.StatusInternalServerError, "the connection cannot be bounded")
+			return
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, joining.MaxBody))
+		if err != nil {
+			tell(w, http.StatusBadRequest, fmt.Sprintf("%v: %v", errRequest, err))
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
 		select {
 		case s.slots <- struct{}{}:
 			defer func() { <-s.slots }()
@@ -104,7 +120,6 @@ func (s *Service) Handler(next http.Handler) http.Handler {
 			return
 		}
 		w.Header().Set("Cache-Control", "no-store")
-		r.Body = http.MaxBytesReader(w, r.Body, joining.MaxBody)
 		mux.ServeHTTP(w, r)
 	})
 }
