@@ -10,7 +10,7 @@ import (
 )
 
 func checkCommand() *cli.Command {
-	flags := serverFlags()
+	flags := anyNodeFlags()
 	output := &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT`: text or json"}
 	return &cli.Command{
 		Name:  "check",
@@ -20,7 +20,7 @@ func checkCommand() *cli.Command {
 			if err := applyConfigFiles(c, flags); err != nil {
 				return err
 			}
-			s, err := compose(c)
+			s, err := composeAny(c)
 			if err != nil {
 				return err
 			}

@@ -19,7 +19,7 @@ import (
 )
 
 func killallCommand() *cli.Command {
-	flags := serverFlags()
+	flags := anyNodeFlags()
 	return &cli.Command{
 		Name:  "killall",
 		Usage: "End this node's containers and remove what they left in the kernel; kedge itself must be stopped",
@@ -37,7 +37,7 @@ func killallCommand() *cli.Command {
 					return err
 				}
 			}
-			s, err := compose(c)
+			s, err := composeAny(c)
 			if err != nil {
 				return err
 			}

@@ -62,8 +62,10 @@ func printCommand(w io.Writer, parent string, cmd *cli.Command) {
 	}
 }
 
+// isServerFlag reports whether the page of the configuration describes the flag.
 func isServerFlag(f cli.Flag) bool {
-	return slices.ContainsFunc(serverFlags(), func(s cli.Flag) bool { return s.Names()[0] == f.Names()[0] })
+	usage := func(f cli.Flag) string { return f.(cli.DocGenerationFlag).GetUsage() }
+	return slices.ContainsFunc(serverFlags(), func(s cli.Flag) bool { return s.Names()[0] == f.Names()[0] && usage(s) == usage(f) })
 }
 
 func printConfiguration(w io.Writer) {

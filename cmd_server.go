@@ -19,6 +19,7 @@ import (
 	"kedge/internal/control"
 	"kedge/internal/datadir"
 	"kedge/internal/footprint"
+	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
 	"kedge/internal/packed"
@@ -49,9 +50,37 @@ func serverCommand() *cli.Command {
 	}
 }
 
-// runServer prepares what is done once, wires the components, and runs them
-// until a signal comes or one of them fails.
+// runServer runs the control plane, and a node unless that is disabled.
 func runServer(ctx context.Context, s settings) error {
+	if _, _, joined, err := joining.Known(agentDir(s.dataDir)); err == nil && joined {
+		return fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", s.dataDir)
+	}
+	return runNode(ctx, s, role{
+		settle: func(_ context.Context, s settings, _ *slog.Logger) (settings, error) { return s, nil },
+		wire: func(group *lifecycle.Group, s settings, log *slog.Logger) error {
+			identity, err := server.Prepare(s.server, time.Now())
+			if err != nil {
+				return err
+			}
+			return wire(group, s, identity, log)
+		},
+		ready: func(s settings, log *slog.Logger) {
+			log.Info("other machines can join; \"kedge token create\" prints the command for them", "server", s.cluster.Servers[0])
+		},
+	})
+}
+
+// role is what a server and an agent do differently.
+type role struct {
+	// settle completes the settings with what has to be asked for.
+	settle func(context.Context, settings, *slog.Logger) (settings, error)
+	wire   func(*lifecycle.Group, settings, *slog.Logger) error
+	ready  func(settings, *slog.Logger) // all components are
+}
+
+// runNode prepares what is done once, wires the components, and runs them
+// until a signal comes or one of them fails.
+func runNode(ctx context.Context, s settings, r role) error {
 	footprint.Boot()
 	notify := lifecycle.TakeNotifier()
 	log := logging.New(os.Stderr, s.log)
@@ -76,6 +105,15 @@ func runServer(ctx context.Context, s settings) error {
 	if err := clock.Wait(ctx, buildTime(), log); err != nil {
 		return nil // a signal came while it waited
 	}
+	if s, err = r.settle(ctx, s, log); err != nil {
+		if ctx.Err() != nil {
+			return nil // likewise
+		}
+		return err
+	}
+	if err := os.Unsetenv(launcherVariable); err != nil { // nothing that we start has a use for it
+		return err
+	}
 	if !s.disableAgent {
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
@@ -90,17 +128,16 @@ func runServer(ctx context.Context, s settings) error {
 		defer release()
 	}
 
-	identity, err := server.Prepare(s.server, time.Now())
-	if err != nil {
+	var group *lifecycle.Group
+	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() {
+		announce(log, notify, group, s.dataDir)
+		r.ready(s, log)
+	}))
+	if err := r.wire(group, s, log); err != nil {
 		return err
 	}
 	// A start that takes longer than this has trouble, which must be seen.
 	time.AfterFunc(startNoise, logging.Settled)
-	var group *lifecycle.Group
-	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() { announce(log, notify, group, s.dataDir) }))
-	if err := wire(group, s, identity, log); err != nil {
-		return err
-	}
 	go func() {
 		<-ctx.Done()
 		logging.Stopping()

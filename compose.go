@@ -12,9 +12,11 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/dns"
+	"kedge/internal/joining"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
 	"kedge/internal/resolvconf"
+	"kedge/internal/token"
 	"kedge/network"
 	"kedge/network/cni"
 	"kedge/network/loadbalancer"
@@ -27,11 +29,14 @@ import (
 )
 
 // settings are the configurations of all parts. They are composed once, in
-// compose, and not changed afterwards.
+// compose or composeAgent, and not changed afterwards.
 type settings struct {
 	dataDir, runDir string
 	nodeName        string
+	nodeIPs         []netip.Addr
 	disableAgent    bool
+	agentOnly       bool            // no control plane: datastore and server say nothing
+	cluster         joining.Cluster // what all nodes have in common
 	log             logging.Config
 	preflight       preflight.Config
 
@@ -49,45 +54,106 @@ type settings struct {
 	announcer *loadbalancer.Config
 }
 
-// compose turns flags into configurations and derives what depends on several.
-// It reports all mistakes at once and touches nothing but the host's name and
-// addresses.
+// compose turns the flags of a server into configurations and derives what depends
+// on several. It reports all mistakes at once and touches nothing but the host's
+// name and addresses.
 func compose(c *cli.Context) (settings, error) {
 	p := &flagParser{c: c}
-	s := settings{
-		dataDir:      p.dir("data-dir"),
-		runDir:       p.dir("run-dir"),
-		nodeName:     p.nodeName(),
-		disableAgent: c.Bool("disable-agent"),
-		log:          p.logging(),
-		datastore:    datastore.DefaultConfig(),
-		server:       server.DefaultConfig(),
-		runtime:      runtime.DefaultConfig(),
-		network:      network.DefaultConfig(),
-		agent:        agent.DefaultConfig(),
-		preflight:    preflight.DefaultConfig(),
-	}
+	s := basics(p)
+	s.disableAgent = c.Bool("disable-agent")
+	s.datastore, s.server = datastore.DefaultConfig(), server.DefaultConfig()
+	s.cluster = p.cluster()
+	s.nodeIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
 	s.controlPlane(p)
 	s.node(p)
-	s.dataPath(p, p.disabled())
+	return s, s.finish(p)
+}
 
+// composeAgent is compose for a machine that has no control plane: what is about the
+// cluster comes from a server. address is the machine's own towards that server.
+func composeAgent(c *cli.Context, cluster joining.Cluster, address netip.Addr) (settings, error) {
+	p := &flagParser{c: c}
+	s := basics(p)
+	s.agentOnly, s.cluster = true, cluster
+	s.nodeIPs = p.nodeIPs(cluster.ClusterCIDRs)
+	if address.IsValid() && !c.IsSet("node-ip") {
+		// Where the route to the server and the default route differ, the others
+		// reach this machine by the former.
+		for i, a := range s.nodeIPs {
+			if a.Is4() == address.Is4() {
+				s.nodeIPs[i] = address
+			}
+		}
+	}
+	s.node(p)
+	return s, s.finish(p)
+}
+
+// composeAny is for commands about the node that this machine has or may get.
+func composeAny(c *cli.Context) (settings, error) {
+	cluster, address, joined, err := joining.Known(agentDir(c.String("data-dir")))
+	if err != nil {
+		return settings{}, err
+	}
+	switch {
+	case joined:
+		return composeAgent(c, cluster, address)
+	case c.String("server") != "":
+		return composeAgent(c, usualCluster(), netip.Addr{})
+	}
+	return compose(c)
+}
+
+// usualCluster stands for the cluster's settings where they are not known yet.
+func usualCluster() joining.Cluster {
+	usual := server.DefaultConfig()
+	return joining.Cluster{
+		ClusterCIDRs: usual.ClusterCIDRs, ServiceCIDRs: usual.ServiceCIDRs, ClusterDomain: usual.ClusterDomain,
+		ClusterDNS: tenthOf(usual.ServiceCIDRs),
+	}
+}
+
+// agentDir is where an agent keeps its key and certificates.
+func agentDir(dataDir string) string { return filepath.Join(dataDir, "agent") }
+
+// basics are what a machine has with and without a control plane.
+func basics(p *flagParser) settings {
+	return settings{
+		dataDir:   p.dir("data-dir"),
+		runDir:    p.dir("run-dir"),
+		nodeName:  p.nodeName(),
+		log:       p.logging(),
+		runtime:   runtime.DefaultConfig(),
+		network:   network.DefaultConfig(),
+		agent:     agent.DefaultConfig(),
+		preflight: preflight.DefaultConfig(),
+	}
+}
+
+// finish composes what rests on all the rest, and validates.
+func (s *settings) finish(p *flagParser) error {
 	pf := &s.preflight
 	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
-	pf.IPv6 = slices.ContainsFunc(s.server.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
-	pf.Ranges, pf.OwnLinks = slices.Concat(s.server.ClusterCIDRs, s.server.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
-	pf.VXLAN = false // there is one machine
+	pf.IPv6 = slices.ContainsFunc(s.cluster.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	pf.Ranges, pf.OwnLinks = slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
+	pf.VXLAN = false // no backend of the pod network uses it yet
 	pf.BuildDate = buildTime()
-	pf.Ports = []preflight.Port{{Number: s.server.HTTPSPort, Protocol: "tcp", Purpose: "API server"}, {Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
-
+	pf.Ports = []preflight.Port{{Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
+	if !s.agentOnly {
+		pf.Ports = append(pf.Ports, preflight.Port{Number: s.server.HTTPSPort, Protocol: "tcp", Purpose: "API server"})
+	}
 	if p.err() == nil { // what follows from a mistake is not worth a line of its own
 		p.fail(s.validate())
 	}
-	return s, p.err()
+	return p.err()
 }
 
 // validate asks every part that will run.
 func (s *settings) validate() error {
-	errs := []error{s.server.Validate(), s.datastore.Validate()}
+	var errs []error
+	if !s.agentOnly {
+		errs = append(errs, s.server.Validate(), s.datastore.Validate())
+	}
 	if s.disableAgent {
 		return errors.Join(errs...)
 	}
@@ -110,37 +176,43 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv := &s.server
 	sv.Dir = dir
 	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
-	if v := p.prefixes("cluster-cidr"); v != nil {
-		sv.ClusterCIDRs = v
-	}
-	if v := p.prefixes("service-cidr"); v != nil {
-		sv.ServiceCIDRs = v
-	}
-	sv.ClusterDomain = p.c.String("cluster-domain")
+	sv.ClusterCIDRs, sv.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
+	sv.ClusterDomain = s.cluster.ClusterDomain
 	sv.NodePortRange = p.c.String("service-node-port-range")
-	sv.NodeIPs = p.nodeIPs(sv.ClusterCIDRs)
+	sv.NodeIPs = s.nodeIPs
 	sv.BindAddress = p.addr("bind-address")
 	sv.HTTPSPort = p.c.Int("https-listen-port")
 	sv.AdvertiseAddress = p.addr("advertise-address")
-	if !sv.AdvertiseAddress.IsValid() && len(sv.NodeIPs) > 0 {
-		sv.AdvertiseAddress = sv.NodeIPs[0]
+	if !sv.AdvertiseAddress.IsValid() && len(s.nodeIPs) > 0 {
+		sv.AdvertiseAddress = s.nodeIPs[0]
 	}
+	s.cluster.Servers = []string{"https://" + netip.AddrPortFrom(sv.AdvertiseAddress, uint16(sv.HTTPSPort)).String()}
+	sv.Cluster = s.cluster
 	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
-	sv.Token = server.Secret(p.c.String("token"))
+	sv.Token = token.Secret(p.c.String("token"))
 	sv.APIServerArgs = p.c.StringSlice("kube-apiserver-arg")
 	sv.ControllerArgs = p.c.StringSlice("kube-controller-manager-arg")
 	sv.SchedulerArgs = p.c.StringSlice("kube-scheduler-arg")
+	if !s.cluster.NoDNS {
+		// One that is not of the service range nobody else can get.
+		sv.ClusterDNS = slices.DeleteFunc(slices.Clone(s.cluster.ClusterDNS), func(a netip.Addr) bool {
+			return !slices.ContainsFunc(s.cluster.ServiceCIDRs, func(r netip.Prefix) bool { return r.Contains(a) })
+		})
+	}
+	if !s.cluster.NoBalancer {
+		s.balancer = &servicelb.Config{Pools: p.pools(s.cluster.Pools), Reserved: []uint16{uint16(sv.HTTPSPort), uint16(p.c.Int("kubelet-port"))}}
+	}
 }
 
-// node composes the kubelet, the container runtime and the pod network.
+// node composes the kubelet, the container runtime, the pod network and the data path.
 func (s *settings) node(p *flagParser) {
 	n := &s.network
 	n.DataDir, n.RunDir = s.dataDir, s.runDir
 	n.NodeName = s.nodeName
 	n.Plugin = launcherPath()
-	n.ClusterCIDRs, n.ServiceCIDRs = s.server.ClusterCIDRs, s.server.ServiceCIDRs
+	n.ClusterCIDRs, n.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
 
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
@@ -152,11 +224,10 @@ func (s *settings) node(p *flagParser) {
 
 	a := &s.agent
 	a.DataDir, a.RunDir = s.dataDir, s.runDir
-	a.NodeName, a.NodeIPs = s.nodeName, s.server.NodeIPs
+	a.NodeName, a.NodeIPs = s.nodeName, s.nodeIPs
 	a.NodeLabels = splitList(p.c.StringSlice("node-label"))
 	a.NodeTaints = splitList(p.c.StringSlice("node-taint"))
-	a.ClusterDNS = p.clusterDNS(s.server.ServiceCIDRs)
-	a.ClusterDomain = s.server.ClusterDomain
+	a.ClusterDNS, a.ClusterDomain = s.cluster.ClusterDNS, s.cluster.ClusterDomain
 	if a.ResolvConf = p.c.String("resolv-conf"); a.ResolvConf == "" {
 		a.ResolvConf = resolvconf.Find()
 	}
@@ -165,54 +236,44 @@ func (s *settings) node(p *flagParser) {
 	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
 	a.KubeletPort = p.c.Int("kubelet-port")
 	a.KubeletArgs = p.c.StringSlice("kubelet-arg")
+	s.dataPath(p)
 }
 
 // dataPath composes services, policies and names, as far as they are wanted.
-func (s *settings) dataPath(p *flagParser, disabled map[string]bool) {
-	resolver := s.agent.ClusterDNS
-	if !disabled[partDNS] {
+func (s *settings) dataPath(p *flagParser) {
+	k := s.cluster
+	if !k.NoDNS {
 		d := dns.DefaultConfig()
-		d.Addresses, d.Domain = resolver, s.server.ClusterDomain
-		d.Ranges = slices.Concat(s.server.ClusterCIDRs, s.server.ServiceCIDRs)
+		d.Addresses, d.Domain = k.ClusterDNS, k.ClusterDomain
+		d.Ranges = slices.Concat(k.ClusterCIDRs, k.ServiceCIDRs)
 		d.ResolvConf = p.c.String("resolv-conf")
 		s.dns = &d
-		// One that is not of the service range nobody else can get.
-		s.server.ClusterDNS = slices.DeleteFunc(slices.Clone(resolver), func(a netip.Addr) bool {
-			return !slices.ContainsFunc(s.server.ServiceCIDRs, func(r netip.Prefix) bool { return r.Contains(a) })
-		})
 	}
-	if !p.c.Bool("disable-kube-proxy") {
+	if !k.NoProxy {
 		px := proxy.DefaultConfig()
-		px.NodeName, px.NodeIPs = s.nodeName, s.server.NodeIPs
+		px.NodeName, px.NodeIPs = s.nodeName, s.nodeIPs
 		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
-		px.ClusterRanges, px.ServiceRanges = s.server.ClusterCIDRs, s.server.ServiceCIDRs
+		px.ClusterRanges, px.ServiceRanges = k.ClusterCIDRs, k.ServiceCIDRs
 		px.NodePortsOn = p.nodePortAddresses()
 		px.Scheduler = nft.Scheduler(p.c.String("proxy-scheduler"))
 		if s.dns != nil {
-			px.Own = resolver
+			px.Own = k.ClusterDNS
 		}
 		s.proxy = &px
 	}
-	pools := p.pools()
-	if !disabled[partBalancer] {
-		s.balancer = &servicelb.Config{Pools: pools, Reserved: []uint16{uint16(s.server.HTTPSPort), uint16(s.agent.KubeletPort)}}
-		if len(pools) > 0 {
-			s.announcer = &loadbalancer.Config{NodeName: s.nodeName, Pools: pools, PodLinks: cni.LinkTag}
-		}
+	if pools := p.pools(k.Pools); !k.NoBalancer && len(pools) > 0 {
+		s.announcer = &loadbalancer.Config{NodeName: s.nodeName, Pools: pools, PodLinks: cni.LinkTag}
 	}
-	if !p.c.Bool("disable-network-policy") {
+	if !k.NoPolicy {
 		s.policy = &policy.Config{NodeName: s.nodeName}
 		if s.dns != nil {
-			s.policy.DNS = resolver
+			s.policy.DNS = k.ClusterDNS
 		}
 	}
 }
 
 // launcherPath is the executable that the user started: the launcher, which says so,
 // or this program itself in development. As a plug-in the launcher starts faster.
-func launcherPath() string {
-	defer os.Unsetenv(launcherVariable) // nothing that we start has a use for it
-	return os.Getenv(launcherVariable)
-}
+func launcherPath() string { return os.Getenv(launcherVariable) }
 
 const launcherVariable = "KEDGE_LAUNCHER"

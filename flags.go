@@ -25,6 +25,7 @@ const (
 const (
 	catGeneral = "General"
 	catNode    = "Node"
+	catJoin    = "Joining"
 	catNetwork = "Network"
 	catAPI     = "API"
 	catArgs    = "Upstream components"
@@ -87,7 +88,7 @@ func serverFlags() []cli.Flag {
 		list(catAPI, "tls-san", "Further name or address for the API's certificate (can be repeated)"),
 		str(catAPI, "write-kubeconfig", defaultKubeconfig, "`FILE` for the administrator's kubeconfig"),
 		str(catAPI, "write-kubeconfig-mode", "600", "`MODE` of that file, octal"),
-		str(catAPI, "token", "", "Secret by which machines may join (default: one is made)"),
+		str(catAPI, "token", "", "Secret of 16 characters or more with which machines may join for ever; \"kedge token create\" makes better ones"),
 
 		list(catArgs, "kube-apiserver-arg", "`NAME=VALUE` for kube-apiserver (can be repeated)"),
 		list(catArgs, "kube-controller-manager-arg", "`NAME=VALUE` for kube-controller-manager (can be repeated)"),
@@ -95,6 +96,34 @@ func serverFlags() []cli.Flag {
 		list(catArgs, "kubelet-arg", "`NAME=VALUE` for the kubelet (can be repeated)"),
 	}
 }
+
+// agentFlags are the flags of "kedge agent": those of "kedge server" that are about
+// a node and not about the cluster, and how to join.
+func agentFlags() []cli.Flag {
+	flags := joinFlags()
+	flags = append(flags, &cli.StringFlag{Name: "token", Category: catJoin, EnvVars: env("token"),
+		Usage: "`TOKEN` to join with, from \"kedge token create\"; needed at the first start only"})
+	for _, f := range serverFlags() {
+		name, category := f.Names()[0], f.(cli.CategorizableFlag).GetCategory()
+		switch {
+		case name == "disable-agent" || name == "disable":
+		case category == catGeneral || category == catNode, slices.Contains([]string{"nodeport-addresses", "proxy-scheduler", "kubelet-arg"}, name):
+			flags = append(flags, f)
+		}
+	}
+	return flags
+}
+
+// joinFlags are those of an agent that a server does not have.
+func joinFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "server", Category: catJoin, EnvVars: env("server"), Usage: "`URL` of a server of the cluster to join, such as https://HOST:6443"},
+		&cli.StringFlag{Name: "token-file", Category: catJoin, EnvVars: env("token-file"), Usage: "`FILE` with the token to join with"},
+	}
+}
+
+// anyNodeFlags are for commands about this machine, whatever runs on it.
+func anyNodeFlags() []cli.Flag { return append(serverFlags(), joinFlags()...) }
 
 // configKeys are the flags as the configuration file knows them.
 func configKeys(flags []cli.Flag) []config.Key {

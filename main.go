@@ -65,6 +65,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		ExitErrHandler:            func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
 			serverCommand(),
+			agentCommand(),
+			tokenCommand(),
+			nodeCommand(),
 			statusCommand(),
 			netCommand(),
 			checkCommand(),
@@ -86,6 +89,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 	app.OnUsageError = usageError
 	for _, cmd := range app.Commands {
 		cmd.OnUsageError = usageError
+		for _, sub := range cmd.Subcommands {
+			sub.OnUsageError = usageError
+		}
 	}
 	return app
 }

@@ -16,13 +16,16 @@ import (
 
 	"kedge/internal/addresspool"
 	"kedge/internal/hostaddr"
+	"kedge/internal/joining"
 	"kedge/internal/logging"
+	"kedge/server"
 )
 
 // flagParser reads typed values of flags and collects what is wrong with them.
 type flagParser struct {
-	c    *cli.Context
-	errs []error
+	c        *cli.Context
+	errs     []error
+	badPools bool // the pools' mistake is among errs
 }
 
 func (p *flagParser) err() error { return errors.Join(p.errs...) }
@@ -152,10 +155,47 @@ const (
 // parts are what --disable takes: our names, and k3s's for the same.
 var parts = map[string]string{partDNS: partDNS, "coredns": partDNS, partBalancer: partBalancer}
 
-// pools are the addresses that services of type LoadBalancer are given.
-func (p *flagParser) pools() []addresspool.Pool {
-	pools, err := addresspool.Parse(splitList(p.c.StringSlice("lb-pool")))
+// cluster is what the flags of a server say about all nodes. Its servers follow later.
+func (p *flagParser) cluster() joining.Cluster {
+	disabled, defaults := p.disabled(), server.DefaultConfig()
+	k := joining.Cluster{
+		ClusterCIDRs: p.prefixes("cluster-cidr"), ServiceCIDRs: p.prefixes("service-cidr"), ClusterDomain: p.c.String("cluster-domain"),
+		Pools: splitList(p.c.StringSlice("lb-pool")),
+		NoDNS: disabled[partDNS], NoBalancer: disabled[partBalancer],
+		NoProxy: p.c.Bool("disable-kube-proxy"), NoPolicy: p.c.Bool("disable-network-policy"),
+	}
+	if k.ClusterCIDRs == nil {
+		k.ClusterCIDRs = defaults.ClusterCIDRs
+	}
+	if k.ServiceCIDRs == nil {
+		k.ServiceCIDRs = defaults.ServiceCIDRs
+	}
+	k.ClusterDNS = p.clusterDNS(k.ServiceCIDRs)
+	return k
+}
+
+// joinToken is the text of an agent's --token, or of the file of --token-file.
+func (p *flagParser) joinToken() string {
+	text, file := p.c.String("token"), p.c.String("token-file")
+	switch {
+	case file == "":
+		return text
+	case text != "":
+		p.fail(errors.New("--token and --token-file are both given; give one"))
+		return ""
+	}
+	data, err := os.ReadFile(file)
 	if err != nil {
+		p.fail(fmt.Errorf("--token-file: %w", err))
+	}
+	return strings.TrimSpace(string(data))
+}
+
+// pools are the addresses that services of type LoadBalancer are given.
+func (p *flagParser) pools(texts []string) []addresspool.Pool {
+	pools, err := addresspool.Parse(texts)
+	if err != nil && !p.badPools {
+		p.badPools = true // node and control plane both ask
 		p.fail(fmt.Errorf("--lb-pool: %w", err))
 	}
 	return pools
@@ -179,6 +219,10 @@ func (p *flagParser) clusterDNS(services []netip.Prefix) []netip.Addr {
 	if given := p.addrs("cluster-dns"); len(given) > 0 {
 		return given
 	}
+	return tenthOf(services)
+}
+
+func tenthOf(services []netip.Prefix) []netip.Addr {
 	var out []netip.Addr
 	for _, r := range services {
 		a := r.Masked().Addr()

@@ -13,6 +13,7 @@ import (
 	"kedge/datastore/hook"
 	"kedge/dns"
 	"kedge/internal/control"
+	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
 	"kedge/network"
@@ -32,7 +33,11 @@ import (
 func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
-	api, err := server.NewAPIServer(s.server, id, lb)
+	joins, err := server.NewJoin(s.server, id, lb, component(log, "join"))
+	if err != nil {
+		return err
+	}
+	api, err := server.NewAPIServer(s.server, id, lb, joins)
 	if err != nil {
 		return err
 	}
@@ -51,6 +56,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
+	answerJoin(asked, joins)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
 	group.Add(controllers, hAPI)
@@ -72,6 +78,34 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	s.agent.ClientCA = id.ClientCA.CertFile()
 	s.agent.Controllers = controllers.Built()
 	return wireNode(group, s, asked, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
+}
+
+// wireAgent is the graph of a machine without a control plane: the node's half, and
+// a way to the API that is made of TLS.
+func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, log *slog.Logger) error {
+	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
+	group.Add(asked)
+	refuseJoin(asked)
+	hMember := group.Add(m)
+	s.agent.Client = overTLS(m, m.ClientCertFile(), "kubelet")
+	s.agent.ServingCert, s.agent.ServingKey = m.ServingCertFile(), m.KeyFile()
+	s.agent.ClientCA = m.ClientCAFile()
+	return wireNode(group, s, asked, hMember, overTLS(m, m.NetworkCertFile(), "network"), log)
+}
+
+// overTLS is how an agent calls the API as the user of one of its certificates. The
+// files are read again when they change.
+func overTLS(m *joining.Member, certFile, user string) *rest.Config {
+	return &rest.Config{
+		Host:            m.Server(),
+		TLSClientConfig: rest.TLSClientConfig{CAFile: m.ServerCAFile(), CertFile: certFile, KeyFile: m.KeyFile()},
+		QPS:             -1, // priority and fairness of the API server sees these requests, as it does a server's own
+		UserAgent:       "kedge/" + user,
+		ContentConfig: rest.ContentConfig{
+			AcceptContentTypes: "application/vnd.kubernetes.protobuf,application/json",
+			ContentType:        "application/vnd.kubernetes.protobuf",
+		},
+	}
 }
 
 // wireNode is the node's half. networkClient is how its data path reads the API.
@@ -117,7 +151,7 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 		rules = append(rules, services.Rules())
 	}
 	rules = append(rules, pods.Rules()) // after services, which translate first
-	answerTrace(asked, explain.New(s.nodeName, s.server.NodeIPs, watches.Informers(), rules...))
+	answerTrace(asked, explain.New(s.nodeName, s.nodeIPs, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
 		if err != nil {

@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+
+	"kedge/internal/joining"
+	"kedge/internal/token"
 )
 
 // Config is everything the control plane is told. Package main composes it once;
@@ -29,21 +32,14 @@ type Config struct {
 
 	Kubeconfig     string // where the administrator's kubeconfig is written
 	KubeconfigMode uint32
-	Token          Secret // for joining nodes; empty means: make one
+	Token          token.Secret // an administrator's own, with which machines may join; empty: none
+
+	Cluster joining.Cluster // what joining machines are told
 
 	APIServerArgs  []string // user's, NAME=VALUE
 	ControllerArgs []string
 	SchedulerArgs  []string
 }
-
-// Secret is a string that does not show in logs and errors.
-type Secret string
-
-// String implements [fmt.Stringer].
-func (Secret) String() string { return "***" }
-
-// GoString implements [fmt.GoStringer].
-func (Secret) GoString() string { return "***" }
 
 // DefaultConfig returns k3s's well-known ranges and names. The caller fills in
 // Dir, NodeName and the addresses.
@@ -73,6 +69,11 @@ func (c Config) Validate() error {
 	}
 	if !c.AdvertiseAddress.IsValid() {
 		errs = append(errs, errors.New("no address to advertise; give one with --node-ip"))
+	}
+	if c.Token != "" {
+		if err := token.CheckPreshared(c.Token); err != nil {
+			errs = append(errs, fmt.Errorf("--token: %w", err))
+		}
 	}
 	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
 	for _, p := range c.ClusterCIDRs {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"k8s.io/apiserver/pkg/authentication/request/union"
+	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	openapicommon "k8s.io/kube-openapi/pkg/common"
@@ -23,6 +24,8 @@ import (
 
 	"kedge/datastore"
 	"kedge/internal/componentflags"
+	"kedge/internal/pki"
+	"kedge/server/join"
 	"kedge/server/loopback"
 )
 
@@ -35,13 +38,14 @@ type APIServer struct {
 	cfg      Config
 	id       *Identity
 	loopback *loopback.Loopback
+	joins    *join.Service
 	opts     *options.ServerRunOptions
 }
 
 // NewAPIServer parses the component's flags and keeps the rest. The store's
-// client factory must be installed before Run.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback) (*APIServer, error) {
-	s := &APIServer{cfg: cfg, id: id, loopback: lb, opts: options.NewServerRunOptions()}
+// client factory must be installed before Run. joins answers on the same port.
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service) (*APIServer, error) {
+	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, opts: options.NewServerRunOptions()}
 	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags().FlagSets {
 		fs.AddFlagSet(f)
@@ -69,7 +73,7 @@ func (s *APIServer) defaults() map[string]string {
 		"encryption-provider-config":              s.id.EncryptionConfig,
 		"endpoint-reconciler-type":                "none", // one server: see publishEndpoints
 		"etcd-servers":                            datastore.Endpoint,
-		"kubelet-certificate-authority":           s.id.ServerCA.CertFile(),
+		"kubelet-certificate-authority":           s.id.KubeletCA.CertFile(),
 		"kubelet-client-certificate":              s.id.KubeletClient.CertFile,
 		"kubelet-client-key":                      s.id.KubeletClient.KeyFile,
 		"kubelet-preferred-address-types":         "InternalIP,ExternalIP,Hostname",
@@ -158,8 +162,31 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 		cancel()
 		return errors.Join(err, <-done)
 	}
+	if err := s.ownNode(ctx); err != nil && ctx.Err() == nil {
+		cancel()
+		return errors.Join(err, <-done)
+	}
 	ready()
 	return <-done
+}
+
+// ownNode keeps the name of this server's node from machines that join.
+func (s *APIServer) ownNode(ctx context.Context) error {
+	if !s.cfg.HasNode {
+		return nil
+	}
+	key, err := pki.EnsureKey(s.id.KubeletServing.KeyFile)
+	if err != nil {
+		return err
+	}
+	fingerprint, err := pki.Fingerprint(&key.PublicKey)
+	if err != nil {
+		return err
+	}
+	if err := s.joins.Nodes().Set(ctx, s.cfg.NodeName, fingerprint); err != nil {
+		return fmt.Errorf("keep this node's name: %w", err)
+	}
+	return nil
 }
 
 // listen opens the API's port, so that a port that is taken is found before
@@ -214,6 +241,10 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	authn := &config.Aggregator.GenericConfig.Config.Authentication
 	authn.Authenticator = union.New(loopback.Authenticator(), authn.Authenticator)
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
+	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
+	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
+		return s.joins.Handler(chainOf(api, c))
+	}
 
 	complete, err := config.Complete()
 	if err != nil {

@@ -3,7 +3,6 @@ package server
 import (
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,14 +19,18 @@ import (
 
 	"kedge/internal/atomicfile"
 	"kedge/internal/pki"
+	"kedge/internal/token"
 )
 
 // Identity is the credentials of a control plane: made at the first boot, kept
 // from then on. It holds paths, not secrets.
 type Identity struct {
-	ServerCA *pki.Authority // signs what serves: the API and the kubelets
-	ClientCA *pki.Authority // signs who calls: administrators, nodes, the API server itself
-	ProxyCA  *pki.Authority // signs the aggregator's front proxy
+	ServerCA *pki.Authority // signs the API's certificate
+	// KubeletCA signs what the kubelets serve with. It is not the API's, so that no
+	// node's certificate can ever be shown to a client of the API.
+	KubeletCA *pki.Authority
+	ClientCA  *pki.Authority // signs who calls: administrators, nodes, the API server itself
+	ProxyCA   *pki.Authority // signs the aggregator's front proxy
 
 	Serving        pki.Pair // the API's certificate
 	KubeletClient  pki.Pair // the API server's when it calls kubelets
@@ -38,7 +41,7 @@ type Identity struct {
 	ServiceAccountKey string // signs service account tokens
 	EncryptionConfig  string // names the key that encrypts secrets at rest
 	AuthnConfig       string // anonymous access to the health endpoints only
-	TokenFile         string // the join token
+	TokenFile         string // the join token, if an administrator has fixed one
 
 	URL string // of the API, for the kubeconfig
 }
@@ -61,7 +64,7 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 		TokenFile:         filepath.Join(cfg.Dir, "token"),
 		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
 	}
-	for name, ca := range map[string]**pki.Authority{"server-ca": &id.ServerCA, "client-ca": &id.ClientCA, "request-header-ca": &id.ProxyCA} {
+	for name, ca := range map[string]**pki.Authority{"server-ca": &id.ServerCA, "kubelet-ca": &id.KubeletCA, "client-ca": &id.ClientCA, "request-header-ca": &id.ProxyCA} {
 		var err error
 		if *ca, err = pki.EnsureAuthority(dir, name, now); err != nil {
 			return nil, err
@@ -112,7 +115,7 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		into *pki.Pair
 	}{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
-		{id.ServerCA, "serving-kubelet", pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
+		{id.KubeletCA, "serving-kubelet", pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
 			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1)}, nodeIPs...), Server: true}, &id.KubeletServing},
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
@@ -168,19 +171,17 @@ resources:
 `, base64.StdEncoding.EncodeToString(key)), 0o600)
 }
 
-// ensureToken writes the join token: the CA's hash, which a joining machine
-// checks before it sends anything, and the secret.
-func ensureToken(path string, given Secret, caHash string) error {
-	secret := string(given)
-	if secret == "" {
-		if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
-			return err
+// ensureToken writes the token with the secret that an administrator has fixed, in
+// the form that names the cluster's authority, and removes that of one who has no more.
+func ensureToken(path string, given token.Secret, caHash string) error {
+	if given == "" {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the token of an earlier start: %w", err)
 		}
-		raw := make([]byte, 16)
-		rand.Read(raw)
-		secret = hex.EncodeToString(raw)
+		return nil
 	}
-	_, err := atomicfile.WriteIfChanged(path, []byte("K10"+caHash+"::server:"+secret+"\n"), 0o600)
+	t := token.Token{CAHash: caHash, ID: token.Preshared, Secret: given}
+	_, err := atomicfile.WriteIfChanged(path, []byte(t.Reveal()+"\n"), 0o600)
 	return err
 }
 

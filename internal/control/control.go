@@ -63,7 +63,17 @@ func NewServer(runDir string, report func(context.Context) Report) *Server {
 // a URL. The answer is sent as JSON, an error as one line of text. It must be
 // called before Run.
 func (s *Server) Answer(path string, answer func(context.Context, url.Values) (any, error)) {
-	s.mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+	s.handle(http.MethodGet, path, answer)
+}
+
+// Obey makes the server do something when it is told to at path, and is otherwise
+// as Answer.
+func (s *Server) Obey(path string, do func(context.Context, url.Values) (any, error)) {
+	s.handle(http.MethodPost, path, do)
+}
+
+func (s *Server) handle(method, path string, answer func(context.Context, url.Values) (any, error)) {
+	s.mux.HandleFunc(method+" "+path, func(w http.ResponseWriter, r *http.Request) {
 		v, err := answer(r.Context(), r.URL.Query())
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
@@ -124,6 +134,16 @@ func Ask(ctx context.Context, runDir string) (Report, error) {
 // Get asks the process that runs with runDir what it answers at path, and decodes
 // the answer into v.
 func Get(ctx context.Context, runDir, path string, parameters url.Values, v any) error {
+	return ask(ctx, http.MethodGet, runDir, path, parameters, v)
+}
+
+// Tell has the process that runs with runDir do what it does when it is told to at
+// path, and decodes its answer into v.
+func Tell(ctx context.Context, runDir, path string, parameters url.Values, v any) error {
+	return ask(ctx, http.MethodPost, runDir, path, parameters, v)
+}
+
+func ask(ctx context.Context, method, runDir, path string, parameters url.Values, v any) error {
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", Socket(runDir))
@@ -131,7 +151,7 @@ func Get(ctx context.Context, runDir, path string, parameters url.Values, v any)
 	}}
 	defer client.CloseIdleConnections()
 	u := url.URL{Scheme: "http", Host: "kedge", Path: path, RawQuery: parameters.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return err
 	}

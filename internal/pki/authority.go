@@ -78,8 +78,11 @@ func (a *Authority) CertFile() string { return a.path + ".crt" }
 func (a *Authority) KeyFile() string { return a.path + ".key" }
 
 // Hash is the hex SHA-256 of the certificate, by which join tokens name it.
-func (a *Authority) Hash() string {
-	h := sha256.Sum256(a.Cert.Raw)
+func (a *Authority) Hash() string { return Hash(a.Cert) }
+
+// Hash is the hex SHA-256 of a certificate.
+func Hash(c *x509.Certificate) string {
+	h := sha256.Sum256(c.Raw)
 	return hex.EncodeToString(h[:])
 }
 

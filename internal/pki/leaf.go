@@ -49,11 +49,22 @@ func (a *Authority) EnsureLeaf(dir, name string, want Leaf, now time.Time) (Pair
 		return p, nil
 	}
 	// Missing, damaged and outdated certificates all have the same remedy.
+	chain, err := a.Sign(&key.PublicKey, want, LeafLife, now)
+	if err != nil {
+		return p, fmt.Errorf("sign %s: %w", p.CertFile, err)
+	}
+	p.Renewed = true
+	return p, atomicfile.Write(p.CertFile, chain, 0o644)
+}
+
+// Sign makes a certificate for somebody else's key, valid for life but not longer
+// than the authority itself. It returns the leaf and then the authority in PEM.
+func (a *Authority) Sign(key *ecdsa.PublicKey, want Leaf, life time.Duration, now time.Time) ([]byte, error) {
 	serial, err := newSerial()
 	if err != nil {
-		return p, err
+		return nil, err
 	}
-	end := now.Add(LeafLife).UTC().Truncate(time.Second)
+	end := now.Add(life).UTC().Truncate(time.Second)
 	if end.After(a.Cert.NotAfter) {
 		end = a.Cert.NotAfter
 	}
@@ -67,12 +78,11 @@ func (a *Authority) EnsureLeaf(dir, name string, want Leaf, now time.Time) (Pair
 		DNSNames:     want.DNSNames,
 		IPAddresses:  want.IPs,
 	}
-	der, err := x509.CreateCertificate(rand.Reader, t, a.Cert, &key.PublicKey, a.key)
+	der, err := x509.CreateCertificate(rand.Reader, t, a.Cert, key, a.key)
 	if err != nil {
-		return p, fmt.Errorf("sign %s: %w", p.CertFile, err)
+		return nil, err
 	}
-	p.Renewed = true
-	return p, atomicfile.Write(p.CertFile, append(encodeCert(der), a.PEM()...), 0o644)
+	return append(encodeCert(der), a.PEM()...), nil
 }
 
 func (l Leaf) usages() []x509.ExtKeyUsage {

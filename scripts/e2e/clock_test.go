@@ -96,7 +96,7 @@ func TestCertificatesOfAnotherTime(t *testing.T) {
 		hashes[name] = a.Hash()
 		return a
 	}
-	for _, name := range []string{"server-ca", "client-ca", "request-header-ca"} {
+	for _, name := range []string{"server-ca", "kubelet-ca", "client-ca", "request-header-ca"} {
 		authority(name, ahead)
 	}
 	if err := n.start(); err != nil {
@@ -113,7 +113,7 @@ func TestCertificatesOfAnotherTime(t *testing.T) {
 		signed   time.Time
 	}{
 		{"serving-kube-apiserver", "server-ca", ahead},
-		{"serving-kubelet", "server-ca", now.Add(-400 * day)},
+		{"serving-kubelet", "kubelet-ca", now.Add(-400 * day)},
 		{"client-kube-apiserver", "client-ca", now.Add(-300 * day)},
 		{"client-admin", "client-ca", ahead},
 		{"client-auth-proxy", "request-header-ca", now.Add(-364 * day)},

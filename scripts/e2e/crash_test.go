@@ -19,7 +19,7 @@ func TestInterruptedFirstBoot(t *testing.T) {
 	seen := map[string]string{} // what must never change, by its path
 	check := func(round int) {
 		t.Helper()
-		for _, file := range []string{"server-ca.crt", "server-ca.key", "client-ca.crt", "client-ca.key", "request-header-ca.crt", "request-header-ca.key", "service-account.key", "../encryption-config.yaml", "../token"} {
+		for _, file := range []string{"server-ca.crt", "server-ca.key", "client-ca.crt", "client-ca.key", "request-header-ca.crt", "request-header-ca.key", "service-account.key", "kubelet-ca.crt", "kubelet-ca.key", "../encryption-config.yaml"} {
 			path := filepath.Join(n.dataDir(), "server/tls", file)
 			data, err := os.ReadFile(path)
 			if os.IsNotExist(err) && seen[file] == "" {

@@ -39,6 +39,7 @@ type node struct {
 	world      *world    // in place of the machine as it is, when not nil
 	network    *netns.NS // in place of the machine's own, when not nil
 	program    string    // in place of binary(), when not empty
+	agent      bool      // "kedge agent" in place of "kedge server": no API and no clients
 	apiPort    int
 	kubeconfig string
 
@@ -190,6 +191,12 @@ func (n *node) logFile() string { return filepath.Join(n.dir, "log") }
 
 // args are the flags that make this node independent of all others.
 func (n *node) args() []string {
+	if n.agent {
+		return append([]string{
+			"--config=" + filepath.Join(n.dir, "config.yaml"), "--data-dir=" + n.dataDir(), "--run-dir=" + n.runDir(),
+			"--node-name=" + n.name, fmt.Sprint("--kubelet-port=", n.apiPort+1), "--private-registry=" + filepath.Join(n.dir, "registries.yaml"),
+		}, n.flags...)
+	}
 	return append([]string{
 		"--config=" + filepath.Join(n.dir, "config.yaml"), "--data-dir=" + n.dataDir(), "--run-dir=" + n.runDir(), "--write-kubeconfig=" + n.kubeconfig,
 		"--node-name=" + n.name, fmt.Sprint("--https-listen-port=", n.apiPort), fmt.Sprint("--kubelet-port=", n.apiPort+1),
@@ -213,7 +220,11 @@ func (n *node) launch() error {
 		return err
 	}
 	defer log.Close()
-	cmd := n.world.command(n.env, append([]string{"server"}, n.args()...)...)
+	role := "server"
+	if n.agent {
+		role = "agent"
+	}
+	cmd := n.world.command(n.env, append([]string{role}, n.args()...)...)
 	if n.program != "" {
 		cmd.Path = n.program
 	}
@@ -255,6 +266,9 @@ func (n *node) waitReady(limit time.Duration) error {
 			out, _ := exec.Command(binary(), "status", "--run-dir="+n.runDir()).CombinedOutput()
 			return fmt.Errorf("not ready after %s:\n%s\n%s", limit, out, n.tail(20))
 		}
+	}
+	if n.agent {
+		return nil
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", n.kubeconfig)
 	if err != nil {

@@ -1,0 +1,63 @@
+package joining
+
+import (
+	"net/netip"
+)
+
+// Paths of the exchange, on the API's port.
+const (
+	Prefix    = "/kedge/v1/"
+	PathCA    = Prefix + "cacert" // GET, answered to anybody: CA
+	PathJoin  = Prefix + "join"   // POST Request, with a token: Answer
+	PathRenew = Prefix + "renew"  // POST, over a connection with the node's key: Answer
+)
+
+// MaxBody is how many bytes a request or an answer may have.
+const MaxBody = 64 << 10
+
+// CA is the authority of the API's certificate. Whoever asks is told, and believes
+// it only if the token says so.
+type CA struct {
+	Certificate string `json:"certificate"`     // PEM
+	Proof       string `json:"proof,omitempty"` // see [Proof]; only where a secret was fixed in advance
+}
+
+// Request is what a machine asks for when it joins.
+type Request struct {
+	TokenID  string `json:"tokenID"`
+	Secret   string `json:"secret"`
+	NodeName string `json:"nodeName"`
+	CSR      string `json:"csr"` // PEM; only its key counts
+}
+
+// Answer is what a machine gets when it has joined, and at each renewal. All
+// certificates are for the machine's own key and in PEM, with their authority.
+type Answer struct {
+	Client  string  `json:"client"`   // the kubelet as a client: system:node:NAME
+	Network string  `json:"network"`  // the node's data path as a client: system:kedge:network:NAME
+	Serving string  `json:"serving"`  // the kubelet as a server
+	Clients string  `json:"clientCA"` // the authority of those who may call the kubelet
+	Cluster Cluster `json:"cluster"`
+}
+
+// Problem is the body of an answer that is none.
+type Problem struct {
+	Error string `json:"error"` // one sentence for the administrator
+}
+
+// Cluster is the settings that all nodes of a cluster share. A server takes them
+// from its flags, an agent from a server.
+type Cluster struct {
+	Servers []string `json:"servers"` // URLs of the API, of all servers
+
+	ClusterCIDRs  []netip.Prefix `json:"clusterCIDRs"` // of pods: one, or one of each family
+	ServiceCIDRs  []netip.Prefix `json:"serviceCIDRs"` // of services: likewise
+	ClusterDNS    []netip.Addr   `json:"clusterDNS"`
+	ClusterDomain string         `json:"clusterDomain"`
+	Pools         []string       `json:"lbPools,omitempty"` // addresses for load balancers, as --lb-pool has them
+
+	NoDNS      bool `json:"noDNS,omitempty"`      // names are left to another resolver
+	NoBalancer bool `json:"noBalancer,omitempty"` // load balancers are left to another controller
+	NoProxy    bool `json:"noProxy,omitempty"`    // services are left to another proxy
+	NoPolicy   bool `json:"noPolicy,omitempty"`   // network policies are not enforced
+}

@@ -1,0 +1,140 @@
+package join
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
+	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/util/retry"
+)
+
+// Why a key is not taken for a node.
+var (
+	ErrNameTaken   = errors.New("another machine has this node's name")
+	ErrUnknownNode = errors.New("the cluster does not know this node")
+	ErrBadName     = errors.New("that can be no node's name")
+)
+
+// Nodes is which key each node has. A name belongs to the first key that joined
+// with it, until an operator allows another.
+type Nodes struct {
+	secrets v1core.SecretInterface // of kube-system
+	now     func() time.Time
+}
+
+const (
+	nodeType   corev1.SecretType = "kedge.io/node"
+	nodePrefix                   = "kedge-node-"
+)
+
+// Keys of a node's Secret.
+const (
+	keyFingerprint = "key"     // pki.Fingerprint of the node's key
+	keyJoined      = "joined"  // when it came, RFC 3339
+	keyAllowed     = "allowed" // "true": the next key may take the name
+)
+
+// maxName is how many characters a node's name has at most: it is a label's value.
+const maxName = 63
+
+func validName(name string) error {
+	if len(name) > maxName || len(validation.IsDNS1123Subdomain(name)) > 0 {
+		return fmt.Errorf("%w: %.80q; want at most %d small letters, digits, dots and dashes, with a letter or digit at both ends", ErrBadName, name, maxName)
+	}
+	return nil
+}
+
+// has reports whether the node is known with this key, and otherwise returns
+// ErrNameTaken if it is known with another that nobody has allowed to be replaced.
+func (n *Nodes) has(ctx context.Context, name, fingerprint string) (bool, error) {
+	s, err := n.get(ctx, name)
+	switch {
+	case errors.Is(err, ErrUnknownNode):
+		return false, nil
+	case err != nil:
+		return false, err
+	case string(s.Data[keyFingerprint]) == fingerprint:
+		return true, nil
+	case string(s.Data[keyAllowed]) == "true":
+		return false, nil
+	}
+	return false, fmt.Errorf("%w, %q: if this one replaces it, run \"kedge node allow %s\" on a server and try again; otherwise choose another name with --node-name", ErrNameTaken, name, name)
+}
+
+func (n *Nodes) get(ctx context.Context, name string) (*corev1.Secret, error) {
+	if err := validName(name); err != nil {
+		return nil, err
+	}
+	s, err := n.secrets.Get(ctx, nodePrefix+name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil, fmt.Errorf("%w: %q", ErrUnknownNode, name)
+	case err != nil:
+		return nil, fmt.Errorf("read the key of node %s: %w", name, err)
+	case s.Type != nodeType:
+		return nil, fmt.Errorf("the Secret %s of kube-system is not kedge's; remove it", s.Name)
+	}
+	return s, nil
+}
+
+// claim gives the name to the key. Of two keys that come at once the second gets
+// ErrNameTaken.
+func (n *Nodes) claim(ctx context.Context, name, fingerprint string) error {
+	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
+		known, err := n.has(ctx, name, fingerprint)
+		if err != nil || known {
+			return err
+		}
+		return n.put(ctx, name, fingerprint)
+	})
+}
+
+// Set gives the name to the key, whoever had it: for a server's own node.
+func (n *Nodes) Set(ctx context.Context, name, fingerprint string) error {
+	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
+		s, err := n.get(ctx, name)
+		if err == nil && string(s.Data[keyFingerprint]) == fingerprint || err != nil && !errors.Is(err, ErrUnknownNode) {
+			return err
+		}
+		return n.put(ctx, name, fingerprint)
+	})
+}
+
+// put writes the node's key. The error is a conflict if the node has changed
+// meanwhile.
+func (n *Nodes) put(ctx context.Context, name, fingerprint string) error {
+	data := map[string][]byte{keyFingerprint: []byte(fingerprint), keyJoined: []byte(n.now().UTC().Format(time.RFC3339))}
+	s, err := n.get(ctx, name)
+	switch {
+	case errors.Is(err, ErrUnknownNode):
+		_, err = n.secrets.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: nodePrefix + name}, Type: nodeType, Data: data}, metav1.CreateOptions{})
+		if apierrors.IsAlreadyExists(err) {
+			return apierrors.NewConflict(corev1.Resource("secrets"), nodePrefix+name, err)
+		}
+	case err == nil:
+		s = s.DeepCopy()
+		s.Data = data
+		_, err = n.secrets.Update(ctx, s, metav1.UpdateOptions{})
+	}
+	return err
+}
+
+// Allow lets the next key that joins with a token take the name.
+func (n *Nodes) Allow(ctx context.Context, name string) error {
+	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
+		s, err := n.get(ctx, name)
+		if err != nil {
+			return err
+		}
+		s = s.DeepCopy()
+		s.Data[keyAllowed] = []byte("true")
+		_, err = n.secrets.Update(ctx, s, metav1.UpdateOptions{})
+		return err
+	})
+}

@@ -1,0 +1,302 @@
+package join
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"kedge/internal/joining"
+	"kedge/internal/pki"
+	"kedge/internal/token"
+)
+
+// Life is how long the certificates of an agent are valid. What a thief has stolen
+// is worth no longer; a node that was off for longer proves its key and gets new ones.
+const Life = 30 * 24 * time.Hour
+
+// Config is everything the service is told.
+type Config struct {
+	ServerCA  *pki.Authority // of the API's certificate: shown to everybody
+	ClientCA  *pki.Authority // signs what nodes call the API with
+	KubeletCA *pki.Authority // signs what kubelets serve with
+
+	Preshared token.Secret    // an administrator's own; empty: none
+	Cluster   joining.Cluster // what nodes are told
+	// NetworkGroup is the group of the users as which the nodes' data paths read the API.
+	NetworkGroup string
+	// OwnAddresses are the servers', which no other node's certificate may name.
+	OwnAddresses []netip.Addr
+	Life         time.Duration // of what is signed; see [Life]
+}
+
+// Service answers machines that join and nodes that renew their certificates.
+type Service struct {
+	cfg    Config
+	tokens *Tokens
+	nodes  *Nodes
+	limit  *limiter
+	slots  chan struct{} // bounds the requests that are worked on
+	log    *slog.Logger
+	now    func() time.Time
+}
+
+const (
+	maxAtOnce  = 16              // requests are worked on at a time
+	bodyWithin = 5 * time.Second // the whole of a request has arrived
+)
+
+// New makes the service. client acts for the server itself.
+func New(cfg Config, client kubernetes.Interface, log *slog.Logger) *Service {
+	secrets := client.CoreV1().Secrets(metav1.NamespaceSystem)
+	return &Service{
+		cfg: cfg, log: log, now: time.Now,
+		tokens: &Tokens{secrets: secrets, now: time.Now},
+		nodes:  &Nodes{secrets: secrets, now: time.Now},
+		limit:  &limiter{now: time.Now, sources: map[netip.Prefix]allowance{}},
+		slots:  make(chan struct{}, maxAtOnce),
+	}
+}
+
+// Tokens are the cluster's tokens, for the administrator.
+func (s *Service) Tokens() *Tokens { return s.tokens }
+
+// Nodes are the keys of the nodes, for the administrator.
+func (s *Service) Nodes() *Nodes { return s.nodes }
+
+// CAHash names the cluster's authority in tokens.
+func (s *Service) CAHash() string { return s.cfg.ServerCA.Hash() }
+
+// Cluster is what nodes are told.
+func (s *Service) Cluster() joining.Cluster { return s.cfg.Cluster }
+
+// Handler answers the requests below [joining.Prefix] and passes all others on.
+// It comes before authentication: each path has its own.
+func (s *Service) Handler(next http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+joining.PathCA, s.answerCA)
+	mux.HandleFunc("POST "+joining.PathJoin, s.answering(s.join))
+	mux.HandleFunc("POST "+joining.PathRenew, s.answering(s.renew))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasPrefix(r.URL.Path, joining.Prefix) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		source := sourceOf(r)
+		if !s.limit.allow(source) {
+			w.Header().Set("Retry-After", "10")
+			tell(w, http.StatusTooManyRequests, "too many requests from this address; wait some seconds")
+			return
+		}
+		// The body first: a sender that dawdles must not take a slot from others.
+		// Only a writer that is no connection has no deadline.
+		if err := http.NewResponseController(w).SetReadDeadline(s.now().Add(bodyWithin)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			tell(w, http.StatusInternalServerError, "the connection cannot be bounded")
+			return
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, joining.MaxBody))
+		if err != nil {
+			tell(w, http.StatusBadRequest, fmt.Sprintf("%v: %v", errRequest, err))
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		select {
+		case s.slots <- struct{}{}:
+			defer func() { <-s.slots }()
+		case <-r.Context().Done():
+			return
+		}
+		w.Header().Set("Cache-Control", "no-store")
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// sourceOf is the address that the connection came from; what a header says of it
+// is the sender's claim.
+func sourceOf(r *http.Request) netip.Addr {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{}
+	}
+	a, err := netip.ParseAddr(host)
+	if err != nil {
+		return netip.Addr{}
+	}
+	return a.Unmap().WithZone("")
+}
+
+func (s *Service) answerCA(w http.ResponseWriter, _ *http.Request) {
+	answer := joining.CA{Certificate: string(s.cfg.ServerCA.PEM())}
+	if s.cfg.Preshared != "" {
+		answer.Proof = joining.Proof(s.cfg.Preshared, s.cfg.ServerCA.Cert)
+	}
+	reply(w, http.StatusOK, answer)
+}
+
+// answering sends what f returns, or why it returned nothing.
+func (s *Service) answering(f func(*http.Request) (joining.Answer, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		answer, err := f(r)
+		if err == nil {
+			reply(w, http.StatusOK, answer)
+			return
+		}
+		status := statusOf(err)
+		if status == http.StatusInternalServerError {
+			s.log.Error("a machine was not answered", "path", r.URL.Path, "source", sourceOf(r), "err", err)
+			err = errors.New("the server could not answer; its log says why")
+		} else {
+			s.log.Warn("a machine was refused", "path", r.URL.Path, "source", sourceOf(r), "err", err)
+		}
+		tell(w, status, err.Error())
+	}
+}
+
+// errRequest is wrapped when a request cannot be understood.
+var errRequest = errors.New("the request is not one of kedge")
+
+// statusOf is the status of HTTP for why a machine was refused.
+func statusOf(err error) int {
+	for _, known := range []struct {
+		status int
+		errs   []error
+	}{
+		{http.StatusBadRequest, []error{errRequest, ErrBadName, pki.ErrRequest}},
+		{http.StatusUnauthorized, []error{ErrUnknownToken}},
+		{http.StatusForbidden, []error{ErrExpired, ErrUsedUp, ErrRole, ErrName, ErrUnknownNode}},
+		{http.StatusConflict, []error{ErrNameTaken}},
+	} {
+		if slices.ContainsFunc(known.errs, func(e error) bool { return errors.Is(err, e) }) {
+			return known.status
+		}
+	}
+	return http.StatusInternalServerError
+}
+
+func tell(w http.ResponseWriter, status int, text string) {
+	reply(w, status, joining.Problem{Error: text})
+}
+
+func reply(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) // the client is gone, and will ask again
+}
+
+// join lets a machine in.
+func (s *Service) join(r *http.Request) (joining.Answer, error) {
+	var q joining.Request
+	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+		return joining.Answer{}, fmt.Errorf("%w: %w", errRequest, err)
+	}
+	if err := validName(q.NodeName); err != nil {
+		return joining.Answer{}, err
+	}
+	key, err := pki.ParseRequest([]byte(q.CSR))
+	if err != nil {
+		return joining.Answer{}, err
+	}
+	fingerprint, err := pki.Fingerprint(key)
+	if err != nil {
+		return joining.Answer{}, err
+	}
+	if err := s.admit(r.Context(), q, fingerprint); err != nil {
+		return joining.Answer{}, err
+	}
+	s.log.Info("a machine has joined", "node", q.NodeName, "source", sourceOf(r), "token", q.TokenID, "key", fingerprint[:16])
+	return s.sign(q.NodeName, key, sourceOf(r))
+}
+
+// admit checks the token and gives the name to the key. A machine that has joined
+// with this key before, and did not see the answer, needs no second use.
+func (s *Service) admit(ctx context.Context, q joining.Request, fingerprint string) error {
+	secret := token.Secret(q.Secret)
+	preshared := q.TokenID == token.Preshared
+	if preshared {
+		if s.cfg.Preshared == "" || !secret.Matches(s.cfg.Preshared.Hash()) {
+			return ErrUnknownToken
+		}
+	} else if err := s.tokens.check(ctx, q.TokenID, secret, Agent, q.NodeName); err != nil {
+		return err
+	}
+	known, err := s.nodes.has(ctx, q.NodeName, fingerprint)
+	if err != nil || known {
+		return err
+	}
+	// The use goes first: were the name given first, a machine that came too late
+	// for the last use would be known all the same.
+	if !preshared {
+		if err := s.tokens.spend(ctx, q.TokenID, secret, Agent, q.NodeName); err != nil {
+			return err
+		}
+	}
+	return s.nodes.claim(ctx, q.NodeName, fingerprint)
+}
+
+// renew signs again for a node that proves its key by the connection itself. Who
+// has signed the certificate that carries the key, and until when, does not matter.
+func (s *Service) renew(r *http.Request) (joining.Answer, error) {
+	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+		return joining.Answer{}, fmt.Errorf("%w: the connection has no certificate of a node", errRequest)
+	}
+	c := r.TLS.PeerCertificates[0]
+	name, ok := strings.CutPrefix(c.Subject.CommonName, joining.NodeUser(""))
+	key, isEC := c.PublicKey.(*ecdsa.PublicKey)
+	if !ok || !isEC {
+		return joining.Answer{}, fmt.Errorf("%w: the certificate of the connection is not a node's", errRequest)
+	}
+	fingerprint, err := pki.Fingerprint(key)
+	if err != nil {
+		return joining.Answer{}, err
+	}
+	known, err := s.nodes.has(r.Context(), name, fingerprint)
+	if err != nil {
+		return joining.Answer{}, err
+	}
+	if !known {
+		return joining.Answer{}, fmt.Errorf("%w with this key: %q; stop kedge here, remove its data directory, and join with a token", ErrUnknownNode, name)
+	}
+	return s.sign(name, key, sourceOf(r))
+}
+
+// sign makes a node's certificates. The address is the one that the node was seen
+// with: what it says of itself counts for nothing.
+func (s *Service) sign(name string, key *ecdsa.PublicKey, source netip.Addr) (joining.Answer, error) {
+	serving := pki.Leaf{CommonName: joining.NodeUser(name), Organizations: []string{nodesGroup}, DNSNames: []string{name}, Server: true}
+	if source.IsValid() && !slices.Contains(s.cfg.OwnAddresses, source) {
+		serving.IPs = []net.IP{source.AsSlice()}
+	}
+	a := joining.Answer{Clients: string(s.cfg.ClientCA.PEM()), Cluster: s.cfg.Cluster}
+	for _, c := range []struct {
+		by   *pki.Authority
+		leaf pki.Leaf
+		into *string
+	}{
+		{s.cfg.ClientCA, pki.Leaf{CommonName: joining.NodeUser(name), Organizations: []string{nodesGroup}, Client: true}, &a.Client},
+		{s.cfg.ClientCA, pki.Leaf{CommonName: s.cfg.NetworkGroup + ":" + name, Organizations: []string{s.cfg.NetworkGroup}, Client: true}, &a.Network},
+		{s.cfg.KubeletCA, serving, &a.Serving},
+	} {
+		signed, err := c.by.Sign(key, c.leaf, s.cfg.Life, s.now())
+		if err != nil {
+			return joining.Answer{}, fmt.Errorf("sign for node %s: %w", name, err)
+		}
+		*c.into = string(signed)
+	}
+	return a, nil
+}
+
+// nodesGroup is Kubernetes' group of kubelets.
+const nodesGroup = "system:nodes"
