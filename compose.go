@@ -16,6 +16,7 @@ import (
 	"kedge/internal/preflight"
 	"kedge/internal/resolvconf"
 	"kedge/network"
+	"kedge/network/backend"
 	"kedge/network/cni"
 	"kedge/network/loadbalancer"
 	"kedge/network/nft"
@@ -39,6 +40,7 @@ type settings struct {
 	server    server.Config
 	runtime   runtime.Config
 	network   network.Config
+	backend   backend.Config
 	agent     agent.Config
 
 	// Parts that can be left to somebody else; nil when they are.
@@ -64,6 +66,7 @@ func compose(c *cli.Context) (settings, error) {
 		server:       server.DefaultConfig(),
 		runtime:      runtime.DefaultConfig(),
 		network:      network.DefaultConfig(),
+		backend:      backend.DefaultConfig(),
 		agent:        agent.DefaultConfig(),
 		preflight:    preflight.DefaultConfig(),
 	}
@@ -91,7 +94,7 @@ func (s *settings) validate() error {
 	if s.disableAgent {
 		return errors.Join(errs...)
 	}
-	errs = append(errs, s.agent.Validate(), s.runtime.Validate(), s.network.Validate())
+	errs = append(errs, s.agent.Validate(), s.runtime.Validate(), s.network.Validate(), s.backend.Validate())
 	if s.proxy != nil {
 		errs = append(errs, s.proxy.Validate())
 	}
@@ -142,12 +145,20 @@ func (s *settings) node(p *flagParser) {
 	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = s.server.ClusterCIDRs, s.server.ServiceCIDRs
 
+	b := &s.backend
+	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.server.NodeIPs, p.c.String("flannel-iface")
+	b.Mode = p.backend()
+	n.NodeIPs, n.Overhead = b.NodeIPs, b.Overhead()
+
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
 	r.Snapshotter = p.c.String("snapshotter")
 	r.CgroupDriver = runtime.DetectCgroupDriver()
 	r.CNIConfDir, r.CNIBinDir = n.ConfDir(), n.BinDir()
+	if b.Mode == backend.None {
+		r.CNIConfDir, r.CNIBinDir = foreignConfDir, foreignBinDir
+	}
 	r.RegistriesFile = p.c.String("private-registry")
 
 	a := &s.agent
@@ -200,13 +211,20 @@ func (s *settings) dataPath(p *flagParser, disabled map[string]bool) {
 			s.announcer = &loadbalancer.Config{NodeName: s.nodeName, Pools: pools, PodLinks: cni.LinkTag}
 		}
 	}
-	if !p.c.Bool("disable-network-policy") {
+	// What attaches pods has to ask before it does, which another's plug-in does not.
+	if !p.c.Bool("disable-network-policy") && s.backend.Mode != backend.None {
 		s.policy = &policy.Config{NodeName: s.nodeName}
 		if s.dns != nil {
 			s.policy.DNS = resolver
 		}
 	}
 }
+
+// Where network plug-ins that are not kedge's put their configuration and programs.
+const (
+	foreignConfDir = "/etc/cni/net.d"
+	foreignBinDir  = "/opt/cni/bin"
+)
 
 // launcherPath is the executable that the user started: the launcher, which says so,
 // or this program itself in development. As a plug-in the launcher starts faster.

@@ -17,6 +17,7 @@ import (
 	"kedge/internal/addresspool"
 	"kedge/internal/hostaddr"
 	"kedge/internal/logging"
+	"kedge/network/backend"
 )
 
 // flagParser reads typed values of flags and collects what is wrong with them.
@@ -123,6 +124,14 @@ func (p *flagParser) prefixes(flag string) []netip.Prefix {
 	return out
 }
 
+func (p *flagParser) backend() backend.Mode {
+	m, err := backend.ParseMode(p.c.String("flannel-backend"))
+	if err != nil {
+		p.fail(fmt.Errorf("--flannel-backend: %w", err))
+	}
+	return m
+}
+
 func (p *flagParser) mode(flag string) uint32 {
 	m, err := strconv.ParseUint(p.c.String(flag), 8, 12)
 	if err != nil {
@@ -138,6 +147,11 @@ func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
 	}
 	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
 	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	if name := p.c.String("flannel-iface"); name != "" {
+		found, err := backend.AddressesOf(name)
+		p.fail(err)
+		return slices.DeleteFunc(found, func(a netip.Addr) bool { return a.Is4() && !ipv4 || a.Is6() && !ipv6 })
+	}
 	found, err := hostaddr.Find(ipv4, ipv6)
 	p.fail(err)
 	return found
