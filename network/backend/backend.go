@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
@@ -271,7 +272,15 @@ func (b *Backend) announce(ctx context.Context, own *node) error {
 // plan returns nil when it cannot even be said what should be.
 func (b *Backend) plan(own node, peers []node) (*plan, error) {
 	var p plan
-	var err error
+	have, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, h := range have {
+		if a, _ := netip.AddrFromSlice(h.IP); slices.Contains(own.addrs, a.Unmap()) {
+			own.here = append(own.here, a.Unmap())
+		}
+	}
 	switch b.cfg.Mode {
 	case HostGW:
 		p, err = planHostGW(own, peers, onLink)

@@ -45,6 +45,7 @@ type node struct {
 	addrs  []netip.Addr   // its own
 	tunnel []netip.Addr   // where packets for its pods are sent to
 	mode   Mode           // empty until the node has said it
+	here   []netip.Addr   // of this node: which of addrs the machine really has
 }
 
 func readNode(o *corev1.Node) (node, error) {
@@ -81,7 +82,7 @@ func readNode(o *corev1.Node) (node, error) {
 }
 
 // gateway is the address of a node within its pod range of a family: its next hop in
-// the tunnel, and the source of what the node itself sends through it.
+// the tunnel.
 func (n node) gateway(ipv6 bool) (netip.Addr, bool) {
 	for _, r := range n.ranges {
 		if r.Addr().Is6() == ipv6 {
@@ -89,6 +90,19 @@ func (n node) gateway(ipv6 bool) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
+}
+
+// source is the address from which this node itself sends to pods of others: its own,
+// as it would without a tunnel, so that whoever answers a pod from a socket that is
+// bound to no address answers from the one that was asked. Where the node has none of
+// the family, or has lost it a moment ago, it is the gateway. There is none if the
+// node's pods do not have the family.
+func (n node) source(ipv6 bool) (netip.Addr, bool) {
+	gateway, ok := n.gateway(ipv6)
+	if a, has := first(n.here, ipv6); has && ok {
+		return a, true
+	}
+	return gateway, ok
 }
 
 func first(addrs []netip.Addr, ipv6 bool) (netip.Addr, bool) {

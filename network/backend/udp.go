@@ -32,7 +32,7 @@ func planUDP(cfg Config, own node, peers []node, mtu int) (plan, error) {
 		d.mtu = min(d.mtu, mtu-cfg.overhead(at.Is6()))
 		for _, r := range peer.ranges {
 			ipv6 := r.Addr().Is6()
-			src, ok := own.gateway(ipv6)
+			src, ok := own.source(ipv6)
 			if !ok {
 				continue // no pod here has an address of this family
 			}

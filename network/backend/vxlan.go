@@ -43,7 +43,7 @@ func planVXLAN(cfg Config, own node, peers []node, mtu int) (plan, error) {
 		d.forward[mac] = at
 		for _, r := range peer.ranges {
 			ipv6 := r.Addr().Is6()
-			src, ok := own.gateway(ipv6)
+			src, ok := own.source(ipv6)
 			if !ok {
 				continue // no pod here has an address of this family
 			}

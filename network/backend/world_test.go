@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -370,7 +371,7 @@ func (m *machine) leavesNothing() {
 // ours lists the routes and rules of the backend on a machine.
 func ours(m *machine) (out []string) {
 	for _, family := range []int{syscall.AF_INET, syscall.AF_INET6} {
-		routes, err := m.Netlink().RouteListFiltered(family, nil, 0)
+		routes, err := m.Netlink().RouteListFiltered(family, &netlink.Route{}, netlink.RT_FILTER_TABLE) // of all tables
 		m.c.must(err)
 		for _, r := range routes {
 			if r.Protocol == 213 {
