@@ -23,7 +23,7 @@ const (
 	settle = 20 * time.Millisecond
 	// roundPause is the least time between two rounds. Nodes and routes that come and
 	// go are followed within two seconds.
-	roundPause = 500 * time.Millisecond
+	roundPause = 200 * time.Millisecond
 	// repairEvery is how often the kernel is looked at even though no event said that
 	// something changed: of neighbours and forwarding entries there are no events.
 	repairEvery = 5 * time.Minute

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
 
 	"kedge/network/backend"
 )
@@ -283,5 +285,40 @@ func TestRepair(t *testing.T) {
 		c.must(one.Netlink().LinkSetDown(uplink))
 		c.must(one.Netlink().LinkSetUp(uplink))
 		c.within(patience, "link went down and up", whole)
+	})
+}
+
+// A node behind a router cannot be a next hop; the others are not affected, and the log
+// and Check name it.
+func TestHostGWNeedsOneLink(t *testing.T) {
+	c := newCluster(t, backend.HostGW)
+	one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})
+	c.must(one.Route(netip.MustParsePrefix("198.51.100.0/24"), netip.MustParseAddr("192.0.2.2")))
+	far := &corev1.Node{}
+	far.Name = "far"
+	far.Annotations = map[string]string{backend.Annotation: `{"mode":"host-gw"}`}
+	far.Spec.PodCIDRs = []string{"10.42.9.0/24"}
+	far.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "198.51.100.9"}}
+	other := far.DeepCopy()
+	other.Name, other.Status.Addresses[0].Address = "other", "192.0.2.77"
+	other.Annotations[backend.Annotation] = `{"mode":"vxlan"}`
+	c.mu.Lock()
+	c.objects["far"], c.objects["other"] = far, other
+	c.push()
+	c.mu.Unlock()
+	a, b := one.pod(), two.pod()
+	c.serve(b.ns.Do, 80)
+	c.within(patience, "the others", func() error { return c.reaches(a, b, false) })
+	c.within(patience, "it is said", func() error {
+		said := one.log.String()
+		for _, want := range []string{
+			"pods of node far cannot be reached with --flannel-backend=host-gw: 198.51.100.9 is not on a link of this node but behind the router 192.0.2.2",
+			"node other has --flannel-backend=vxlan and this node host-gw",
+		} {
+			if !strings.Contains(said, want) {
+				return fmt.Errorf("the log lacks %q", want)
+			}
+		}
+		return nil
 	})
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -165,6 +166,25 @@ type machine struct {
 	stdin io.WriteCloser
 	ended chan struct{}
 	pods  int
+	log   safeBuffer // of all its processes
+}
+
+// safeBuffer may be read while a process writes to it.
+type safeBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }
 
 // families of addresses that a test is about.
@@ -213,6 +233,21 @@ func (c *cluster) machine(i int, f families) *machine {
 	if m.Host, err = c.lan.Host(m.cfg.Name, addrs...); err != nil {
 		c.t.Fatal(err)
 	}
+	// While the kernel asks whether somebody else has its link-local address, it can
+	// look for no IPv6 neighbour: a machine has been up for longer.
+	c.within(5*time.Second, m.cfg.Name+" has its addresses", func() error {
+		uplink, err := m.Netlink().LinkByName(testhost.Uplink)
+		if err != nil {
+			return err
+		}
+		addrs, err := m.Netlink().AddrList(uplink, syscall.AF_INET6)
+		for _, a := range addrs {
+			if a.Flags&unix.IFA_F_TENTATIVE != 0 && has(f.nodes, true) {
+				return fmt.Errorf("%s is tentative", a)
+			}
+		}
+		return err
+	})
 	// The strictest that distributions set.
 	c.must(m.Do(func() error {
 		for _, name := range []string{"all", "default", testhost.Uplink} {
@@ -292,7 +327,7 @@ func (m *machine) start() {
 	m.c.must(err)
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), nodeVar+"="+string(config))
-	cmd.Stderr = m.c.t.Output()
+	cmd.Stderr = io.MultiWriter(m.c.t.Output(), &m.log)
 	stdin, err := cmd.StdinPipe()
 	m.c.must(err)
 	stdout, err := cmd.StdoutPipe()
@@ -492,7 +527,7 @@ func (c *cluster) serve(at place, port int) {
 func (c *cluster) ask(from place, network string, to netip.Addr, port, size int) (string, error) {
 	var conn net.Conn
 	err := from(func() (err error) {
-		conn, err = net.DialTimeout(network, netip.AddrPortFrom(to, uint16(port)).String(), time.Second)
+		conn, err = net.DialTimeout(network, netip.AddrPortFrom(to, uint16(port)).String(), 250*time.Millisecond)
 		return err
 	})
 	if err != nil {
