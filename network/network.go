@@ -258,6 +258,7 @@ func (n *Network) stopped() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.plugin = nil
+	_ = n.table.Close() // all that was sent has been answered
 }
 
 // Check says why pods cannot be attached, or nil.

@@ -208,7 +208,7 @@ func TestWatch(t *testing.T) {
 	for len(changed) > 0 {
 		<-changed
 	}
-	if err := replace(table.name, samplePods().ruleset()); err != nil {
+	if err := new(socket).replace(table.name, samplePods().ruleset()); err != nil {
 		t.Fatal(err)
 	}
 	stranger("TestOtherStranger")

@@ -36,11 +36,20 @@ type PodTable struct {
 	now     ruleset
 	rules   PodRules
 	written bool
+	socket  socket
 }
 
 // NewPodTable returns the table of a node without touching the kernel.
 func NewPodTable(node string) *PodTable {
 	return &PodTable{name: TableName(node, "pods")}
+}
+
+// Close ends the connection to the kernel. Rules stay, and the next use opens
+// another.
+func (t *PodTable) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.socket.close()
 }
 
 // Name returns the table's name; its family is inet.
@@ -53,13 +62,13 @@ func (t *PodTable) Set(rules PodRules) error {
 	defer t.mu.Unlock()
 	next := rules.ruleset()
 	if t.written && t.rules.sameButSets(rules) {
-		if err := refill(t.name, next.sets); err == nil {
+		if err := t.socket.refill(t.name, next.sets); err == nil {
 			t.rules, t.now = rules, next
 			return nil
 		}
 		// Somebody removed the table: write all of it.
 	}
-	if err := replace(t.name, next); err != nil {
+	if err := t.socket.replace(t.name, next); err != nil {
 		return err
 	}
 	t.rules, t.now, t.written = rules, next, true
@@ -79,7 +88,7 @@ func (t *PodTable) Repair() (bool, error) {
 		return false, nil
 	}
 	// Unreadable is treated as damaged: writing does no harm.
-	if err := replace(t.name, t.now); err != nil {
+	if err := t.socket.replace(t.name, t.now); err != nil {
 		return false, fmt.Errorf("repair: %w", err)
 	}
 	return true, nil

@@ -53,78 +53,30 @@ type commented struct {
 }
 
 // replace makes the table hold exactly rs, in one transaction.
-func replace(name string, rs ruleset) error {
-	conn, err := nftables.New()
+func (s *socket) replace(name string, rs ruleset) error {
+	t, err := begin(name)
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	table := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
-	conn.AddTable(table) // so that removing it cannot fail
-	conn.DelTable(table)
-	conn.AddTable(table)
-	if err := addSets(conn, table, rs.sets); err != nil {
 		return err
 	}
-	addChains(conn, table, rs.chains)
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("replace nftables table %s: %w", name, err)
+	t.renew()
+	for _, set := range rs.sets {
+		t.addSet(*set.of(t.table), set.elements)
 	}
-	return nil
-}
-
-// addChains gives chains, which may exist, just the rules that they should have.
-func addChains(conn *nftables.Conn, table *nftables.Table, chains []chain) {
-	for _, c := range chains { // all of them first: rules may jump to any
-		ref := &nftables.Chain{Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority}
-		conn.AddChain(ref)
-		conn.FlushChain(ref)
-	}
-	for _, c := range chains {
-		ref := &nftables.Chain{Name: c.name, Table: table}
-		for _, r := range c.rules {
-			conn.AddRule(&nftables.Rule{
-				Table: table, Chain: ref, Exprs: r.rule,
-				UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment),
-			})
-		}
-	}
-}
-
-func addSets(conn *nftables.Conn, table *nftables.Table, sets []set) error {
-	for i, s := range sets {
-		ref := s.of(table)
-		// Unique within the transaction is enough; left at zero, the library
-		// counts in a variable that it does not guard.
-		ref.ID = uint32(i + 1)
-		if err := conn.AddSet(ref, s.elements); err != nil {
-			return fmt.Errorf("add set %s: %w", s.name, err)
-		}
-	}
-	return nil
+	t.setChains(rs.chains)
+	return s.commit(t)
 }
 
 // refill makes the sets of an existing table hold just the given elements, in
 // one transaction. Chains stay as they are.
-func refill(name string, sets []set) error {
-	conn, err := nftables.New()
+func (s *socket) refill(name string, sets []set) error {
+	t, err := begin(name)
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
-	table := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
-	for _, s := range sets {
-		ref := s.of(table)
-		conn.FlushSet(ref)
-		if len(s.elements) == 0 {
-			continue
-		}
-		if err := conn.SetAddElements(ref, s.elements); err != nil {
-			return fmt.Errorf("fill set %s: %w", s.name, err)
-		}
+	for _, set := range sets {
+		t.refill(set)
 	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("refill sets of nftables table %s: %w", name, err)
-	}
-	return nil
+	return s.commit(t)
 }
 
 // intact says whether the table holds what rs says: the same chains with as

@@ -20,7 +20,6 @@ func (t *ServiceTable) synchronize() (int, error) {
 	}
 	if err != nil {
 		t.inStep = false
-		t.hangUp()
 		return 0, err
 	}
 	t.inStep, t.adopted = true, true
@@ -33,9 +32,9 @@ var errOtherShape = errors.New("nftables table is missing or has another shape")
 // compare returns what the kernel lacks and has too much.
 func (t *ServiceTable) compare() (delta, error) {
 	var d delta
-	conn, err := t.open()
+	conn, err := nftables.New()
 	if err != nil {
-		return d, err
+		return d, fmt.Errorf("open nftables: %w", err)
 	}
 	table, err := conn.ListTableOfFamily(t.name, nftables.TableFamilyINet)
 	if err != nil {
@@ -159,33 +158,24 @@ func (t *ServiceTable) wrongChains(conn *nftables.Conn) ([]chain, error) {
 
 // replace writes the whole table in one transaction.
 func (t *ServiceTable) replace() (delta, error) {
-	conn, err := t.open()
+	tx, err := begin(t.name)
 	if err != nil {
 		return delta{}, err
 	}
-	table := t.table()
-	conn.AddTable(table) // so that removing it cannot fail
-	conn.DelTable(table)
-	conn.AddTable(table)
-	var sets []set
+	tx.renew()
 	for id := range allSets {
-		sets = append(sets, id.describe())
-	}
-	if err := addSets(conn, table, sets); err != nil {
-		return delta{}, err
+		tx.addSet(*id.describe().of(tx.table), nil)
 	}
 	d := delta{chains: t.wantedChains()}
-	addChains(conn, table, d.chains)
+	tx.setChains(d.chains)
 	for r, w := range t.want {
 		if r.set.kind != kindChains {
 			d.add = append(d.add, element{r, w.val})
 		}
 	}
-	if err := t.queue(conn, table, d.add, (*nftables.Conn).SetAddElements); err != nil {
+	queue(d.add, tx.addElements)
+	if err := t.socket.commit(tx); err != nil {
 		return delta{}, err
-	}
-	if err := conn.Flush(); err != nil {
-		return delta{}, fmt.Errorf("replace nftables table %s: %w", t.name, err)
 	}
 	clear(t.unused)
 	return d, nil

@@ -2,14 +2,12 @@ package nft
 
 import (
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/mdlayher/netlink"
 )
 
 // ServiceTable is the table of one node's services. What a change of a service
@@ -27,7 +25,7 @@ type ServiceTable struct {
 	chains   map[string]chain      // of the elements of kindChains
 	unused   map[string]time.Time  // chains that no element leads to any more, since when
 	now      func() time.Time
-	conn     *nftables.Conn // nil until needed and after an error
+	socket   socket
 }
 
 type renderedService struct {
@@ -50,35 +48,12 @@ func NewServiceTable(node string, cfg ServiceConfig) *ServiceTable {
 	}
 }
 
-// open returns the connection to the kernel. It is kept: closing one waits until
-// the kernel has freed what the last transaction removed, which takes 10 ms, a
-// hundred times as long as the transaction.
-func (t *ServiceTable) open() (*nftables.Conn, error) {
-	if t.conn == nil {
-		conn, err := bulk(nftables.AsLasting())
-		if err != nil {
-			return nil, err
-		}
-		t.conn = conn
-	}
-	return t.conn, nil
-}
-
 // Close ends the connection to the kernel. Rules stay, and the next use opens
 // another.
 func (t *ServiceTable) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.hangUp()
-}
-
-func (t *ServiceTable) hangUp() error {
-	if t.conn == nil {
-		return nil
-	}
-	conn := t.conn
-	t.conn = nil
-	return conn.CloseLasting()
+	return t.socket.close()
 }
 
 // Name returns the table's name; its family is inet.
@@ -101,7 +76,6 @@ func (t *ServiceTable) Apply(changes map[string]Service) error {
 	}
 	if err := t.write(t.difference(before)); err != nil {
 		t.inStep = false
-		t.hangUp()
 		// Most likely somebody removed the table.
 		if _, again := t.synchronize(); again != nil {
 			return errors.Join(err, again)
@@ -284,24 +258,17 @@ func (t *ServiceTable) difference(before map[ref]presence) delta {
 
 // write makes a delta true in one transaction.
 func (t *ServiceTable) write(d delta) error {
-	if d.size() == 0 {
-		t.noteUnused(d)
-		return nil
-	}
-	conn, err := t.open()
-	if err != nil {
-		return err
-	}
-	table := t.table()
-	addChains(conn, table, d.chains)
-	if err := t.queue(conn, table, d.remove, (*nftables.Conn).SetDeleteElements); err != nil {
-		return err
-	}
-	if err := t.queue(conn, table, d.add, (*nftables.Conn).SetAddElements); err != nil {
-		return err
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("change nftables table %s: %w", t.name, err)
+	if d.size() > 0 {
+		tx, err := begin(t.name)
+		if err != nil {
+			return err
+		}
+		tx.setChains(d.chains)
+		queue(d.remove, tx.delElements)
+		queue(d.add, tx.addElements)
+		if err := t.socket.commit(tx); err != nil {
+			return err
+		}
 	}
 	t.noteUnused(d)
 	return nil
@@ -332,54 +299,34 @@ func (t *ServiceTable) retire() {
 	if len(old) == 0 {
 		return
 	}
-	conn, err := t.open()
+	tx, err := begin(t.name)
 	if err != nil {
 		return
 	}
-	table := t.table()
 	for _, name := range old { // the rules first: they lead to other chains
-		conn.FlushChain(&nftables.Chain{Name: name, Table: table})
+		tx.flushChain(name)
 	}
 	for _, name := range old {
-		conn.DelChain(&nftables.Chain{Name: name, Table: table})
+		tx.delChain(name)
 		t.unused[name] = t.now() // when it is tried again
 	}
-	if conn.Flush() != nil {
-		t.hangUp()
+	if t.socket.commit(tx) != nil {
 		return
 	}
 	maps.DeleteFunc(t.unused, func(name string, _ time.Time) bool { return slices.Contains(old, name) })
 }
 
-// queue adds the messages for elements to a transaction. The kernel takes at most
-// 64 KiB of them in one message.
-func (t *ServiceTable) queue(conn *nftables.Conn, table *nftables.Table, elements []element, do func(*nftables.Conn, *nftables.Set, []nftables.SetElement) error) error {
+// queue tells a transaction of elements, set by set.
+func queue(elements []element, tell func(nftables.Set, []nftables.SetElement)) {
 	bySet := map[setID][]nftables.SetElement{}
 	for _, e := range elements {
 		bySet[e.set] = append(bySet[e.set], e.kernel())
 	}
 	for id, list := range bySet {
-		ref := id.describe().of(table)
-		for part := range slices.Chunk(list, elementsPerMessage) {
-			if err := do(conn, ref, part); err != nil {
-				return fmt.Errorf("set %s: %w", ref.Name, err)
-			}
-		}
+		tell(*id.describe().of(nil), list)
 	}
-	return nil
 }
 
 func (t *ServiceTable) table() *nftables.Table {
 	return &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
-}
-
-// bulk opens a connection whose transactions may be large.
-func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
-	conn, err := nftables.New(append(more, nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(16<<20))
-	}))...)
-	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
-	}
-	return conn, nil
 }

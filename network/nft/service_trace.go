@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"kedge/network/trace"
@@ -45,13 +46,12 @@ type kernelView struct {
 
 func (v *kernelView) lookup(id setID, key string) (string, bool, error) {
 	if v.sets[id] == nil {
-		conn, err := v.table.open()
+		conn, err := nftables.New()
 		if err != nil {
-			return "", false, err
+			return "", false, fmt.Errorf("open nftables: %w", err)
 		}
 		list, err := conn.GetSetElements(id.describe().of(v.table.table()))
 		if err != nil && !errors.Is(err, unix.ENOENT) {
-			v.table.hangUp()
 			return "", false, fmt.Errorf("read set %s: %w", id.name(), err)
 		}
 		v.sets[id] = map[string]string{}

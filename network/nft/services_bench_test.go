@@ -2,6 +2,7 @@ package nft
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -268,4 +270,15 @@ func BenchmarkServicesRepair(b *testing.B) {
 			}
 		})
 	}
+}
+
+// bulk opens a connection whose transactions may be large.
+func bulk(more ...nftables.ConnOption) (*nftables.Conn, error) {
+	conn, err := nftables.New(append(more, nftables.WithSockOptions(func(c *mdnetlink.Conn) error {
+		return errors.Join(c.SetWriteBuffer(64<<20), c.SetReadBuffer(16<<20))
+	}))...)
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return conn, nil
 }

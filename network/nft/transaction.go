@@ -90,6 +90,13 @@ func (t *transaction) change(what string, s nftables.Set, elements []nftables.Se
 	}
 }
 
+// refill makes a set of the table hold just its elements.
+func (t *transaction) refill(s set) {
+	ref := s.of(t.table)
+	t.conn.FlushSet(ref)
+	t.addElements(*ref, s.elements)
+}
+
 func (t *transaction) delSet(name string) {
 	t.conn.DelSet(&nftables.Set{Table: t.table, Name: name})
 }
@@ -97,6 +104,17 @@ func (t *transaction) delSet(name string) {
 // addChain adds a chain without its rules: they may jump to chains that come later.
 func (t *transaction) addChain(c chain) {
 	t.conn.AddChain(&nftables.Chain{Name: c.name, Table: t.table, Type: c.kind, Hooknum: c.hook, Priority: c.priority})
+}
+
+// setChains gives chains, which may exist, just the rules that they should have.
+func (t *transaction) setChains(chains []chain) {
+	for _, c := range chains { // all of them first: rules may jump to any
+		t.addChain(c)
+		t.flushChain(c.name)
+	}
+	for _, c := range chains {
+		t.addRules(c.name, c.rules)
+	}
 }
 
 func (t *transaction) addRules(chainName string, rules []commented) {

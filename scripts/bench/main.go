@@ -71,7 +71,7 @@ func parseFlags(args []string) (options, error) {
 	fs.StringVar(&o.dir, "dir", "", "folder to work in (default: a new one in /tmp); its filesystem is what is measured")
 	fs.IntVar(&o.port, "port", 27443, "first of ten ports to use")
 	fs.IntVar(&o.pods, "pods", 30, "pods to start one after the other in each run")
-	fs.DurationVar(&o.rest, "rest", 30*time.Second, "rest before idleness is measured")
+	fs.DurationVar(&o.rest, "rest", 60*time.Second, "rest before idleness is measured")
 	fs.DurationVar(&o.idle, "idle", time.Minute, "how long idleness is measured")
 	fs.StringVar(&o.keepLog, "log", "", "append the compositions' logs to `FILE`")
 	if err := fs.Parse(args); err != nil {
