@@ -210,6 +210,12 @@ func (b *Backend) read() (*node, []node, error) {
 	var others []node
 	var errs []error
 	for _, o := range all {
+		if o.Name == b.cfg.NodeName {
+			// What it says of itself is not read but written.
+			mine := *o
+			mine.Annotations = nil
+			o = &mine
+		}
 		n, err := readNode(o)
 		switch {
 		case err != nil:

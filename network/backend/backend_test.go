@@ -322,3 +322,25 @@ func TestHostGWNeedsOneLink(t *testing.T) {
 		return nil
 	})
 }
+
+// An annotation that somebody broke is written again by its node.
+func TestOwnAnnotationIsMended(t *testing.T) {
+	c := newCluster(t, backend.VXLAN)
+	one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})
+	a, b := one.pod(), two.pod()
+	c.serve(b.ns.Do, 80)
+	c.within(patience, "at first", func() error { return c.reaches(a, b, false) })
+	c.mu.Lock()
+	c.objects[two.cfg.Name].Annotations[backend.Annotation] = "nonsense"
+	c.push()
+	c.mu.Unlock()
+	c.within(patience, "it is mended", func() error {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if said := c.objects[two.cfg.Name].Annotations[backend.Annotation]; said != `{"mode":"vxlan"}` {
+			return fmt.Errorf("it is %s", said)
+		}
+		return nil
+	})
+	c.within(patience, "and they meet again", func() error { return c.reaches(a, b, false) })
+}
