@@ -125,6 +125,10 @@ bench-services: ## measure the service proxy beside kube-proxy's nftables mode; 
 	go test ./network/nft -run '^$$' -bench 'Services(All|One|Moved|Repair)' -benchtime 10x
 	go test ./network/nft -run '^$$' -bench ServicesNew -benchtime 200000x
 
+.PHONY: bench-network
+bench-network: ## measure TCP between pods of two nodes, by each way and by the bare cable; needs root
+	go test ./network/backend -run '^$$' -bench . -benchtime 2s -count 3
+
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench

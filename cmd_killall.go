@@ -14,6 +14,7 @@ import (
 	"kedge/internal/datadir"
 	"kedge/internal/logging"
 	"kedge/network"
+	"kedge/network/backend"
 	"kedge/network/proxy"
 	"kedge/runtime"
 )
@@ -68,5 +69,5 @@ func killall(ctx context.Context, s settings) error {
 	if s.proxy != nil {
 		services = proxy.Cleanup(*s.proxy)
 	}
-	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), services, dns.Cleanup(s.agent.ClusterDNS))
+	return errors.Join(agent.Cleanup(ctx, s.agent), network.Cleanup(s.network), backend.Cleanup(s.nodeName), services, dns.Cleanup(s.agent.ClusterDNS))
 }

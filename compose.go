@@ -18,6 +18,7 @@ import (
 	"kedge/internal/resolvconf"
 	"kedge/internal/token"
 	"kedge/network"
+	"kedge/network/backend"
 	"kedge/network/cni"
 	"kedge/network/loadbalancer"
 	"kedge/network/nft"
@@ -44,6 +45,7 @@ type settings struct {
 	server    server.Config
 	runtime   runtime.Config
 	network   network.Config
+	backend   backend.Config
 	agent     agent.Config
 
 	// Parts that can be left to somebody else; nil when they are.
@@ -109,7 +111,7 @@ func usualCluster() joining.Cluster {
 	usual := server.DefaultConfig()
 	return joining.Cluster{
 		ClusterCIDRs: usual.ClusterCIDRs, ServiceCIDRs: usual.ServiceCIDRs, ClusterDomain: usual.ClusterDomain,
-		ClusterDNS: tenthOf(usual.ServiceCIDRs),
+		ClusterDNS: tenthOf(usual.ServiceCIDRs), Backend: string(backend.DefaultConfig().Mode),
 	}
 }
 
@@ -125,6 +127,7 @@ func basics(p *flagParser) settings {
 		log:       p.logging(),
 		runtime:   runtime.DefaultConfig(),
 		network:   network.DefaultConfig(),
+		backend:   backend.DefaultConfig(),
 		agent:     agent.DefaultConfig(),
 		preflight: preflight.DefaultConfig(),
 	}
@@ -136,7 +139,7 @@ func (s *settings) finish(p *flagParser) error {
 	pf.DataDir, pf.RunDir, pf.NodeName = s.dataDir, s.runDir, s.nodeName
 	pf.IPv6 = slices.ContainsFunc(s.cluster.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
 	pf.Ranges, pf.OwnLinks = slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
-	pf.VXLAN = false // no backend of the pod network uses it yet
+	pf.VXLAN = s.agentOnly && s.backend.Mode == backend.VXLAN // a server may stay alone
 	pf.BuildDate = buildTime()
 	pf.Ports = []preflight.Port{{Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
 	if !s.agentOnly {
@@ -157,7 +160,7 @@ func (s *settings) validate() error {
 	if s.disableAgent {
 		return errors.Join(errs...)
 	}
-	errs = append(errs, s.agent.Validate(), s.runtime.Validate(), s.network.Validate())
+	errs = append(errs, s.agent.Validate(), s.runtime.Validate(), s.network.Validate(), s.backend.Validate())
 	if s.proxy != nil {
 		errs = append(errs, s.proxy.Validate())
 	}
@@ -214,12 +217,20 @@ func (s *settings) node(p *flagParser) {
 	n.Plugin = launcherPath()
 	n.ClusterCIDRs, n.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
 
+	b := &s.backend
+	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
+	b.Mode = p.backend(s.cluster.Backend)
+	n.NodeIPs, n.Overhead = b.NodeIPs, b.Overhead()
+
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
 	r.Snapshotter = p.c.String("snapshotter")
 	r.CgroupDriver = runtime.DetectCgroupDriver()
 	r.CNIConfDir, r.CNIBinDir = n.ConfDir(), n.BinDir()
+	if b.Mode == backend.None {
+		r.CNIConfDir, r.CNIBinDir = foreignConfDir, foreignBinDir
+	}
 	r.RegistriesFile = p.c.String("private-registry")
 
 	a := &s.agent
@@ -264,13 +275,20 @@ func (s *settings) dataPath(p *flagParser) {
 	if pools := p.pools(k.Pools); !k.NoBalancer && len(pools) > 0 {
 		s.announcer = &loadbalancer.Config{NodeName: s.nodeName, Pools: pools, PodLinks: cni.LinkTag}
 	}
-	if !k.NoPolicy {
+	// What attaches pods has to ask before it does, which another's plug-in does not.
+	if !k.NoPolicy && s.backend.Mode != backend.None {
 		s.policy = &policy.Config{NodeName: s.nodeName}
 		if s.dns != nil {
 			s.policy.DNS = k.ClusterDNS
 		}
 	}
 }
+
+// Where network plug-ins that are not kedge's put their configuration and programs.
+const (
+	foreignConfDir = "/etc/cni/net.d"
+	foreignBinDir  = "/opt/cni/bin"
+)
 
 // launcherPath is the executable that the user started: the launcher, which says so,
 // or this program itself in development. As a plug-in the launcher starts faster.

@@ -76,6 +76,8 @@ func serverFlags() []cli.Flag {
 		list(catNetwork, "cluster-dns", "`ADDRESS` of the cluster's DNS (default: the tenth of the service range)"),
 		str(catNetwork, "cluster-domain", "cluster.local", "`DOMAIN` of the cluster"),
 		list(catNetwork, "lb-pool", "`[NAME=]RANGE` of addresses for services of type LoadBalancer, in place of the nodes' (can be repeated)"),
+		str(catNetwork, "flannel-backend", "vxlan", "`HOW` pods of different nodes meet, the same on all nodes: vxlan, host-gw, udp or none (another network plug-in's business)"),
+		str(catNetwork, "flannel-iface", "", "`INTERFACE` with the addresses by which nodes meet, also --node-ip's default (default: the default route's)"),
 		boolean(catNetwork, "disable-network-policy", "Do not enforce network policies"),
 		str(catNetwork, "service-node-port-range", "30000-32767", "`RANGE` of node ports"),
 		list(catNetwork, "nodeport-addresses", "`RANGE` of node addresses at which node ports answer, or \"primary\" for the node's own (default: primary)"),

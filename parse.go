@@ -18,6 +18,7 @@ import (
 	"kedge/internal/hostaddr"
 	"kedge/internal/joining"
 	"kedge/internal/logging"
+	"kedge/network/backend"
 	"kedge/server"
 )
 
@@ -126,6 +127,15 @@ func (p *flagParser) prefixes(flag string) []netip.Prefix {
 	return out
 }
 
+// backend is how pods of different nodes meet.
+func (p *flagParser) backend(name string) backend.Mode {
+	m, err := backend.ParseMode(name)
+	if err != nil {
+		p.fail(fmt.Errorf("--flannel-backend: %w", err))
+	}
+	return m
+}
+
 func (p *flagParser) mode(flag string) uint32 {
 	m, err := strconv.ParseUint(p.c.String(flag), 8, 12)
 	if err != nil {
@@ -141,6 +151,11 @@ func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
 	}
 	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
 	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	if name := p.c.String("flannel-iface"); name != "" {
+		found, err := backend.AddressesOf(name)
+		p.fail(err)
+		return slices.DeleteFunc(found, func(a netip.Addr) bool { return a.Is4() && !ipv4 || a.Is6() && !ipv6 })
+	}
 	found, err := hostaddr.Find(ipv4, ipv6)
 	p.fail(err)
 	return found
@@ -160,7 +175,7 @@ func (p *flagParser) cluster() joining.Cluster {
 	disabled, defaults := p.disabled(), server.DefaultConfig()
 	k := joining.Cluster{
 		ClusterCIDRs: p.prefixes("cluster-cidr"), ServiceCIDRs: p.prefixes("service-cidr"), ClusterDomain: p.c.String("cluster-domain"),
-		Pools: splitList(p.c.StringSlice("lb-pool")),
+		Pools: splitList(p.c.StringSlice("lb-pool")), Backend: p.c.String("flannel-backend"),
 		NoDNS: disabled[partDNS], NoBalancer: disabled[partBalancer],
 		NoProxy: p.c.Bool("disable-kube-proxy"), NoPolicy: p.c.Bool("disable-network-policy"),
 	}

@@ -17,6 +17,7 @@ import (
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
 	"kedge/network"
+	"kedge/network/backend"
 	"kedge/network/cni"
 	"kedge/network/explain"
 	"kedge/network/loadbalancer"
@@ -131,12 +132,26 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 		judge = policies
 	}
 	pods := network.New(s.network, judge, log)
+	annotate, err := agent.Annotator(s.agent.Client, s.nodeName)
+	if err != nil {
+		return err
+	}
+	ways, err := backend.New(s.backend, watches.Informers(), annotate, pods.SetNodes, component(log, "backend"))
+	if err != nil {
+		return err
+	}
 
 	hRuntime := group.Add(runtime.New(s.runtime, log))
-	hPods := group.Add(pods)
 	group.Add(runtime.NewImages(s.runtime, log), hRuntime)
-	group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), hAPI, hPods)
 	hWatches := group.Add(watches, hAPI)
+	group.Add(ways, hWatches)
+	beforeKubelet := []lifecycle.Handle{hAPI, hRuntime}
+	var hPods lifecycle.Handle // used by policies, which there are only with it
+	if s.backend.Mode != backend.None {
+		hPods = group.Add(pods)
+		beforeKubelet = append(beforeKubelet, hPods)
+		group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), hAPI, hPods)
+	}
 	var rules []trace.Part
 	if policies != nil {
 		group.Add(policies, hWatches, hPods)
@@ -150,7 +165,9 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 		group.Add(services, hWatches)
 		rules = append(rules, services.Rules())
 	}
-	rules = append(rules, pods.Rules()) // after services, which translate first
+	if s.backend.Mode != backend.None {
+		rules = append(rules, pods.Rules()) // after services, which translate first
+	}
 	answerTrace(asked, explain.New(s.nodeName, s.nodeIPs, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
@@ -166,7 +183,7 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 		}
 		group.Add(announcer, hWatches)
 	}
-	group.Add(kubelet, hAPI, hRuntime, hPods)
+	group.Add(kubelet, beforeKubelet...)
 	return nil
 }
 

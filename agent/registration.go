@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 )
@@ -83,6 +85,23 @@ func (r *Registration) follow(ctx context.Context, c kubernetes.Interface, ready
 		ready()
 	}
 	return nil
+}
+
+// Annotator returns a function that sets an annotation of the node's own object, as the
+// kubelet's user, whom the API server lets change no other node's.
+func Annotator(rc *rest.Config, nodeName string) (func(ctx context.Context, key, value string) error, error) {
+	c, err := kubernetes.NewForConfig(rc)
+	if err != nil {
+		return nil, fmt.Errorf("make the node's client: %w", err)
+	}
+	return func(ctx context.Context, key, value string) error {
+		patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]string{key: value}}})
+		if err != nil {
+			return err
+		}
+		_, err = c.CoreV1().Nodes().Patch(ctx, nodeName, types.MergePatchType, patch, metav1.PatchOptions{})
+		return err
+	}, nil
 }
 
 func podRanges(node *corev1.Node) ([]netip.Prefix, error) {

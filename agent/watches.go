@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -56,6 +58,9 @@ func (w *Watches) Run(ctx context.Context, ready func()) error {
 	return nil
 }
 
+// ownAnnotations is how annotations begin by which nodes tell each other things.
+const ownAnnotations = "kedge.io/"
+
 // reduce drops what no reader on a node needs. A pod's specification alone is
 // several kilobytes, and there are thousands of pods.
 func reduce(obj any) (any, error) {
@@ -63,7 +68,7 @@ func reduce(obj any) (any, error) {
 	case *corev1.Pod:
 		reducePod(o)
 	case *corev1.Node:
-		o.Annotations = nil
+		maps.DeleteFunc(o.Annotations, func(key, _ string) bool { return !strings.HasPrefix(key, ownAnnotations) })
 		o.Status = corev1.NodeStatus{Addresses: o.Status.Addresses, Conditions: o.Status.Conditions}
 	}
 	if m, ok := obj.(metav1.Object); ok {

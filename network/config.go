@@ -20,7 +20,12 @@ type Config struct {
 	ClusterCIDRs []netip.Prefix // of all pods of the cluster
 	ServiceCIDRs []netip.Prefix
 
-	MTU    int    // of pod interfaces; 0 for that of the default route's interface
+	// MTU of pods' interfaces; 0 for the most that fits both the way out and, less
+	// Overhead, the way to other nodes.
+	MTU      int
+	NodeIPs  []netip.Addr // of this node towards others; may be empty where there are none
+	Overhead int          // bytes that the way to other nodes adds to each packet
+
 	Plugin string // executable that cni/bin/kedge-cni leads to; empty for the running one
 }
 
@@ -69,6 +74,9 @@ func (c Config) Validate() error {
 	}
 	if c.MTU != 0 && (c.MTU < minMTU || c.MTU > 65535) {
 		errs = append(errs, fmt.Errorf("MTU %d is not between %d and 65535", c.MTU, minMTU))
+	}
+	if c.Overhead < 0 || c.Overhead > 200 {
+		errs = append(errs, fmt.Errorf("overhead of %d bytes between nodes is not between 0 and 200", c.Overhead))
 	}
 	return errors.Join(errs...)
 }

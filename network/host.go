@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -15,7 +17,8 @@ import (
 // fallbackMTU is used on a machine without a default route.
 const fallbackMTU = 1500
 
-// mtu returns what pods get: as configured, or that of the way out.
+// mtu returns what pods get: as configured, or the most that fits the way out and the
+// way to other nodes.
 func (n *Network) mtu() (int, error) {
 	if n.cfg.MTU != 0 {
 		return n.cfg.MTU, nil
@@ -31,7 +34,40 @@ func (n *Network) mtu() (int, error) {
 		}
 	}
 	if least == 0 {
-		return fallbackMTU, nil
+		least = fallbackMTU
+	}
+	between, err := mtuOfAddr(n.cfg.NodeIPs)
+	if err != nil {
+		return 0, err
+	}
+	if between == 0 { // the node's address is not there now
+		between = least
+	}
+	return max(min(least, between-n.cfg.Overhead), minMTU), nil
+}
+
+// mtuOfAddr returns the least MTU of the interfaces that have one of the addresses, or
+// 0 where none has.
+func mtuOfAddr(addrs []netip.Addr) (int, error) {
+	if len(addrs) == 0 {
+		return 0, nil
+	}
+	have, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return 0, fmt.Errorf("list addresses: %w", err)
+	}
+	least := 0
+	for _, h := range have {
+		if a, ok := netip.AddrFromSlice(h.IP); !ok || !slices.Contains(addrs, a.Unmap()) {
+			continue
+		}
+		link, err := netlink.LinkByIndex(h.LinkIndex)
+		if err != nil {
+			return 0, fmt.Errorf("look at the interface of the node's address: %w", err)
+		}
+		if mtu := link.Attrs().MTU; least == 0 || mtu < least {
+			least = mtu
+		}
 	}
 	return least, nil
 }

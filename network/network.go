@@ -38,8 +38,9 @@ type Network struct {
 
 	mu       sync.Mutex // guards what follows
 	podCIDRs []netip.Prefix
-	plugin   *cni.Plugin // while running
-	failure  error       // why the last repair failed
+	nodes    []netip.Addr // others that have a route to our pods
+	plugin   *cni.Plugin  // while running
+	failure  error        // why the last repair failed
 
 	wake chan struct{} // asks for a round of repair; holds one request
 }
@@ -79,6 +80,27 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	}
 	if err := n.configure(); err != nil {
 		n.podCIDRs = before // so that the same call may be tried again
+		return err
+	}
+	return nil
+}
+
+// SetNodes says which addresses are other nodes' that have a route to this node's
+// pods: those see the pods' own addresses. It may be called before, during and after
+// Run. The caller must not change the list afterwards.
+func (n *Network) SetNodes(addrs []netip.Addr) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if slices.Equal(n.nodes, addrs) {
+		return nil
+	}
+	before := n.nodes
+	n.nodes = addrs
+	if n.plugin == nil {
+		return nil // Run begins with them
+	}
+	if err := n.applyRules(n.plugin.HostPorts()); err != nil {
+		n.nodes = before // so that the same call may be tried again
 		return err
 	}
 	return nil
@@ -226,6 +248,7 @@ func (n *Network) applyRules(ports []nft.HostPort) error {
 		LinkPrefix: cni.LinkPrefix(n.cfg.NodeName),
 		PodRanges:  n.podCIDRs,
 		Inside:     slices.Concat(n.cfg.ClusterCIDRs, n.cfg.ServiceCIDRs),
+		Nodes:      n.nodes,
 		HostPorts:  ports,
 	})
 }

@@ -54,6 +54,7 @@ type Cluster struct {
 	ServiceCIDRs  []netip.Prefix `json:"serviceCIDRs"` // of services: likewise
 	ClusterDNS    []netip.Addr   `json:"clusterDNS"`
 	ClusterDomain string         `json:"clusterDomain"`
+	Backend       string         `json:"backend"`           // how pods of different nodes meet, as --flannel-backend has it
 	Pools         []string       `json:"lbPools,omitempty"` // addresses for load balancers, as --lb-pool has them
 
 	NoDNS      bool `json:"noDNS,omitempty"`      // names are left to another resolver

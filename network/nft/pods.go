@@ -15,6 +15,7 @@ type PodRules struct {
 	LinkPrefix string         // how the names of the pods' host interfaces begin
 	PodRanges  []netip.Prefix // of this node's pods
 	Inside     []netip.Prefix // destinations that see a pod's own address
+	Nodes      []netip.Addr   // other nodes, which do so too: they have a route back
 	HostPorts  []HostPort
 }
 
@@ -54,13 +55,13 @@ func (t *PodTable) Close() error {
 // Name returns the table's name; its family is inet.
 func (t *PodTable) Name() string { return t.name }
 
-// Set makes the rules true. Where only host ports differ from what this process
-// wrote before, chains and interfaces are not touched.
+// Set makes the rules true. Where only host ports and nodes differ from what this
+// process wrote before, chains and interfaces are not touched.
 func (t *PodTable) Set(rules PodRules) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	next := rules.ruleset()
-	if t.written && t.rules.sameButPorts(rules) {
+	if t.written && t.rules.sameButSets(rules) {
 		if err := t.socket.refill(t.name, next.sets); err == nil {
 			t.rules, t.now = rules, next
 			return nil
@@ -93,7 +94,7 @@ func (t *PodTable) Repair() (bool, error) {
 	return true, nil
 }
 
-func (r PodRules) sameButPorts(o PodRules) bool {
+func (r PodRules) sameButSets(o PodRules) bool {
 	return r.LinkPrefix == o.LinkPrefix && slices.Equal(r.PodRanges, o.PodRanges) && slices.Equal(r.Inside, o.Inside)
 }
 
@@ -106,6 +107,7 @@ const (
 	chainHostPorts   = "host-ports"
 	chainOutbound    = "outbound"
 
+	setNodes         = "nodes-"          // addresses of nodes with routes to our pods
 	setHostPorts     = "host-ports-"     // protocol, port -> pod
 	setHostAddrPorts = "host-ip-ports-"  // node address, protocol, port -> pod
 	setToItself      = "pods-to-itself-" // pod, pod: those that may reach themselves through a host port
@@ -126,7 +128,7 @@ const (
 //	    from loopback to a pod: the gateway's address, which the pod can answer.
 //	    from a pod to itself through a host port: likewise, or the pod would
 //	        drop a packet from its own address.
-//	    from this node's pods to the outside: the node's address.
+//	    from this node's pods to the outside, which other nodes are not: the node's address.
 func (r PodRules) ruleset() ruleset {
 	var rs ruleset
 	guard := chain{name: chainGuard, kind: nftables.ChainTypeFilter,
@@ -166,6 +168,11 @@ func (r PodRules) ruleset() ruleset {
 		f := familyOf(p.Addr())
 		outbound.add("inside: "+p.String(), f.is(), f.addrIn(f.daddr, p, expr.CmpOpEq), leave())
 	}
+	for _, f := range []family{v4, v6} {
+		nodes := r.nodeSet(f)
+		rs.sets = append(rs.sets, nodes)
+		outbound.add("another node: "+nodes.name, f.is(), rule{f.load(f.daddr, reg1), &expr.Lookup{SourceRegister: reg1, SetName: nodes.name}}, leave())
+	}
 	outbound.add("the outside sees the node's address", masquerade())
 
 	rs.chains = []chain{guard, pre, out, post, ports, outbound}
@@ -174,6 +181,17 @@ func (r PodRules) ruleset() ruleset {
 
 func (c *chain) add(comment string, parts ...rule) {
 	c.rules = append(c.rules, commented{comment, join(parts...)})
+}
+
+// nodeSet holds the addresses of other nodes of one family.
+func (r PodRules) nodeSet(f family) set {
+	s := set{name: setNodes + f.suffix, key: f.addrType, comment: "other nodes: they see pods' own addresses"}
+	for _, a := range r.Nodes {
+		if familyOf(a).proto == f.proto {
+			s.elements = append(s.elements, nftables.SetElement{Key: a.AsSlice()})
+		}
+	}
+	return s
 }
 
 // hostPortSets builds the three sets of one family.

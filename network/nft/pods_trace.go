@@ -50,7 +50,7 @@ func (t *PodTable) Trace(_ context.Context, stage trace.Stage, p *trace.Packet) 
 		in := func(list []netip.Prefix, a netip.Addr) bool {
 			return slices.ContainsFunc(list, func(r netip.Prefix) bool { return r.Contains(a) })
 		}
-		if p.To.Place == trace.Outside && in(rules.PodRanges, from) && !in(rules.Inside, to) {
+		if p.To.Place == trace.Outside && in(rules.PodRanges, from) && !in(rules.Inside, to) && !slices.Contains(rules.Nodes, to) {
 			return step(chainOutbound, "the outside sees the node's address", "", "gets the node's source address: the outside has no route to pods"), nil
 		}
 	}

@@ -1,0 +1,20 @@
+package backend_test
+
+import (
+	"os"
+	"testing"
+
+	"kedge/internal/testhost"
+)
+
+func TestMain(m *testing.M) {
+	// The test program is also the process of a node: see machine.start.
+	if os.Getenv(nodeVar) != "" {
+		if err := nodeMain(); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	testhost.Main(m)
+}

@@ -1,0 +1,94 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/network/cni"
+)
+
+// watchRoutes calls changed when an interface of the machine changed or a route or
+// address went, until ctx is cancelled. What happens to the links of pods does not
+// count: it is most of what happens, and touches no way to other nodes.
+func watchRoutes(ctx context.Context, m names, changed func()) error {
+	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return fmt.Errorf("watch routes: %w", err)
+	}
+	defer conn.Close()
+	for _, group := range []uint32{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+	} {
+		if err := conn.JoinGroup(group); err != nil {
+			return fmt.Errorf("watch routes: %w", err)
+		}
+	}
+	// A deadline in the past ends the receive that is under way.
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for {
+		msgs, err := conn.Receive()
+		if ctx.Err() != nil {
+			return nil
+		}
+		switch {
+		case errors.Is(err, unix.ENOBUFS): // messages were lost, so look
+			changed()
+		case err != nil:
+			return fmt.Errorf("watch routes: %w", err)
+		case concerns(msgs):
+			changed()
+		}
+	}
+}
+
+// concerns says whether a message may mean that something of ours is gone, or that the
+// link to the other nodes is another one.
+func concerns(msgs []netlink.Message) bool {
+	for _, m := range msgs {
+		switch m.Header.Type {
+		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+			if name, ok := linkName(m.Data); !ok || !strings.HasPrefix(name, cni.LinkTag) {
+				return true
+			}
+		case unix.RTM_DELROUTE:
+			// struct rtmsg: the sixth byte is the protocol.
+			if len(m.Data) > 5 && m.Data[5] == routeProtocol {
+				return true
+			}
+		case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+			// struct ifaddrmsg: the second byte is the prefix' length. Pods' links have
+			// single addresses only; those of nodes are rarely that.
+			if len(m.Data) > 1 && m.Data[1] != 32 && m.Data[1] != 128 {
+				return true
+			}
+		case unix.RTM_DELRULE:
+			return true
+		}
+	}
+	return false
+}
+
+// linkName reads the name from a message about an interface.
+func linkName(data []byte) (string, bool) {
+	if len(data) < unix.SizeofIfInfomsg {
+		return "", false
+	}
+	attrs, err := netlink.NewAttributeDecoder(data[unix.SizeofIfInfomsg:])
+	if err != nil {
+		return "", false
+	}
+	for attrs.Next() {
+		if attrs.Type() == unix.IFLA_IFNAME {
+			return attrs.String(), true
+		}
+	}
+	return "", false
+}
