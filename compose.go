@@ -141,10 +141,11 @@ func (s *settings) finish(p *flagParser) error {
 	pf.Ranges, pf.OwnLinks = slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
 	pf.VXLAN = s.agentOnly && s.backend.Mode == backend.VXLAN // a server may stay alone
 	pf.BuildDate = buildTime()
-	pf.Ports = []preflight.Port{{Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"}}
+	pf.Ports = nil
 	if !s.agentOnly {
 		pf.Ports = append(pf.Ports, preflight.Port{Number: s.server.HTTPSPort, Protocol: "tcp", Purpose: "API server"})
 	}
+	pf.Ports = append(pf.Ports, preflight.Port{Number: s.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"})
 	if p.err() == nil { // what follows from a mistake is not worth a line of its own
 		p.fail(s.validate())
 	}

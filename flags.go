@@ -109,7 +109,7 @@ func agentFlags() []cli.Flag {
 		name, category := f.Names()[0], f.(cli.CategorizableFlag).GetCategory()
 		switch {
 		case name == "disable-agent" || name == "disable":
-		case category == catGeneral || category == catNode, slices.Contains([]string{"nodeport-addresses", "proxy-scheduler", "kubelet-arg"}, name):
+		case category == catGeneral || category == catNode, slices.Contains([]string{"flannel-iface", "nodeport-addresses", "proxy-scheduler", "kubelet-arg"}, name):
 			flags = append(flags, f)
 		}
 	}

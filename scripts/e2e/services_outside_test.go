@@ -307,6 +307,7 @@ func TestServiceUDPFlow(t *testing.T) {
 	eventually(t, 10*time.Second, ask)
 	n.kubectl(t, "delete", "pod", "-n", ns, "one")
 	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: two, labels: {app: echo}}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %q, command: [probe, echo, udp, ":8080"]}]}}`, busybox))
+	n.waitPod(t, ns, "two", false)
 	eventually(t, 20*time.Second, ask) // the kernel would keep the flow for as long as it is asked
 }
 
