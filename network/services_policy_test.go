@@ -443,12 +443,19 @@ func TestServiceSCTP(t *testing.T) {
 	packet = append(packet, 0, 0, 0, 0, 0, 0, 0, 0)
 	packet = append(packet, 1, 0, 0, 20, 0, 0, 0, 7, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1)
 	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
-	if _, err := sends.Write(packet); err != nil {
-		t.Fatal(err)
-	}
-	hears.SetReadDeadline(time.Now().Add(2 * time.Second))
 	buf := make([]byte, 100)
-	n, from, err := hears.ReadFrom(buf)
+	var n int
+	var from net.Addr
+	err := errors.New("nothing was sent")
+	for range 10 { // as an association does until it is answered (T1-init)
+		if _, err := sends.Write(packet); err != nil {
+			t.Fatal(err)
+		}
+		hears.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		if n, from, err = hears.ReadFrom(buf); err == nil {
+			break
+		}
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

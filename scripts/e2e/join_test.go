@@ -211,16 +211,28 @@ func TestAgents(t *testing.T) {
 		}
 	}
 
-	// A service, by its name, from a pod to an endpoint on the same agent.
+	// A service, by its name, from pods of both agents and of the server to an endpoint
+	// on one agent, which sees the address of the pod that asks.
 	f.servers(t, ns, "web", 1, onNode(agents[1]))
 	f.service(t, ns, "shop", "web", "")
-	eventually(t, 20*time.Second, func() error {
-		out, err := f.tryKubectl(nil, "exec", "-n", ns, "pod-1", "--", "probe", "get", "http://shop."+ns+"/")
-		if err == nil && strings.TrimSpace(out) != "web-0" {
-			err = fmt.Errorf("it answers %q", out)
+	f.apply(t, ns, shell("pod-of-server", "exec sleep 3600", onNode(f.node)))
+	for _, name := range []string{"pod-1", "pod-0", "pod-of-server"} {
+		pod := f.waitPod(t, ns, name, false)
+		ask := func(path string) (string, error) {
+			out, err := f.tryKubectl(nil, "exec", "-n", ns, name, "--", "probe", "get", "http://shop."+ns+path)
+			return strings.TrimSpace(out), err
 		}
-		return err
-	})
+		eventually(t, 20*time.Second, func() error {
+			out, err := ask("/")
+			if err == nil && out != "web-0" {
+				err = fmt.Errorf("it answers %q to %s", out, name)
+			}
+			return err
+		})
+		if out, err := ask("/addr"); err != nil || !strings.HasPrefix(out, pod.Status.PodIP+":") {
+			t.Errorf("the endpoint saw %s, with address %s, as %q (%v)", name, pod.Status.PodIP, out, err)
+		}
+	}
 
 	t.Run("restart without a token", func(t *testing.T) {
 		a := agents[0]
