@@ -62,8 +62,8 @@ func TestInterruptedFirstBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(rounds)
-	if len(seen) != 9 {
-		t.Errorf("of 9 files there are %d", len(seen))
+	if len(seen) != 10 {
+		t.Errorf("of 10 files there are %d", len(seen))
 	}
 	// The address that it leaves off only now: the API answers, to whom the file names.
 	if out := n.kubectl(t, "get", "nodes", "-o", "name"); out != "node/"+n.name+"\n" {
