@@ -68,7 +68,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 go test -race $(UNIT)
 
 .PHONY: test
-test: check build test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-upstream-storage e2e ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
@@ -135,7 +135,7 @@ bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAG
 	@build/bench/bench $(BENCHFLAGS)
 
 .PHONY: bench-dns-programs
-bench-dns-programs: ## build kedge's resolver alone, and CoreDNS, a module of its own
+bench-dns-programs: deps ## build kedge's resolver alone, and CoreDNS, a module of its own
 	@mkdir -p build/bench
 	@go build -ldflags '-s -w' -o build/bench/resolver ./dns/standalone
 	@go build -C scripts/bench/coredns -ldflags '-s -w' -o $(CURDIR)/build/bench/coredns .

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"time"
+	"slices"
 
 	mdnetlink "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/netwatch"
 )
 
 // routeProtocol marks the routes that make the cluster's DNS addresses local as
@@ -35,46 +37,27 @@ func claim(addrs []netip.Addr) error {
 	return nil
 }
 
-// watchRoutes opens a socket that tells of interfaces and routes.
-func watchRoutes() (*mdnetlink.Conn, error) {
-	conn, err := mdnetlink.Dial(unix.NETLINK_ROUTE, nil)
+// watchRoutes opens a watch of interfaces and routes.
+func watchRoutes() (*netwatch.Watch, error) {
+	w, err := netwatch.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("watch routes: %w", err)
 	}
-	for _, group := range []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE} {
-		if err := conn.JoinGroup(group); err != nil {
-			return nil, errors.Join(fmt.Errorf("watch routes: %w", err), conn.Close())
-		}
-	}
-	return conn, nil
+	return w, nil
 }
 
 // keepAddresses makes the addresses local again when somebody has removed a route, or an
 // interface changed: when loopback goes down, its routes go without a word.
-func (r *Resolver) keepAddresses(ctx context.Context, conn *mdnetlink.Conn) {
-	// A deadline in the past ends the receive that is under way.
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		msgs, err := conn.Receive()
-		if ctx.Err() != nil {
-			return
-		}
-		lost := errors.Is(err, unix.ENOBUFS) // of which something was lost
-		if err != nil && !lost {
-			r.log.Warn("routes are not watched any more", "cause", err)
-			return
-		}
-		for _, m := range msgs {
-			lost = lost || concerns(m)
-		}
-		if !lost {
-			continue
-		}
+func (r *Resolver) keepAddresses(ctx context.Context, routes *netwatch.Watch) {
+	ours := func(msgs []mdnetlink.Message) bool { return slices.ContainsFunc(msgs, concerns) }
+	err := routes.Follow(ctx, ours, func() {
 		// While loopback is down this fails; its coming up is an event too.
 		if err := claim(r.cfg.Addresses); err != nil {
 			r.log.Warn("the DNS addresses are not local", "cause", err)
 		}
+	})
+	if err != nil {
+		r.log.Warn("routes are not watched any more", "cause", err)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/netwatch"
 	"kedge/network/cni"
 )
 
@@ -87,36 +88,14 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // watchLinks calls changed when an interface, address or route goes away or the
 // default route changes, until ctx is cancelled.
 func watchLinks(ctx context.Context, changed func()) error {
-	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
-	if err != nil {
-		return fmt.Errorf("watch interfaces: %w", err)
-	}
-	defer conn.Close()
-	for _, group := range []uint32{
+	groups := []uint32{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
-	} {
-		if err := conn.JoinGroup(group); err != nil {
-			return fmt.Errorf("watch interfaces: %w", err)
-		}
 	}
-	// A deadline in the past ends the receive that is under way.
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		msgs, err := conn.Receive()
-		if ctx.Err() != nil {
-			return nil
-		}
-		switch {
-		case errors.Is(err, unix.ENOBUFS): // messages were lost, so look
-			changed()
-		case err != nil:
-			return fmt.Errorf("watch interfaces: %w", err)
-		case concerns(msgs):
-			changed()
-		}
+	if err := netwatch.Follow(ctx, unix.NETLINK_ROUTE, groups, concerns, changed); err != nil {
+		return fmt.Errorf("watch interfaces: %w", err)
 	}
+	return nil
 }
 
 // concerns says whether a message may mean that something of ours is gone, or

@@ -105,7 +105,7 @@ func (b *Backend) Run(ctx context.Context, ready func()) error {
 	defer fail(nil)
 	var parts sync.WaitGroup
 	parts.Go(func() {
-		if err := watchRoutes(inner, marks(b.cfg.NodeName), b.soon); err != nil {
+		if err := watchRoutes(inner, b.soon); err != nil {
 			fail(err)
 		}
 	})

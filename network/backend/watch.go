@@ -2,51 +2,28 @@ package backend
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/netwatch"
 	"kedge/network/cni"
 )
 
 // watchRoutes calls changed when an interface of the machine changed or a route or
 // address went, until ctx is cancelled. What happens to the links of pods does not
 // count: it is most of what happens, and touches no way to other nodes.
-func watchRoutes(ctx context.Context, m names, changed func()) error {
-	conn, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
-	if err != nil {
-		return fmt.Errorf("watch routes: %w", err)
-	}
-	defer conn.Close()
-	for _, group := range []uint32{
+func watchRoutes(ctx context.Context, changed func()) error {
+	groups := []uint32{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
-	} {
-		if err := conn.JoinGroup(group); err != nil {
-			return fmt.Errorf("watch routes: %w", err)
-		}
 	}
-	// A deadline in the past ends the receive that is under way.
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		msgs, err := conn.Receive()
-		if ctx.Err() != nil {
-			return nil
-		}
-		switch {
-		case errors.Is(err, unix.ENOBUFS): // messages were lost, so look
-			changed()
-		case err != nil:
-			return fmt.Errorf("watch routes: %w", err)
-		case concerns(msgs):
-			changed()
-		}
+	if err := netwatch.Follow(ctx, unix.NETLINK_ROUTE, groups, concerns, changed); err != nil {
+		return fmt.Errorf("watch routes: %w", err)
 	}
+	return nil
 }
 
 // concerns says whether a message may mean that something of ours is gone, or that the

@@ -25,6 +25,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"kedge/internal/addresspool"
+	"kedge/internal/netwatch"
 )
 
 // settle is how long the announcer waits after an event: they come several at a time.
@@ -360,35 +361,20 @@ func (h *heart) stop() {
 	}
 }
 
-// watchLinks opens a socket that tells of changes of interfaces and addresses.
-func watchLinks() (*mdnetlink.Conn, error) {
-	conn, err := mdnetlink.Dial(unix.NETLINK_ROUTE, nil)
+// watchLinks opens a watch of changes of interfaces and addresses.
+func watchLinks() (*netwatch.Watch, error) {
+	w, err := netwatch.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return nil, fmt.Errorf("watch interfaces: %w", err)
 	}
-	for _, group := range []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR} {
-		if err := conn.JoinGroup(group); err != nil {
-			return nil, errors.Join(fmt.Errorf("watch interfaces: %w", err), conn.Close())
-		}
-	}
-	return conn, nil
+	return w, nil
 }
 
 // followLinks asks for a round whenever interfaces change.
-func (a *Announcer) followLinks(ctx context.Context, conn *mdnetlink.Conn, r *responder) {
-	// A deadline in the past ends the receive that is under way.
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		_, err := conn.Receive()
-		if ctx.Err() != nil {
-			return
-		}
-		if err != nil && !errors.Is(err, unix.ENOBUFS) { // of which something was lost
-			a.log.Warn("changes of interfaces are not noticed any more", "cause", err)
-			return
-		}
-		r.changed()
-		a.soon()
+func (a *Announcer) followLinks(ctx context.Context, links *netwatch.Watch, r *responder) {
+	all := func([]mdnetlink.Message) bool { return true }
+	err := links.Follow(ctx, all, func() { r.changed(); a.soon() })
+	if err != nil {
+		a.log.Warn("changes of interfaces are not noticed any more", "cause", err)
 	}
 }

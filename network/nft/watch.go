@@ -3,14 +3,14 @@ package nft
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
-	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/netwatch"
 )
 
 // nftaGenProcPID is the attribute of a generation message that names who made
@@ -21,32 +21,12 @@ const nftaGenProcPID = 2
 // ctx is cancelled. Changes in quick succession are reported once. It returns early
 // only when the kernel's messages cannot be received.
 func Watch(ctx context.Context, changed func()) error {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return fmt.Errorf("watch nftables: %w", err)
-	}
-	defer conn.Close()
-	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
-		return fmt.Errorf("watch nftables: %w", err)
-	}
-	// A deadline in the past ends the receive that is under way.
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
 	var t heard
-	for {
-		msgs, err := conn.Receive()
-		if ctx.Err() != nil {
-			return nil
-		}
-		switch {
-		case errors.Is(err, unix.ENOBUFS): // messages were lost, so look
-			changed()
-		case err != nil:
-			return fmt.Errorf("watch nftables: %w", err)
-		case t.foreign(msgs, ownThread):
-			changed()
-		}
+	foreign := func(msgs []netlink.Message) bool { return t.foreign(msgs, ownThread) }
+	if err := netwatch.Follow(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, foreign, changed); err != nil {
+		return fmt.Errorf("watch nftables: %w", err)
 	}
+	return nil
 }
 
 // heard is what was received of a transaction so far.
