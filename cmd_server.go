@@ -41,22 +41,55 @@ func serverCommand() *cli.Command {
 			if err := applyConfigFiles(c, flags); err != nil {
 				return err
 			}
-			s, err := compose(c)
-			if err != nil {
-				return err
-			}
-			return runServer(c.Context, s)
+			return runServer(c)
 		},
+		Subcommands: serverSubcommands(),
 	}
 }
 
-// runServer runs the control plane, and a node unless that is disabled.
-func runServer(ctx context.Context, s settings) error {
-	if _, _, joined, err := joining.Known(agentDir(s.dataDir)); err == nil && joined {
-		return fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", s.dataDir)
+// runServer joins others if it is told to, and runs the control plane, and a node
+// unless that is disabled.
+func runServer(c *cli.Context) error {
+	p := &flagParser{c: c}
+	dataDir := p.dir("data-dir")
+	if err := p.err(); err != nil {
+		return err
 	}
-	return runNode(ctx, s, role{
-		settle: func(_ context.Context, s settings, _ *slog.Logger) (settings, error) { return s, nil },
+	if _, _, joined, err := joining.Known(agentDir(dataDir)); err == nil && joined {
+		return fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", dataDir)
+	}
+	dir := serverDir(dataDir)
+	others, entered, err := server.EnteredBefore(dir)
+	if err != nil && !(errors.Is(err, server.ErrEntering) && c.String("server") != "") {
+		return err
+	}
+	first := &others
+	if !entered {
+		first = nil
+	}
+	// What is wrong with the flags must be said before a token is spent.
+	s, err := compose(c, first)
+	if err != nil {
+		return err
+	}
+	enter := server.Enter{Dir: dir, StoreDir: s.datastore.Dir, Server: c.String("server"), Token: p.token(), NodeName: s.nodeName, Peers: s.datastore.Peer.AddrPorts()}
+	if enter.Server != "" {
+		p.fail(joining.Config{Dir: dir, Server: enter.Server, Token: enter.Token}.Validate())
+	}
+	if err := p.err(); err != nil {
+		return err
+	}
+	return runNode(c.Context, s, role{
+		settle: func(ctx context.Context, s settings, log *slog.Logger) (settings, error) {
+			if enter.Server == "" {
+				return s, nil
+			}
+			others, joined, err := enter.Do(ctx, component(log, "join"))
+			if err != nil || !joined {
+				return s, err
+			}
+			return compose(c, &others)
+		},
 		wire: func(group *lifecycle.Group, s settings, log *slog.Logger) error {
 			identity, err := server.Prepare(s.server, time.Now())
 			if err != nil {

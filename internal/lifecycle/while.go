@@ -11,8 +11,8 @@ import (
 // Condition is something that comes and goes while the process runs: that this
 // server leads the cluster, for instance.
 type Condition interface {
-	// Holds reports whether it holds, and a channel that is closed when that is
-	// about to be otherwise.
+	// Holds reports whether it holds, and a channel that is closed when that may have
+	// changed.
 	Holds() (bool, <-chan struct{})
 }
 
@@ -75,7 +75,7 @@ func (w *while) Run(ctx context.Context, ready func()) error {
 }
 
 // term runs one part until the condition ceases or ctx ends.
-func (w *while) term(ctx context.Context, ceased <-chan struct{}, ready func()) error {
+func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func()) error {
 	part, err := w.build()
 	if err != nil {
 		return err
@@ -93,19 +93,19 @@ func (w *while) term(ctx context.Context, ceased <-chan struct{}, ready func()) 
 		}()
 		returned <- part.Run(term, ready)
 	}()
-	select {
-	case err := <-returned:
-		switch {
-		case ctx.Err() != nil:
+	for holds := true; holds && ctx.Err() == nil; {
+		select {
+		case err := <-returned:
+			if err == nil && ctx.Err() == nil {
+				err = ErrUnexpectedReturn
+			}
 			return err
-		case err == nil:
-			return ErrUnexpectedReturn
+		case <-ctx.Done():
+		case <-changed:
+			holds, changed = w.when.Holds()
 		}
-		return err
-	case <-ctx.Done():
-	case <-ceased:
-		end()
 	}
+	end()
 	limit := time.NewTimer(w.stop)
 	defer limit.Stop()
 	select {
