@@ -157,10 +157,15 @@ func (w *way) dial(ctx context.Context) (net.Conn, error) {
 }
 
 func (w *way) run() {
+	was := false
 	for w.ctx.Err() == nil {
 		next := helloEvery
 		if !w.look() {
 			next = lookEvery
+		}
+		if is := w.reach().alive(time.Now()); is != was && w.ctx.Err() == nil {
+			was = is
+			w.tell(is)
 		}
 		timer := time.NewTimer(next)
 		select {
@@ -171,6 +176,19 @@ func (w *way) run() {
 			sleep(w.ctx, 50*time.Millisecond)
 		}
 		timer.Stop()
+	}
+}
+
+// tell logs that the member has come or gone.
+func (w *way) tell(alive bool) {
+	w.mu.Lock()
+	at := w.at
+	w.mu.Unlock()
+	p, _ := w.mesh.book.other(w.id)
+	if alive {
+		w.mesh.log.Info("member of the datastore answers", "name", p.Name, "member", w.id, "at", at)
+	} else {
+		w.mesh.log.Warn("member of the datastore does not answer", "name", p.Name, "member", w.id)
 	}
 }
 
@@ -221,11 +239,10 @@ func (w *way) ask(at netip.AddrPort) bool {
 	if !w.at.IsValid() {
 		w.at = at
 		close(w.found)
-		w.mesh.log.Debug("member found", "member", answer.From.Name, "at", at)
 	} else if w.at != at {
 		w.at = at
 		w.splice.cut()
-		w.mesh.log.Debug("member moved", "member", answer.From.Name, "to", at)
+		w.mesh.log.Info("member of the datastore has moved", "name", answer.From.Name, "member", w.id, "to", at)
 	}
 	return true
 }

@@ -112,9 +112,6 @@ func (s *Store) Admit(ctx context.Context, name string, addresses []netip.AddrPo
 	if !s.cfg.Peer.enabled() {
 		return Admission{}, ErrNoPeers
 	}
-	if self := s.book; self == nil || len(self.self().Addresses) == 0 {
-		return Admission{}, errors.New("this machine has no address by which another could reach it")
-	}
 	var out Admission
 	err := s.change(ctx, func(ctx context.Context, t *transport) (err error) {
 		out, err = s.admit(ctx, t, name, addresses)
@@ -144,6 +141,9 @@ func (s *Store) change(ctx context.Context, do func(context.Context, *transport)
 
 func (s *Store) admit(ctx context.Context, t *transport, name string, addresses []netip.AddrPort) (Admission, error) {
 	server := t.server
+	if len(s.book.self().Addresses) == 0 {
+		return Admission{}, errors.New("this machine has no address by which another could reach it")
+	}
 	members, err := s.agreed(ctx, server)
 	if err != nil {
 		return Admission{}, err
