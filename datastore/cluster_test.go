@@ -73,9 +73,6 @@ func (c *testCluster) node(name string) *testNode {
 func (n *testNode) launch() {
 	n.Store = New(n.cfg, testLog(n.c.tb).With("node", n.name))
 	n.net = n.port
-	n.c.lan.mu.Lock()
-	n.port.store = n.Store
-	n.c.lan.mu.Unlock()
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan struct{})

@@ -85,7 +85,8 @@ type way struct {
 func startWay(m *mesh, p Peer) *way {
 	w := &way{mesh: m, id: p.ID, kicked: make(chan struct{}, 1), found: make(chan struct{}), started: time.Now()}
 	w.ctx, w.cancel = context.WithCancel(m.ctx)
-	w.splice = startSplice(p.address(), m.log, m.net.listenVirtual, w.dial)
+	listen := func(a netip.Addr) (net.Listener, error) { return m.net.listenVirtual(a, m.from) }
+	w.splice = startSplice(p.address(), m.log, listen, w.dial)
 	w.wg.Go(w.run)
 	return w
 }

@@ -40,7 +40,7 @@ type testPort struct {
 	name string
 	at   netip.AddrPort // changes when the machine moves
 
-	store *Store // told at each start
+	from  netip.Addr // the address on loopback from which the store's raft connects
 	heard map[netip.Addr]*testListener
 }
 
@@ -116,13 +116,14 @@ func (p *testPort) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error
 	return c, nil
 }
 
-func (p *testPort) listenVirtual(a netip.Addr) (net.Listener, error) {
+func (p *testPort) listenVirtual(a, from netip.Addr) (net.Listener, error) {
 	p.lan.mu.Lock()
 	defer p.lan.mu.Unlock()
+	p.from = from
 	hub := p.lan.hubs[a]
 	if hub == nil {
 		var err error
-		if hub, err = (kernelNetwork{}).listenVirtual(a); err != nil {
+		if hub, err = (kernelNetwork{}).listenVirtual(a, from); err != nil {
 			return nil, err
 		}
 		p.lan.hubs[a] = hub
@@ -144,7 +145,7 @@ func (l *testLAN) switchTo(a netip.Addr, hub net.Listener) {
 		l.mu.Lock()
 		var to *testListener
 		for _, p := range l.ports {
-			if p.store != nil && p.store.book != nil && p.store.book.self().address() == source {
+			if p.from == source {
 				to = p.heard[a]
 			}
 		}

@@ -53,11 +53,16 @@ func (s *Store) Members(ctx context.Context) ([]Member, error) {
 	return members, err
 }
 
-// agreed is the list of members that a majority confirms.
+// agreed is the list of members that a majority confirms. An election meanwhile is no reason to give up.
 func (s *Store) agreed(ctx context.Context, server *etcdserver.EtcdServer) ([]*membership.Member, error) {
 	ctx, cancel := context.WithTimeout(ctx, listTime)
 	defer cancel()
-	return server.MemberList(ctx, &pb.MemberListRequest{Linearizable: true})
+	for {
+		members, err := server.MemberList(ctx, &pb.MemberListRequest{Linearizable: true})
+		if !errors.Is(err, etcderrors.ErrLeaderChanged) || ctx.Err() != nil {
+			return members, err
+		}
+	}
 }
 
 func (s *Store) describe(t *transport, m *membership.Member) Member {
@@ -131,12 +136,16 @@ func (s *Store) change(ctx context.Context, do func(context.Context, *transport)
 	if t == nil {
 		return ErrNotServing
 	}
-	a, err := t.gate.enterCall(ctx)
+	// Not as one that needs a majority: a change may begin with another leader, and has limits of its own.
+	a, err := t.gate.enter(ctx)
 	if err != nil {
 		return err
 	}
-	defer a.leaveCall()
-	return a.reason(do(a.ctx, t))
+	defer a.leave()
+	if err := do(a.ctx, t); err != nil {
+		return a.reason(err)
+	}
+	return nil
 }
 
 func (s *Store) admit(ctx context.Context, t *transport, name string, addresses []netip.AddrPort) (Admission, error) {
@@ -183,7 +192,7 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 	if err := s.publish(ctx, t, peer); err != nil {
 		return Admission{}, err
 	}
-	if err := s.settled(ctx, func() error { _, err := server.AddMember(ctx, *learner); return err }); err != nil {
+	if err := s.settled(ctx, func(ctx context.Context) error { _, err := server.AddMember(ctx, *learner); return err }); err != nil {
 		return Admission{}, errors.Join(err, s.forget(context.WithoutCancel(ctx), t, peer.ID))
 	}
 	out := Admission{Cluster: server.Cluster().ID().String(), Name: name, ID: peer.ID, URL: peer.URL}
@@ -246,11 +255,11 @@ func (s *Store) freeURL(members []*membership.Member) string {
 }
 
 // settled does a change that etcd refuses while connections are new, until it does not any more.
-func (s *Store) settled(ctx context.Context, change func() error) error {
+func (s *Store) settled(ctx context.Context, change func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	for {
-		err := change()
+		err := change(ctx)
 		if !errors.Is(err, etcderrors.ErrUnhealthy) {
 			return err
 		}
@@ -288,18 +297,45 @@ func (s *Store) removeMember(ctx context.Context, server *etcdserver.EtcdServer,
 			return err
 		}
 	}
+	remove := func(ctx context.Context) error { _, err := server.RemoveMember(ctx, uint64(m.ID)); return err }
 	if m.ID == server.MemberID() {
 		// A leader that removes itself leaves the others to find out by waiting.
 		if err := s.HandOver(ctx); err != nil {
 			return err
 		}
+		remove = func(ctx context.Context) error { return s.removeSelf(ctx, server) }
 	}
 	name := s.nameOf(server, m.ID)
-	if err := s.settled(ctx, func() error { _, err := server.RemoveMember(ctx, uint64(m.ID)); return err }); err != nil {
+	if err := s.settled(ctx, remove); err != nil {
 		return err
 	}
 	s.log.Info("member of the datastore removed", "name", name, "member", m.ID.String())
 	return nil
+}
+
+// removeSelf returns when this member is removed. The others may decide it and then have nothing to do with this
+// member any more, so that its raft never hears of it; they say so when they are asked.
+func (s *Store) removeSelf(ctx context.Context, server *etcdserver.EtcdServer) error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := server.RemoveMember(ctx, uint64(server.MemberID()))
+		done <- err
+	}()
+	ticker := time.NewTicker(settleEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case err := <-done:
+			if err != nil && s.mesh.isRemoved() {
+				return nil
+			}
+			return err
+		case <-s.mesh.removed:
+			return nil
+		case <-ticker.C:
+			s.mesh.kick()
+		}
+	}
 }
 
 // guardQuorum refuses the removal of a voter after which the voters that live would be no majority.

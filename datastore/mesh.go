@@ -36,6 +36,7 @@ type mesh struct {
 	log  *slog.Logger
 	book *book
 	net  network
+	from netip.Addr // the address on loopback from which raft connects; set before open
 
 	// leaderless says whether this member knows no leader: then it asks around for the others.
 	leaderless func() bool
@@ -64,8 +65,8 @@ type mesh struct {
 // network is what tests replace to have machines and cables.
 type network interface {
 	dial(ctx context.Context, to netip.AddrPort) (net.Conn, error)
-	// listenVirtual listens on a member's address on loopback.
-	listenVirtual(a netip.Addr) (net.Listener, error)
+	// listenVirtual listens on another member's address on loopback, for raft that connects from its own.
+	listenVirtual(a, from netip.Addr) (net.Listener, error)
 }
 
 type kernelNetwork struct{}
@@ -75,7 +76,7 @@ func (kernelNetwork) dial(ctx context.Context, to netip.AddrPort) (net.Conn, err
 	return d.DialContext(ctx, "tcp", to.String())
 }
 
-func (kernelNetwork) listenVirtual(a netip.Addr) (net.Listener, error) {
+func (kernelNetwork) listenVirtual(a, _ netip.Addr) (net.Listener, error) {
 	return net.Listen("tcp4", netip.AddrPortFrom(a, virtualPort).String())
 }
 
@@ -264,6 +265,15 @@ func (m *mesh) reach(id string) reach {
 		return w.reach()
 	}
 	return reach{}
+}
+
+func (m *mesh) isRemoved() bool {
+	select {
+	case <-m.removed:
+		return true
+	default:
+		return false
+	}
 }
 
 func (m *mesh) noteRemoved() { m.removedOnce.Do(func() { close(m.removed) }) }

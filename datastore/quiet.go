@@ -39,6 +39,10 @@ var expected = map[string]bool{
 	"rejected Raft message to mismatch member":                              true,
 	"cannot fetch hash from slow remote peer":                               true,
 	"failed to fetch hash from peer":                                        true,
+	"skipped attributes update of removed member":                           true,
+	"skipped removing already removed peer":                                 true,
+	"waiting for ReadIndex response took too long, retrying":                true,
+	"ignored out-of-date read index response; local node read indexes queueing up and waiting to be in sync with leader": true,
 	// Learners that are still catching up, and changes that are made again in a moment.
 	"rejecting promote learner: learner is not ready":                                                                       true,
 	"rejecting member add request; local member has not been connected to majority peers, reconfigure breaks active quorum": true,

@@ -202,6 +202,7 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 		return nil, err
 	}
 	o.members = types.URLsMap{s.cfg.MemberName: o.self}
+	s.mesh.from = c.Self.address()
 	if o.several {
 		if err := s.mesh.open(); err != nil {
 			return nil, err
