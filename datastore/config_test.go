@@ -19,10 +19,10 @@ func TestConfigValidateReportsEverything(t *testing.T) {
 	c.MemberName = ""
 	c.Tick = 1500 * time.Microsecond
 	c.Election = c.Tick
-	c.BatchInterval = 0
-	c.BatchLimit = -1
-	c.SnapshotCount = 0
-	c.SnapshotCatchUp = 0
+	c.Alone.BatchInterval = 0
+	c.Alone.BatchLimit = -1
+	c.Alone.SnapshotCount = 0
+	c.Alone.SnapshotCatchUp = 0
 	c.Quota = -1
 	c.Defrag = DefragConfig{Interval: 0, MinSize: -1, MaxFree: 1.5, QuietRate: -1, Patience: -1}
 	before := c

@@ -77,6 +77,12 @@ type Admission struct {
 	Members []Peer `json:"members"` // those that were there already
 }
 
+// valid reports whether a member could start with it.
+func (a *Admission) valid() bool {
+	_, err := parseID(a.ID)
+	return err == nil && a.Cluster != "" && a.Name != "" && virtualAddress(a.URL).IsValid() && len(a.Members) > 0
+}
+
 // Peer is one member as the others know it.
 type Peer struct {
 	ID        string           `json:"id"` // hexadecimal; a name that is admitted anew has another
