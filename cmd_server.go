@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kedge/agent"
+	"kedge/datastore"
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
@@ -72,14 +73,14 @@ func runServer(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	enter := server.Enter{Dir: dir, StoreDir: s.datastore.Dir, Server: c.String("server"), Token: p.token(), NodeName: s.nodeName, Peers: s.datastore.Peer.AddrPorts()}
+	enter := server.Enter{Dir: dir, StoreDir: s.datastore.Dir, Server: c.String("server"), Token: p.token(), NodeName: s.nodeName, Peers: s.peers()}
 	if enter.Server != "" {
 		p.fail(joining.Config{Dir: dir, Server: enter.Server, Token: enter.Token}.Validate())
 	}
 	if err := p.err(); err != nil {
 		return err
 	}
-	return runNode(c.Context, s, role{
+	err = runNode(c.Context, s, role{
 		settle: func(ctx context.Context, s settings, log *slog.Logger) (settings, error) {
 			if enter.Server == "" {
 				return s, nil
@@ -101,6 +102,10 @@ func runServer(c *cli.Context) error {
 			log.Info("other machines can join; \"kedge token create\" prints the command for them", "server", s.cluster.Servers[0])
 		},
 	})
+	if errors.Is(err, datastore.ErrRemoved) {
+		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", err)
+	}
+	return err
 }
 
 // role is what a server and an agent do differently.
@@ -148,6 +153,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 		return err
 	}
 	if !s.disableAgent {
+		agent.RaiseLimits(log)
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
 		}

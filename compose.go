@@ -226,6 +226,15 @@ func (s *settings) controlPlane(p *flagParser) {
 	}
 }
 
+// peers is where the stores of other servers find this machine's.
+func (s *settings) peers() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, a := range s.nodeIPs {
+		out = append(out, netip.AddrPortFrom(a, s.datastore.Peer.Port))
+	}
+	return out
+}
+
 // node composes the kubelet, the container runtime, the pod network and the data path.
 func (s *settings) node(p *flagParser) {
 	n := &s.network

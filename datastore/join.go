@@ -63,7 +63,8 @@ func markRemoved(dir string) error {
 	return atomicfile.Write(filepath.Join(dir, removedFile), nil, 0o600)
 }
 
-func isRemoved(dir string) (bool, error) {
+// Removed reports whether dir holds the store of a member that was removed: its Run returns ErrRemoved.
+func Removed(dir string) (bool, error) {
 	_, err := os.Stat(filepath.Join(dir, removedFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil

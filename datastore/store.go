@@ -100,7 +100,7 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 			err = errors.Join(err, release())
 		}
 	}()
-	if removed, err := isRemoved(s.cfg.Dir); err != nil || removed {
+	if removed, err := Removed(s.cfg.Dir); err != nil || removed {
 		return errors.Join(err, ErrRemoved)
 	}
 

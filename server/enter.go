@@ -47,7 +47,7 @@ const (
 
 // ErrEntering is returned for the directory of a server that has begun to join others
 // and has not finished.
-var ErrEntering = errors.New("this machine was told to join a cluster and has not yet; start it with --server and --token, or remove its data directory")
+var ErrEntering = errors.New("this machine was told to join a cluster and has not done so yet; start it with --server and --token, or remove its data directory")
 
 // EnteredBefore returns what the server in dir was told when it joined others, and
 // false if it has not: then it is the first of its cluster, or there is none yet.
@@ -70,32 +70,86 @@ func EnteredBefore(dir string) (Entered, bool, error) {
 	return e, true, e.unpack(dir)
 }
 
-// Do makes this machine a server of the cluster: it makes the node's key, shows the
-// token, and keeps what it gets. A server that cannot be reached, or whose store takes
-// no other at the moment, is asked again. It is idempotent, and safe to run again after
-// a crash at any point.
-func (e Enter) Do(ctx context.Context, log *slog.Logger) (Entered, error) {
-	tls := filepath.Join(e.Dir, "tls")
-	if _, err := os.Stat(e.StoreDir); err == nil {
-		if _, _, err := EnteredBefore(e.Dir); !errors.Is(err, ErrEntering) && err == nil {
-			return Entered{}, fmt.Errorf("%s holds the datastore of another cluster; choose another --data-dir, or leave --server out", e.Dir)
+// Do makes this machine a server of the cluster, and returns true, unless it is one
+// already: it makes the node's key, shows the token, and keeps what it gets. A server
+// that cannot be reached, or whose store takes no other at the moment, is asked again.
+// A member that was removed joins anew; what it had is kept beside.
+//
+// It is idempotent, and safe to run again after a crash at any point.
+func (e Enter) Do(ctx context.Context, log *slog.Logger) (Entered, bool, error) {
+	t, err := e.token()
+	if err != nil {
+		return Entered{}, false, err
+	}
+	begin, err := e.mustJoin(t)
+	if err != nil || !begin {
+		return Entered{}, false, err
+	}
+	if t.Secret == "" {
+		return Entered{}, false, fmt.Errorf("%w: make a token with \"kedge token create --role server\" on a server, and give it with --token", joining.ErrNotJoined)
+	}
+	for _, d := range []string{e.Dir, filepath.Join(e.Dir, "tls")} {
+		if err := atomicfile.MkdirAll(d, 0o700); err != nil {
+			return Entered{}, false, fmt.Errorf("prepare the server directory: %w", err)
 		}
 	}
+	// First of all: with what is done next the directory could be taken for that of
+	// a new cluster's first server.
+	if err := atomicfile.Write(filepath.Join(e.Dir, enteringFile), nil, 0o600); err != nil {
+		return Entered{}, false, err
+	}
+	kept, err := datastore.SetAside(e.StoreDir, time.Now())
+	if err != nil {
+		return Entered{}, false, fmt.Errorf("keep the datastore of this removed server: %w", err)
+	}
+	if kept != "" {
+		log.Warn("this server was removed from the cluster and joins it anew; its old datastore is kept", "path", kept)
+	}
+	entered, err := e.untilDone(ctx, t, log)
+	return entered, err == nil, err
+}
+
+func (e Enter) token() (token.Token, error) {
 	if e.Token == "" {
-		return Entered{}, fmt.Errorf("%w: make a token with \"kedge token create --role server\" on a server, and give it with --token", joining.ErrNotJoined)
+		return token.Token{}, nil
 	}
 	t, err := token.Parse(e.Token)
 	if err != nil {
-		return Entered{}, fmt.Errorf("--token: %w", err)
+		return t, fmt.Errorf("--token: %w", err)
 	}
-	for _, d := range []string{e.Dir, tls} {
-		if err := atomicfile.MkdirAll(d, 0o700); err != nil {
-			return Entered{}, fmt.Errorf("prepare the server directory: %w", err)
-		}
+	return t, nil
+}
+
+// mustJoin reports whether this machine has to join, because it is no server of the
+// cluster yet or not any more.
+func (e Enter) mustJoin(t token.Token) (bool, error) {
+	_, _, err := EnteredBefore(e.Dir)
+	switch {
+	case errors.Is(err, ErrEntering):
+		return true, nil
+	case err != nil:
+		return false, err
+	case !Exists(e.Dir):
+		return true, nil
 	}
-	if err := atomicfile.Write(filepath.Join(e.Dir, enteringFile), nil, 0o600); err != nil {
-		return Entered{}, err
+	path := filepath.Join(e.Dir, "tls", authorities[0]+".crt")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return false, err
 	}
+	ca, err := pki.ParseCertificate(path, data)
+	if err != nil {
+		return false, err
+	}
+	if t.CAHash != "" && t.CAHash != pki.Hash(ca) {
+		return false, fmt.Errorf("%w: its authority is %s, and the token is for %s; leave --token out, or choose another --data-dir", joining.ErrOtherCluster, pki.Hash(ca), t.CAHash)
+	}
+	removed, err := datastore.Removed(e.StoreDir)
+	return removed && t.Secret != "", err
+}
+
+// untilDone asks until it is let in or refused.
+func (e Enter) untilDone(ctx context.Context, t token.Token, log *slog.Logger) (Entered, error) {
 	for wait := time.Second; ; wait = min(2*wait, lastEnterRetry) {
 		entered, err := e.once(ctx, t)
 		var refused *joining.Refused

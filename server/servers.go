@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -84,7 +85,9 @@ func (s *Servers) Admit(ctx context.Context, name string, peers []netip.AddrPort
 }
 
 // Members returns the members of the store.
-func (s *Servers) Members(ctx context.Context) ([]datastore.Member, error) { return s.store.Members(ctx) }
+func (s *Servers) Members(ctx context.Context) ([]datastore.Member, error) {
+	return s.store.Members(ctx)
+}
 
 // Remove takes a server out of the cluster: out of the store first, which refuses when
 // those that remain could not decide anything any more; then its node, its entry in the
@@ -97,6 +100,29 @@ func (s *Servers) Remove(ctx context.Context, name string) error {
 		}
 		// An earlier removal came as far as the store.
 	}
+	// When the leader was removed nothing can be written until there is another.
+	ctx, cancel := context.WithTimeout(ctx, forgetWithin)
+	defer cancel()
+	for {
+		err := s.forget(ctx, name)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(forgetAgain):
+		}
+	}
+}
+
+const (
+	forgetWithin = 10 * time.Second
+	forgetAgain  = 200 * time.Millisecond
+)
+
+// forget removes what the API knows of a server.
+func (s *Servers) forget(ctx context.Context, name string) error {
 	if err := s.api.CoreV1().Nodes().Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("delete the node of server %s: %w", name, err)
 	}

@@ -112,15 +112,16 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 		}))
 	defer factory.Shutdown()
 	lists := factory.Core().V1().ConfigMaps().Informer()
-	if _, err := lists.AddEventHandler(cache.ResourceEventHandlerFuncs{
+	registered, err := lists.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    d.read,
 		UpdateFunc: func(_, o any) { d.read(o) },
 		DeleteFunc: func(any) { d.read(&corev1.ConfigMap{}) },
-	}); err != nil {
+	})
+	if err != nil {
 		return fmt.Errorf("follow the list of servers: %w", err)
 	}
 	factory.Start(ctx.Done())
-	if !cache.WaitForCacheSync(ctx.Done(), lists.HasSynced) {
+	if !cache.WaitFor(ctx, "", registered.HasSyncedChecker()) {
 		return nil // stopped before
 	}
 	ready()
