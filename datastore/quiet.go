@@ -34,6 +34,8 @@ var expected = map[string]bool{
 	"dropped internal Raft message since pipeline's sending buffer is full": true,
 	"leadership transfer failed":                                            true,
 	"failed to find remote peer in cluster":                                 true,
+	"failed to process Raft message":                                        true,
+	"failed to unmarshal response":                                          true,
 	"rejected stream from remote peer because it was removed":               true,
 	"rejected Raft message from removed member":                             true,
 	"rejected Raft message to mismatch member":                              true,
