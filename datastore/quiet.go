@@ -35,6 +35,8 @@ var expected = map[string]bool{
 	"leadership transfer failed":                                            true,
 	"failed to find remote peer in cluster":                                 true,
 	"failed to process Raft message":                                        true,
+	"failed hash kv request":                                                true,
+	"ignored streaming request; ID mismatch":                                true,
 	"failed to unmarshal response":                                          true,
 	"rejected stream from remote peer because it was removed":               true,
 	"rejected Raft message from removed member":                             true,
