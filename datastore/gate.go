@@ -161,9 +161,9 @@ const (
 	patience = 2
 	// regard is how often in an election timeout the gate looks.
 	regard = 4
-	// settling is for how many election timeouts under a new leader calls from before may still be answered. What
-	// was on its way to the old one may be lost, and nobody would say so.
-	settling = 1
+	// settling is the part of an election timeout in which calls from before a new leader may still be answered.
+	// What was on its way to the old one may be lost, and nobody would say so.
+	settling = 2
 )
 
 // watchLeader ends the streams that asked for a leader when there has been none for some time, and the calls
@@ -193,7 +193,7 @@ func (g *gate) watchLeader(election time.Duration) {
 		case id != lastID || term != lastTerm:
 			lastID, lastTerm, since = id, term, now
 			g.crown()
-		case now.Sub(since) >= settling*election && now.Sub(since) < (settling+1)*election:
+		case now.Sub(since) >= election/settling && now.Sub(since) < 2*election:
 			g.endOlder()
 		}
 		lost = time.Time{}

@@ -97,14 +97,14 @@ func TestGateEndsCallsInVain(t *testing.T) {
 		}
 		time.Sleep(3 * election)
 
-		// An election: what was under way has a second under the new leader.
+		// An election: what was under way has half a second under the new leader.
 		before := enter()
 		leader.Store(raft.None)
 		time.Sleep(election)
 		between := enter()
 		leader.Store(2)
 		term.Store(2)
-		time.Sleep(election / 2)
+		time.Sleep(election / 3)
 		after := enter()
 		if before.ctx.Err() != nil || between.ctx.Err() != nil {
 			t.Error("calls ended with the election")

@@ -195,19 +195,20 @@ func (w *way) tell(alive bool) {
 
 // look asks the member where it was last, and if it is not there, everywhere. It reports whether it was found.
 func (w *way) look() bool {
-	w.mu.Lock()
-	at, hints := w.at, slices.Clone(w.hints)
-	w.mu.Unlock()
-	if at.IsValid() && w.ask(at) {
-		return true
-	}
 	p, ok := w.mesh.book.other(w.id)
 	if !ok {
 		return false
 	}
+	w.mu.Lock()
+	at, places := w.at, append(slices.Clone(p.Addresses), w.hints...)
+	w.mu.Unlock()
+	// Where it says it is not any more, nothing but a long silence is to be expected.
+	if at.IsValid() && slices.Contains(places, at) && w.ask(at) {
+		return true
+	}
 	// All at once: most lead nowhere, and take their time over it.
 	var wg sync.WaitGroup
-	for _, a := range append(p.Addresses, hints...) {
+	for _, a := range places {
 		if a.IsValid() && a != at {
 			wg.Go(func() { w.ask(a) })
 		}
@@ -216,15 +217,12 @@ func (w *way) look() bool {
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.at.IsValid() && (w.at != at || w.last.alive(time.Now())) {
-		return w.at != at
-	}
-	if w.at.IsValid() {
+	if w.at.IsValid() && w.at == at && !w.last.alive(time.Now()) {
 		// It is not there any more, or this machine is cut off: connections that hang would keep raft waiting.
 		w.at, w.found = netip.AddrPort{}, make(chan struct{})
 		w.splice.cut()
 	}
-	return false
+	return w.at.IsValid() && w.at != at
 }
 
 // ask reports whether the member is at the address.

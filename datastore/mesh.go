@@ -243,6 +243,21 @@ func (m *mesh) kick() {
 	}
 }
 
+// moved is called when this machine has lost an address. The connections from there are dead, and it would take
+// the kernel some time to say so.
+func (m *mesh) moved() {
+	m.mu.Lock()
+	client := m.client
+	m.mu.Unlock()
+	if client != nil {
+		client.CloseIdleConnections()
+	}
+	for _, w := range m.all() {
+		w.splice.cut()
+		w.kick()
+	}
+}
+
 func (m *mesh) all() []*way {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -163,11 +164,16 @@ func (s *Store) here() {
 	if !s.cfg.Peer.enabled() {
 		return
 	}
-	news, err := s.book.moved(s.cfg.Peer.addrPorts(s.addresses))
+	before, now := s.book.self().Addresses, s.cfg.Peer.addrPorts(s.addresses)
+	news, err := s.book.moved(now)
 	if err != nil {
 		s.log.Warn("write the members' addresses", "err", err)
 	}
-	if news {
+	switch {
+	case !news:
+	case slices.ContainsFunc(before, func(a netip.AddrPort) bool { return !slices.Contains(now, a) }):
+		s.mesh.moved()
+	default:
 		s.mesh.kick()
 	}
 }
