@@ -154,7 +154,7 @@ func TestRollingRestart(t *testing.T) {
 }
 
 func writeTo(t *testing.T, n *testNode, value int) error {
-	c, err := n.NewClient()
+	c, err := n.current.Load().NewClient()
 	if err != nil {
 		return err
 	}
