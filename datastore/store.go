@@ -84,7 +84,7 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 	}
 	began := time.Now()
 
-	known, err := openBook(s.cfg.Dir, s.cfg.MemberName)
+	known, err := s.openBook()
 	if err != nil {
 		return err
 	}
@@ -139,6 +139,24 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 
 	err = s.serve(ctx, server, t)
 	return errors.Join(err, s.close(server, g))
+}
+
+// openBook opens the book of addresses. A damaged one is given up if the store is there, which has a copy; before
+// that a member that joins has nothing else.
+func (s *Store) openBook() (*book, error) {
+	b, err := openBook(s.cfg.Dir, s.cfg.MemberName)
+	if !errors.Is(err, errBookDamaged) {
+		return b, err
+	}
+	holds, holdsErr := HoldsStore(s.cfg.Dir)
+	if holdsErr != nil {
+		return nil, errors.Join(err, holdsErr)
+	}
+	if !holds && s.cfg.Join == nil {
+		return nil, fmt.Errorf("%w; remove the file, and let this server join anew if there are others", err)
+	}
+	s.log.Warn("begin another book of the members' addresses", "err", err)
+	return newBook(s.cfg.Dir, s.cfg.MemberName), nil
 }
 
 // place makes the book and the mesh known, and writes into the book where this machine is.
