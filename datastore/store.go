@@ -333,11 +333,15 @@ func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go campaign(ctx, server)
+	takesPart := make(chan struct{})
+	go awaitPart(ctx, server, takesPart)
 	waiting := time.NewTimer(waitingTime)
 	defer waiting.Stop()
 	for {
 		select {
 		case <-server.ReadyNotify():
+			return nil
+		case <-takesPart:
 			return nil
 		case <-ctx.Done():
 			return nil
@@ -352,6 +356,38 @@ func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error 
 		}
 	}
 }
+
+// awaitPart closes takesPart when the member has a vote and has read what a majority has agreed on, or never.
+// etcd calls a member ready when it has announced its name through the log; a first announcement that is lost,
+// as that of a new member is whose leader's snapshot comes at the same moment, is repeated only after seven
+// seconds, and nobody waits for it.
+func awaitPart(ctx context.Context, server *etcdserver.EtcdServer, takesPart chan<- struct{}) {
+	tick := time.NewTicker(partInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if len(server.Cluster().Members()) < 2 || server.Leader() == types.ID(raft.None) || server.IsLearner() {
+			continue
+		}
+		try, cancel := context.WithTimeout(ctx, partWithin)
+		err := server.LinearizableReadNotify(try)
+		cancel()
+		if err == nil {
+			close(takesPart)
+			return
+		}
+	}
+}
+
+// partInterval is how often a member looks whether it takes part, and partWithin how long it waits for an answer.
+const (
+	partInterval = 50 * time.Millisecond
+	partWithin   = time.Second
+)
 
 // serve returns nil when ctx has ended, and an error if the store ended first.
 func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *transport) error {
