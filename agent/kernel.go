@@ -6,7 +6,7 @@ import (
 
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
-	"kedge/agent/cgroup"
+	"kedge/internal/cgroup"
 	"kedge/agent/stalesocket"
 	"kedge/internal/mounts"
 )
