@@ -6,8 +6,8 @@ import (
 
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
-	"kedge/internal/cgroup"
 	"kedge/agent/stalesocket"
+	"kedge/internal/cgroup"
 	"kedge/internal/mounts"
 )
 

@@ -2,6 +2,7 @@ package lan
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -22,9 +23,8 @@ type Host struct {
 	lan    *LAN
 	ns     *netns.NS
 	nl     *netlink.Handle
-	cable  string           // the switch's end of the uplink
-	hw     net.HardwareAddr // of the uplink; it stays through Reset
-	addrs  []netip.Prefix   // that the uplink has
+	cable  string         // the switch's end of the uplink
+	addrs  []netip.Prefix // that the uplink has
 	routes []route
 	fault  *fault // nil on a good link
 }
@@ -35,26 +35,29 @@ type route struct {
 }
 
 func newHost(l *LAN, name string) (*Host, error) {
-	h := &Host{Name: name, lan: l}
-	return h, h.open()
-}
-
-// open gives the host a namespace with a loopback interface.
-func (h *Host) open() (err error) {
-	if h.ns, err = netns.New(); err != nil {
-		return err
+	ns, err := netns.New()
+	if err != nil {
+		return nil, err
 	}
-	if h.nl, err = routeHandle(h.ns); err != nil {
-		return errors.Join(err, h.ns.Close())
+	h := &Host{Name: name, lan: l, ns: ns}
+	if h.nl, err = routeHandle(ns); err != nil {
+		return nil, errors.Join(err, ns.Close())
 	}
 	lo, err := h.nl.LinkByName("lo")
 	if err == nil {
 		err = h.nl.LinkSetUp(lo)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("loopback: %w", err), h.release())
+		return nil, errors.Join(fmt.Errorf("loopback: %w", err), h.release())
 	}
-	return nil
+	return h, nil
+}
+
+// hardwareAddr is the address of a host's uplink: the same whenever a host of this
+// name is made, as a machine has the same after a reboot.
+func hardwareAddr(name string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(name))
+	return append(net.HardwareAddr{0x02}, sum[:5]...) // locally administered
 }
 
 // join plugs the host into the switch. Caller holds lan.mu.
@@ -68,7 +71,7 @@ func (h *Host) join(addrs []netip.Prefix) error {
 	attrs.MasterIndex = h.lan.bridge.Attrs().Index
 	cable := netlink.NewVeth(attrs)
 	cable.PeerName = Uplink
-	cable.PeerHardwareAddr = h.hw
+	cable.PeerHardwareAddr = hardwareAddr(h.Name)
 	cable.PeerNamespace = netlink.NsFd(h.ns.FD())
 	if err := h.lan.nl.LinkAdd(cable); err != nil {
 		return fmt.Errorf("add cable: %w", err)
@@ -80,7 +83,6 @@ func (h *Host) join(addrs []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	h.hw = uplink.Attrs().HardwareAddr
 	if err := h.nl.LinkSetUp(uplink); err != nil {
 		return err
 	}
@@ -98,7 +100,6 @@ func (h *Host) find() error {
 	if err != nil {
 		return err
 	}
-	h.hw = uplink.Attrs().HardwareAddr
 	cable, err := h.lan.nl.LinkByIndex(uplink.Attrs().ParentIndex)
 	if err != nil {
 		return fmt.Errorf("its cable is not in the switch: %w", err)
@@ -126,34 +127,6 @@ func (h *Host) find() error {
 		dst, ok := netip.AddrFromSlice(r.Dst.IP)
 		if bits, _ := r.Dst.Mask.Size(); ok {
 			h.routes = append(h.routes, route{netip.PrefixFrom(dst.Unmap(), bits), via.Unmap()})
-		}
-	}
-	return nil
-}
-
-// Reset gives the host a new namespace, as a reboot does: nothing of what was set
-// in the old one is left but the uplink, with its hardware address, its addresses
-// and its routes. Processes in the old namespace are cut off; end them first.
-func (h *Host) Reset() error {
-	h.lan.mu.Lock()
-	defer h.lan.mu.Unlock()
-	if h.lan.hosts[h.Name] != h {
-		return net.ErrClosed
-	}
-	if err := h.unplug(); err != nil {
-		return err
-	}
-	addrs, routes := h.addrs, h.routes
-	h.addrs, h.routes = nil, nil
-	if err := h.open(); err != nil {
-		return fmt.Errorf("reset host %s: %w", h.Name, err)
-	}
-	if err := h.join(addrs); err != nil {
-		return fmt.Errorf("reset host %s: %w", h.Name, err)
-	}
-	for _, r := range routes {
-		if err := h.Route(r.dst, r.via); err != nil {
-			return err
 		}
 	}
 	return nil
