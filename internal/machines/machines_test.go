@@ -70,8 +70,8 @@ func eventually(t *testing.T, what string, f func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
-// traces are what machines could leave on this machine: mounts, links, control
-// groups and processes, as lines.
+// traces are what machines could leave on this machine: mounts in folders of tests,
+// links, control groups and processes, as lines.
 func traces(t *testing.T) []string {
 	t.Helper()
 	var all []string
@@ -80,14 +80,18 @@ func traces(t *testing.T) []string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		all = append(all, "mount "+strings.Fields(line)[4])
+		if point := strings.Fields(line)[4]; strings.Contains(point, "/Test") { // not those of other programs
+			all = append(all, "mount "+point)
+		}
 	}
 	links, err := net.Interfaces()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, l := range links {
-		all = append(all, "link "+l.Name)
+		if strings.HasPrefix(l.Name, "kdm-") {
+			all = append(all, "link "+l.Name)
+		}
 	}
 	for _, pattern := range []string{"/sys/fs/cgroup/kedge-machines-*", "/sys/fs/cgroup/*/kedge-machines-*"} {
 		groups, _ := filepath.Glob(pattern)
@@ -181,6 +185,8 @@ func name(t *testing.T, from *Machine, n int) (string, error) {
 		return "", err
 	}
 	client := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, time.Second) // or it goes on trying when nobody waits any more
+		defer cancel()
 		return h.Dial(ctx, network, addr)
 	}}}
 	resp, err := client.Get("http://" + net.JoinHostPort(addresses(n)[n%2].Addr().String(), "80"))
