@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/cgroup"
 	"kedge/internal/lan"
 	"kedge/internal/machines/keeper"
 	"kedge/internal/netns"
@@ -455,12 +456,14 @@ func TestPortsAndHost(t *testing.T) {
 // finds everything.
 func TestAnotherProcess(t *testing.T) {
 	c := config(t)
+	c.Host = []netip.Prefix{netip.MustParsePrefix("10.213.98.254/24")}
 	s := create(t, c)
 	m := add(t, s, 1)
-	add(t, s, 2)
+	other := add(t, s, 2)
 	if err := m.StartKedge("run"); err != nil {
 		t.Fatal(err)
 	}
+	answers(t, other, 1)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -471,6 +474,19 @@ func TestAnotherProcess(t *testing.T) {
 	defer again.Close()
 	if all := again.Machines(); len(all) != 2 || all[0].Name() != "m1" || all[0].Addrs()[0] != addresses(1)[0] {
 		t.Fatalf("machines %v", all)
+	}
+	// Both the switch and this machine's way to it go on.
+	for range 20 {
+		pids, err := cgroup.Processes(again.switchGroup())
+		if err != nil || len(pids) != 1 {
+			t.Fatalf("keepers of the switch: %v, %v", pids, err)
+		}
+		resp, err := http.Get("http://10.213.98.1/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		time.Sleep(10 * time.Millisecond)
 	}
 	answers(t, again.Machine("m2"), 1)
 	if err := again.Machine("m1").Reboot(); err != nil {

@@ -185,11 +185,9 @@ func (c *Cluster) startAll(cfg Config, template string) error {
 	roles = append(roles, slices.Repeat([]Role{Server}, cfg.Servers)...)
 	roles = append(roles, slices.Repeat([]Role{Agent}, cfg.Agents)...)
 	nodes := make([]*machines.Machine, len(roles))
-	counts := map[Role]int{}
 	for i, role := range roles {
-		counts[role]++
 		var err error
-		if nodes[i], err = c.addMachine(fmt.Sprintf("%s-%d", role, counts[role])); err != nil {
+		if nodes[i], err = c.addMachine(role); err != nil {
 			return err
 		}
 	}
@@ -214,8 +212,8 @@ const (
 	Agent  Role = "agent"
 )
 
-// RoleOf is the role of a machine, by its name.
-func RoleOf(name string) Role {
+// roleOf is the role of a machine, by its name.
+func roleOf(name string) Role {
 	if strings.HasPrefix(name, string(Server)+"-") {
 		return Server
 	}
@@ -223,14 +221,19 @@ func RoleOf(name string) Role {
 }
 
 // addMachine gives the cluster one more machine. Caller saves the record.
-func (c *Cluster) addMachine(name string) (*machines.Machine, error) {
+func (c *Cluster) addMachine(role Role) (*machines.Machine, error) {
 	if c.record.Next > 254 {
 		return nil, errors.New("the cluster has had as many machines as its subnet has addresses; make a new one")
 	}
 	v4, v6 := subnetOf(c.record.Subnet)
 	addrs := []netip.Prefix{addressOf(v4, c.record.Next), addressOf(v6, c.record.Next)}
 	c.record.Next++
-	return c.site.Add(name, addrs, addressOf(v4, 1).Addr(), addressOf(v6, 1).Addr())
+	// A name is not used twice: in the cluster it belongs to the first one's key.
+	if c.record.Names == nil {
+		c.record.Names = map[Role]int{}
+	}
+	c.record.Names[role]++
+	return c.site.Add(fmt.Sprintf("%s-%d", role, c.record.Names[role]), addrs, addressOf(v4, 1).Addr(), addressOf(v6, 1).Addr())
 }
 
 // Where kedge has things on a machine, when nobody says otherwise.

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -61,14 +60,7 @@ func (c *Cluster) AddNode(ctx context.Context, cfg Config, role Role, say func(s
 	}
 	var m *machines.Machine
 	err = c.change(func() error {
-		last := 0
-		for _, m := range c.site.Machines() {
-			if number, ok := strings.CutPrefix(m.Name(), string(role)+"-"); ok {
-				n, _ := strconv.Atoi(number)
-				last = max(last, n)
-			}
-		}
-		if m, err = c.addMachine(fmt.Sprintf("%s-%d", role, last+1)); err != nil {
+		if m, err = c.addMachine(role); err != nil {
 			return err
 		}
 		return errors.Join(c.save(), c.prepareAndStart(m, role, template))
@@ -149,10 +141,14 @@ func (c *Cluster) StartNode(ctx context.Context, name string) error {
 		if st, err := m.Kedge(); err != nil || st.Running {
 			return err
 		}
-		return m.StartKedge(string(RoleOf(name)))
+		return m.StartKedge(string(roleOf(name)))
 	})
 	if err != nil {
 		return err
+	}
+	// The API may still believe in the node's last word.
+	if err := untilAllReady(ctx, m); err != nil {
+		return fmt.Errorf("%s is not ready: %w", name, err)
 	}
 	return c.waitNode(ctx, m)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"strconv"
 	"strings"
 	"sync"
@@ -41,7 +42,11 @@ func keepSwitch() error {
 		return err
 	}
 	orders.Close()
-	select {}
+	forever := make(chan os.Signal, 1)
+	signal.Notify(forever, unix.SIGHUP) // a terminal's end is none of this process's
+	for range forever {
+	}
+	return nil
 }
 
 func takeSwitch() (sw Switch, listeners []net.Listener, err error) {
