@@ -97,7 +97,7 @@ func up(c *cli.Context, flags []cli.Flag) error {
 		return cluster.Close()
 	}
 	code, err := runWith(ctx, c.Args().Slice(), cluster.Kubeconfig())
-	err = errors.Join(err, cluster.Close(), root.Remove(cfg.Name))
+	err = errors.Join(err, cluster.Close())
 	if err == nil && code != 0 {
 		return exitCode(code)
 	}

@@ -73,6 +73,10 @@ func (r Root) Create(ctx context.Context, cfg Config, say func(string)) (_ *Clus
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	objects, err := readManifests(cfg.Manifests)
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, cfg.Wait, fmt.Errorf("not ready within %s", cfg.Wait))
 	defer cancel()
 	release, err := r.lock(clusterLock(cfg.Name))
@@ -88,9 +92,11 @@ func (r Root) Create(ctx context.Context, cfg Config, say func(string)) (_ *Clus
 		if err != nil {
 			err = errors.Join(fmt.Errorf("%w%s", err, c.lastWords()), c.site.Remove(), r.remove(cfg.Name))
 		}
-		if err != nil || !cfg.Ephemeral { // an ephemeral one is this process's until it ends
-			release()
+		if err == nil && cfg.Ephemeral {
+			c.release = release
+			return
 		}
+		release()
 	}()
 	template, err := r.template(ctx, cfg, say)
 	if err != nil {
@@ -103,8 +109,8 @@ func (r Root) Create(ctx context.Context, cfg Config, say func(string)) (_ *Clus
 	if err := c.waitReady(ctx, cfg.Servers+cfg.Agents, say); err != nil {
 		return nil, err
 	}
-	if len(cfg.Manifests) > 0 {
-		if err := c.Apply(ctx, cfg.Manifests, say); err != nil {
+	if len(objects) > 0 {
+		if err := c.apply(ctx, objects, say); err != nil {
 			return nil, err
 		}
 	}

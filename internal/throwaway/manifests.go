@@ -33,14 +33,10 @@ type manifest struct {
 	object *unstructured.Unstructured
 }
 
-// Apply applies the objects of files and folders, in the order in which they are
-// written, and waits until those that become available are.
-func (c *Cluster) Apply(ctx context.Context, paths []string, say func(string)) error {
+// apply applies objects in the order in which they are written, and waits until those
+// that become available are.
+func (c *Cluster) apply(ctx context.Context, all []manifest, say func(string)) error {
 	begin := time.Now()
-	all, err := readManifests(paths)
-	if err != nil {
-		return err
-	}
 	config, err := c.Config()
 	if err != nil {
 		return err
@@ -122,16 +118,15 @@ func parse(data []byte) ([]*unstructured.Unstructured, error) {
 		if err != nil {
 			return nil, err
 		}
-		text, err := yaml.ToJSON(doc)
-		if err != nil {
-			return nil, err
-		}
-		if text = bytes.TrimSpace(text); len(text) == 0 || bytes.Equal(text, []byte("null")) {
-			continue
-		}
 		o := &unstructured.Unstructured{}
-		if err := o.UnmarshalJSON(text); err != nil {
+		if err := yaml.Unmarshal(doc, &o.Object); err != nil {
 			return nil, err
+		}
+		if len(o.Object) == 0 {
+			continue // nothing but comments
+		}
+		if o.GetKind() == "" || o.GetAPIVersion() == "" {
+			return nil, errors.New("an object has no kind or no apiVersion")
 		}
 		if !o.IsList() {
 			all = append(all, o)

@@ -50,6 +50,9 @@ type Cluster struct {
 	root   Root
 	record record
 	site   *machines.Site // nil in a list
+	// release gives the cluster's lock back, which the maker of an ephemeral one has
+	// for as long as it lasts; else nil.
+	release func()
 }
 
 // ErrUnknown is wrapped when there is no cluster of a name.
@@ -320,5 +323,11 @@ func (c *Cluster) Kubeconfig() string { return filepath.Join(c.dir(), kubeconfig
 // Site is where the machines are.
 func (c *Cluster) Site() *machines.Site { return c.site }
 
-// Close ends this process's use of the cluster.
-func (c *Cluster) Close() error { return c.site.Close() }
+// Close ends this process's use of the cluster. An ephemeral one is removed.
+func (c *Cluster) Close() error {
+	if c.release == nil {
+		return c.site.Close()
+	}
+	defer c.release()
+	return errors.Join(c.site.Remove(), c.root.remove(c.record.Name))
+}
