@@ -39,7 +39,7 @@ func agentCommand() *cli.Command {
 func runAgent(c *cli.Context) error {
 	p := &flagParser{c: c}
 	dataDir := p.dir("data-dir")
-	jc := joining.Config{Dir: agentDir(dataDir), Server: c.String("server"), Token: p.joinToken(), NodeName: p.nodeName()}
+	jc := joining.Config{Dir: agentDir(dataDir), Server: c.String("server"), Token: p.token(), NodeName: p.nodeName()}
 	if p.err() == nil {
 		p.fail(jc.Validate())
 	}

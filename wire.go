@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/dynamic"
@@ -34,19 +35,21 @@ import (
 func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
-	joins, err := server.NewJoin(s.server, id, lb, component(log, "join"))
+	servers, err := server.NewServers(s.server, lb, store, component(log, "servers"))
 	if err != nil {
 		return err
 	}
+	joins := server.NewJoin(s.server, id, servers, component(log, "join"))
 	api, err := server.NewAPIServer(s.server, id, lb, joins)
 	if err != nil {
 		return err
 	}
-	controllers, err := server.NewControllers(s.server, id, lb)
-	if err != nil {
-		return err
+	leads := server.Leading{Store: store}
+	var volumes *agent.Volumes
+	if !s.disableAgent {
+		volumes = agent.NewVolumes(leads)
 	}
-	scheduler, err := server.NewScheduler(s.server, lb)
+	once, err := singletons(s, id, lb, servers, volumes, log)
 	if err != nil {
 		return err
 	}
@@ -58,27 +61,58 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
 	answerJoin(asked, joins)
+	answerServers(asked, servers)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
-	group.Add(controllers, hAPI)
-	group.Add(scheduler, hAPI)
-	if s.balancer != nil {
-		balancer, err := servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
-		if err != nil {
-			return err
-		}
-		group.Add(balancer, hAPI)
+	hList := group.Add(servers.Directory(), hAPI)
+	for _, part := range once {
+		group.Add(lifecycle.While(part.name, leads, stopWithin, part.build), hAPI, hList)
 	}
 	if s.disableAgent {
 		return nil
 	}
-	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
+	group.Add(server.NewRoles(s.server, lb, servers.Directory(), component(log, "roles")), hAPI)
 
 	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
 	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
 	s.agent.ClientCA = id.ClientCA.CertFile()
-	s.agent.Controllers = controllers.Built()
+	s.agent.Volumes = volumes
 	return wireNode(group, s, asked, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
+}
+
+// singleton is a part that runs on one server of the cluster at a time.
+type singleton struct {
+	name  string
+	build func() (lifecycle.Component, error)
+}
+
+// stopWithin is how long singletons may take to stop when another server leads.
+const stopWithin = 5 * time.Second
+
+// singletons are the parts that run once in a cluster.
+func singletons(s settings, id *server.Identity, lb *loopback.Loopback, servers *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
+	var guard server.VolumesBuilder
+	if volumes != nil {
+		guard = volumes.Build
+	}
+	parts := []singleton{
+		{"controllers", func() (lifecycle.Component, error) { return server.NewControllers(s.server, id, lb, guard) }},
+		{"scheduler", func() (lifecycle.Component, error) { return server.NewScheduler(s.server, lb) }},
+		{"endpoints", func() (lifecycle.Component, error) { return servers.NewEndpoints(id, component(log, "endpoints")), nil }},
+	}
+	if s.balancer != nil {
+		parts = append(parts, singleton{"servicelb", func() (lifecycle.Component, error) {
+			return servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
+		}})
+	}
+	// What is wrong with a component's flags must be said before anything starts.
+	if _, err := parts[0].build(); err != nil {
+		return nil, err
+	}
+	if _, err := parts[1].build(); err != nil {
+		return nil, err
+	}
+	return parts, nil
 }
 
 // wireAgent is the graph of a machine without a control plane: the node's half, and
