@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -344,6 +345,18 @@ func (k *Kubelet) Check(ctx context.Context) error {
 		return err
 	}
 	return k.nodeReady(ctx, c)
+}
+
+// Endpoint is where the kubelet listens, for this process itself.
+func (k *Kubelet) Endpoint() netip.AddrPort {
+	a, err := netip.ParseAddr(k.server.Address)
+	switch {
+	case err != nil || a == netip.IPv4Unspecified():
+		a = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	case a == netip.IPv6Unspecified():
+		a = netip.IPv6Loopback()
+	}
+	return netip.AddrPortFrom(a, uint16(k.server.Port))
 }
 
 // StopTimeout implements lifecycle.StopTimeouter: containers go on running, so

@@ -18,6 +18,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"kedge/internal/atomicfile"
+	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
 )
@@ -116,7 +117,7 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 	}{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
 		{id.KubeletCA, "serving-kubelet", pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
-			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1)}, nodeIPs...), Server: true}, &id.KubeletServing},
+			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
 		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},

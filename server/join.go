@@ -8,6 +8,7 @@ import (
 
 	"kedge/server/join"
 	"kedge/server/loopback"
+	"kedge/server/tunnels"
 )
 
 // NewJoin makes what lets machines into the cluster. It answers once the API does.
@@ -21,4 +22,15 @@ func NewJoin(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) 
 		Preshared: cfg.Token, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
 		OwnAddresses: cfg.NodeIPs, Life: join.Life,
 	}, c, log), nil
+}
+
+// NewHub makes the server's end of the nodes' tunnels.
+func NewHub(cfg Config, joins *join.Service, log *slog.Logger) *tunnels.Hub {
+	c := tunnels.Config{
+		Door: joins, Keys: joins.Nodes(), PodRanges: cfg.ClusterCIDRs, ServiceRanges: cfg.ServiceCIDRs, ForeignPods: cfg.ForeignPods,
+	}
+	if cfg.HasNode {
+		c.OwnNode = cfg.NodeName
+	}
+	return tunnels.New(c, log)
 }
