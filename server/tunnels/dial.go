@@ -89,7 +89,7 @@ func (h *Hub) owner(a netip.Addr) string {
 func (h *Hub) connected(node string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.sessions[joining.NodeAddress(node)] != nil
+	return len(h.sessions[joining.NodeAddress(node)]) > 0
 }
 
 // any is a node that has a session.

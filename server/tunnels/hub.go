@@ -24,7 +24,7 @@ var (
 
 // Why a session ends that was in order.
 var (
-	errReplaced = errors.New("the node has connected again")
+	errReplaced = errors.New("the node has connected again and again")
 	errRevoked  = errors.New("the node's name belongs to another key, or to none")
 	errStopping = errors.New("this server stops")
 )
@@ -76,9 +76,9 @@ type Hub struct {
 	log  *slog.Logger
 	opts tunnel.Options
 
-	mu       sync.Mutex // guards what follows
-	sessions map[netip.Addr]*session
-	changed  chan struct{} // closed, and made anew, when a session has come
+	mu       sync.Mutex                // guards what follows
+	sessions map[netip.Addr][]*session // by joining.NodeAddress, the newest last; see add
+	changed  chan struct{}             // closed, and made anew, when a session has come
 	stopped  bool
 	nodes    Nodes          // nil: not known yet
 	own      netip.AddrPort // of this process' kubelet; the zero value: not known yet
@@ -93,7 +93,7 @@ type session struct {
 
 // New makes a hub without sessions.
 func New(cfg Config, log *slog.Logger) *Hub {
-	return &Hub{cfg: cfg, log: log, opts: tunnel.DefaultOptions(), sessions: map[netip.Addr]*session{}, changed: make(chan struct{})}
+	return &Hub{cfg: cfg, log: log, opts: tunnel.DefaultOptions(), sessions: map[netip.Addr][]*session{}, changed: make(chan struct{})}
 }
 
 // SetNodes tells which nodes there are. It must be called before the API serves.
@@ -142,8 +142,8 @@ func (h *Hub) Run(ctx context.Context, ready func()) error {
 // all are the sessions. Caller holds mu.
 func (h *Hub) all() []*session {
 	out := make([]*session, 0, len(h.sessions))
-	for _, s := range h.sessions {
-		out = append(out, s)
+	for _, of := range h.sessions {
+		out = append(out, of...)
 	}
 	return out
 }
@@ -184,7 +184,13 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.add(&session{node: node, key: key, since: time.Now(), opener: opener}, r.RemoteAddr)
 }
 
-// add makes s the node's session: the newest is the one whose other end is alive.
+// maxSessions is how many sessions a node has at a time.
+const maxSessions = 4
+
+// add makes s the node's session: the newest is the one whose other end is alive for
+// certain. Older ones stay until they end. A server that has several addresses, or is
+// behind a balancer too, is connected to more than once, and if one of these ended
+// the other they would take turns for ever.
 func (h *Hub) add(s *session, from string) {
 	at := joining.NodeAddress(s.node)
 	h.mu.Lock()
@@ -193,24 +199,35 @@ func (h *Hub) add(s *session, from string) {
 		s.opener.Close(errStopping)
 		return
 	}
-	old := h.sessions[at]
-	h.sessions[at] = s
+	of := append(slices.Clone(h.sessions[at]), s)
+	var surplus *session
+	if len(of) > maxSessions {
+		surplus, of = of[0], of[1:]
+	}
+	h.sessions[at] = of
 	close(h.changed)
 	h.changed = make(chan struct{})
 	h.mu.Unlock()
-	if old != nil {
-		old.opener.Close(errReplaced)
+	if surplus != nil {
+		surplus.opener.Close(errReplaced)
 	}
 	h.log.Info("a node's tunnel is up", "node", s.node, "source", from)
 	go func() {
 		<-s.opener.Done()
-		h.mu.Lock()
-		if h.sessions[at] == s {
-			delete(h.sessions, at)
-		}
-		h.mu.Unlock()
+		h.forget(at, s)
 		h.log.Info("a node's tunnel has ended", "node", s.node, "after", time.Since(s.since).Round(time.Second), "cause", s.opener.Err())
 	}()
+}
+
+// newest is the session to use for the node at an address; nil: it has none. The
+// channel is closed when one has come.
+func (h *Hub) newest(at netip.Addr) (*session, <-chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if of := h.sessions[at]; len(of) > 0 {
+		return of[len(of)-1], h.changed
+	}
+	return nil, h.changed
 }
 
 // Connected are the names of the nodes that have a session, sorted.
@@ -218,8 +235,8 @@ func (h *Hub) Connected() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var out []string
-	for _, s := range h.sessions {
-		out = append(out, s.node)
+	for _, of := range h.sessions {
+		out = append(out, of[0].node)
 	}
 	slices.Sort(out)
 	return out
@@ -235,9 +252,7 @@ func (h *Hub) through(ctx context.Context, at netip.Addr, d tunnel.Destination) 
 	giveUp := time.NewTimer(patience)
 	defer giveUp.Stop()
 	for {
-		h.mu.Lock()
-		s, changed := h.sessions[at], h.changed
-		h.mu.Unlock()
+		s, changed := h.newest(at)
 		if s != nil {
 			conn, err := s.opener.Dial(ctx, d)
 			if err == nil {
@@ -265,9 +280,12 @@ func (h *Hub) through(ctx context.Context, at netip.Addr, d tunnel.Destination) 
 func (h *Hub) forget(at netip.Addr, s *session) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.sessions[at] == s {
+	of := slices.DeleteFunc(slices.Clone(h.sessions[at]), func(other *session) bool { return other == s })
+	if len(of) == 0 {
 		delete(h.sessions, at)
+		return
 	}
+	h.sessions[at] = of
 }
 
 // nameOf is for messages.

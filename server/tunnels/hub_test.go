@@ -115,20 +115,28 @@ func (w *world) Names() []string { return []string{"a", "b", "server"} }
 // The channel is closed when its session has ended.
 func (w *world) connect(node, key string) (ended <-chan struct{}, err error) {
 	w.t.Helper()
+	ended, _, err = w.connectAs(node, key, node)
+	return ended, err
+}
+
+// connectAs is connect of a node that says something else, and can be ended.
+func (w *world) connectAs(node, key, text string) (ended <-chan struct{}, end func(), err error) {
+	w.t.Helper()
 	conn, err := (&tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, ServerName: node + "." + key}}).Dial("tcp", w.srv.Listener.Addr().String())
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	up, err := tunnel.Upgrade(w.t.Context(), conn, "server")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	ctx, cancel := context.WithCancel(w.t.Context())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = tunnel.Serve(w.t.Context(), up, says(node), tunnel.DefaultOptions(), slog.New(slog.DiscardHandler))
+		_ = tunnel.Serve(ctx, up, says(text), tunnel.DefaultOptions(), slog.New(slog.DiscardHandler))
 	}()
-	return done, nil
+	return done, cancel, nil
 }
 
 func (w *world) mustConnect(node, key string) <-chan struct{} {
@@ -211,18 +219,28 @@ func TestStrangersGetNoSession(t *testing.T) {
 	}
 }
 
+// The newest session is used, older ones when it has ended, and there are not too many.
 func TestNewestSessionWins(t *testing.T) {
 	w := newWorld(t, nil)
 	first := w.mustConnect("a", "key-a")
-	second := w.mustConnect("a", "key-a")
-	<-first
-	select {
-	case <-second:
-		t.Error("the second session has ended")
-	default:
+	var ends []func()
+	for i := range maxSessions {
+		text := fmt.Sprint("session ", i)
+		_, end, err := w.connectAs("a", "key-a", text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, end)
+		for w.kubelet("a") != text+": the kubelet" { // the server is about to take it
+			time.Sleep(time.Millisecond)
+		}
 	}
-	if got := w.kubelet("a"); got != "a: the kubelet" {
-		t.Errorf("it says %q", got)
+	<-first // one too many
+	for i := maxSessions - 1; i > 0; i-- {
+		ends[i]()
+		for want := fmt.Sprint("session ", i-1, ": the kubelet"); w.kubelet("a") != want; {
+			time.Sleep(time.Millisecond)
+		}
 	}
 }
 
