@@ -8,6 +8,7 @@ package uplink
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -36,14 +37,24 @@ type Uplink struct {
 	list *servers.List
 	log  *slog.Logger
 
-	mu    sync.Mutex // guards what follows
-	state map[string]error
+	mu    sync.Mutex        // guards what follows, and what the pointers lead to
+	state map[string]*state // by URL
 }
+
+// state is how it stands with one server.
+type state struct {
+	tried bool  // there is or was a session, or an attempt has failed
+	err   error // why there is none; nil: there is one, if tried
+}
+
+func (s *state) up() bool { return s != nil && s.tried && s.err == nil }
 
 // New makes the component. list is followed: servers come and go.
 func New(cfg Config, list *servers.List, pool *servers.Pool, log *slog.Logger) *Uplink {
-	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, state: map[string]error{}}
+	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, state: map[string]*state{}}
 }
+
+var errNoTunnel = errors.New("no tunnel to any server, which can neither show logs nor run commands here")
 
 // Name implements lifecycle.Component.
 func (u *Uplink) Name() string { return "tunnel" }
@@ -118,27 +129,30 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 func (u *Uplink) connected(urls []string) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return slices.ContainsFunc(urls, func(url string) bool {
-		err, known := u.state[url]
-		return known && err == nil
-	})
+	return slices.ContainsFunc(urls, func(url string) bool { return u.state[url].up() })
 }
 
 // keep keeps a session to one server until ctx ends.
 func (u *Uplink) keep(ctx context.Context, url string) {
+	mine := &state{}
+	u.mu.Lock()
+	u.state[url] = mine
+	u.mu.Unlock()
 	defer func() {
 		u.mu.Lock()
 		defer u.mu.Unlock()
-		delete(u.state, url)
+		if u.state[url] == mine { // the server may be back on the list already
+			delete(u.state, url)
+		}
 	}()
 	wait := tunnel.Backoff{First: firstRetry, Last: lastRetry}
 	for {
 		begun := time.Now()
-		err := u.once(ctx, url)
+		err := u.once(ctx, url, mine)
 		if ctx.Err() != nil {
 			return
 		}
-		if u.note(url, err) {
+		if u.note(mine, err) {
 			u.log.Warn("no tunnel to a server", "server", url, "err", err)
 		}
 		if time.Since(begun) > goodSession {
@@ -151,16 +165,16 @@ func (u *Uplink) keep(ctx context.Context, url string) {
 }
 
 // note keeps how it stands with a server, and reports whether that is news.
-func (u *Uplink) note(url string, err error) bool {
+func (u *Uplink) note(s *state, err error) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	old, known := u.state[url]
-	u.state[url] = err
-	return !known || (old == nil) != (err == nil)
+	news := !s.tried || (s.err == nil) != (err == nil)
+	s.tried, s.err = true, err
+	return news
 }
 
 // once is one session: it returns why there was none, or why it has ended.
-func (u *Uplink) once(ctx context.Context, url string) error {
+func (u *Uplink) once(ctx context.Context, url string, mine *state) error {
 	conn, err := u.pool.DialTLS(ctx, url, u.cfg.Cert)
 	if err != nil {
 		return err
@@ -168,7 +182,7 @@ func (u *Uplink) once(ctx context.Context, url string) error {
 	if conn, err = tunnel.Upgrade(ctx, conn, servers.Host); err != nil {
 		return err
 	}
-	u.note(url, nil)
+	u.note(mine, nil)
 	u.log.Info("the tunnel is up", "server", url)
 	return tunnel.Serve(ctx, conn, u.dial, tunnel.DefaultOptions(), u.log)
 }
@@ -185,17 +199,33 @@ func (u *Uplink) dial(ctx context.Context, d tunnel.Destination) (net.Conn, erro
 	return (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
 }
 
+// Describe implements lifecycle.Describer: the servers that reach this node.
+func (u *Uplink) Describe() string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var up []string
+	for url, s := range u.state {
+		if s.up() {
+			up = append(up, strings.TrimPrefix(url, "https://"))
+		}
+	}
+	slices.Sort(up)
+	return strings.Join(up, " ")
+}
+
 // Check implements lifecycle.Checker: one server is enough to be reached through.
 func (u *Uplink) Check(context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	var bad []string
-	for url, err := range u.state {
-		if err == nil {
+	for url, s := range u.state {
+		if s.up() {
 			return nil
 		}
-		bad = append(bad, fmt.Sprintf("%s: %v", url, err))
+		if s.err != nil {
+			bad = append(bad, fmt.Sprintf("%s: %v", url, s.err))
+		}
 	}
 	slices.Sort(bad)
-	return fmt.Errorf("no tunnel to any server yet: %s", strings.Join(bad, "; "))
+	return fmt.Errorf("%w: %s", errNoTunnel, strings.Join(bad, "; "))
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -252,6 +253,15 @@ func (p *Pool) good() string {
 	return ""
 }
 
+// Describe implements lifecycle.Describer: the server in use, and of how many.
+func (p *Pool) Describe() string {
+	current := p.Current()
+	if current == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s of %d", strings.TrimPrefix(current, "https://"), len(p.list.All()))
+}
+
 // Check implements lifecycle.Checker.
 func (p *Pool) Check(context.Context) error {
 	p.mu.Lock()
@@ -314,10 +324,25 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
+// failures are why no server of several took a connection, in one line.
+type failures []error
+
+// Error implements error.
+func (f failures) Error() string {
+	var texts []string
+	for _, err := range f {
+		texts = append(texts, err.Error())
+	}
+	return strings.Join(texts, "; ")
+}
+
+// Unwrap implements errors.Is.
+func (f failures) Unwrap() []error { return f }
+
 // dial connects to the first server that takes a connection.
 func (p *Pool) dial(ctx context.Context, cert *Certificate) (net.Conn, error) {
 	as := cert.changed()
-	var errs []error
+	var errs failures
 	for _, url := range p.order() {
 		inner, err := p.dialTCP(ctx, url)
 		if err != nil {
@@ -341,7 +366,7 @@ func (p *Pool) dial(ctx context.Context, cert *Certificate) (net.Conn, error) {
 		p.mu.Unlock()
 		return c, nil
 	}
-	return nil, fmt.Errorf("%w: %w", ErrNoServer, errors.Join(errs...))
+	return nil, fmt.Errorf("%w: %w", ErrNoServer, errs)
 }
 
 func (p *Pool) dialTCP(ctx context.Context, url string) (net.Conn, error) {

@@ -1,12 +1,15 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -139,8 +142,8 @@ func (s *stand) busy(f func()) int64 {
 // standIn makes the cluster's servers known by these addresses only.
 func (f *fleet) standIn(t *testing.T, stands ...*stand) {
 	t.Helper()
-	slices := f.client.DiscoveryV1().EndpointSlices(metav1.NamespaceDefault)
-	s, err := slices.Get(t.Context(), "kubernetes", metav1.GetOptions{})
+	client := f.client.DiscoveryV1().EndpointSlices(metav1.NamespaceDefault)
+	s, err := client.Get(t.Context(), "kubernetes", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +152,7 @@ func (f *fleet) standIn(t *testing.T, stands ...*stand) {
 	for _, a := range stands {
 		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a.addr.String()}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
 	}
-	if _, err := slices.Update(t.Context(), s, metav1.UpdateOptions{}); err != nil {
+	if _, err := client.Update(t.Context(), s, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -267,14 +270,133 @@ func TestAgentsFailOver(t *testing.T) {
 		one.kill()
 		two.kill()
 		works("another")
+		eventually(t, 20*time.Second, func() error {
+			out, err := a.run("status", "--run-dir="+a.runDir())
+			if err != nil {
+				return fmt.Errorf("%w\n%s", err, out)
+			}
+			return nil
+		})
 	})
+}
 
-	// A session through each of the servers that there are, and none too many.
-	eventually(t, 20*time.Second, func() error {
-		out, err := a.run("status", "--run-dir="+a.runDir())
-		if err != nil {
-			return fmt.Errorf("%w\n%s", err, out)
+// TestTunnelFigures measures, and fails only when something does not work. It runs
+// when asked to: make bench-tunnel.
+func TestTunnelFigures(t *testing.T) {
+	if os.Getenv("KEDGE_BENCH") == "" {
+		t.Skip("takes minutes and measures only: make bench-tunnel")
+	}
+	f := newFleet(t, "--tls-san=192.0.2.2,192.0.2.3")
+	one, two := f.newStand(t), f.newStand(t)
+	a := f.newAgent(t, "--token="+f.token(t))
+	if err := prepareImages(a.dataDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.start(); err != nil {
+		t.Fatal(err)
+	}
+	ns := f.namespace(t)
+	nodes := map[string]*node{"on-server": f.node, "on-agent": a}
+	const size = 256 << 20
+	for name, on := range nodes {
+		f.apply(t, ns, shell(name, fmt.Sprintf("mkdir /www; dd if=/dev/zero of=/www/big bs=1048576 count=%d 2>/dev/null; exec httpd -f -p 8080 -h /www", size>>20), "nodeName: "+on.name+","))
+	}
+	for _, name := range []string{"on-server", "on-agent"} {
+		pod := f.waitPod(t, ns, name, false)
+		read := func(url string) float64 {
+			var best time.Duration
+			for range 5 {
+				eventually(t, 20*time.Second, func() error {
+					begin := time.Now()
+					n, err := f.readAll(url)
+					if err != nil || n != size {
+						return fmt.Errorf("%d bytes of %s: %w", n, url, err)
+					}
+					if took := time.Since(begin); best == 0 || took < best {
+						best = took
+					}
+					return nil
+				})
+			}
+			return size / best.Seconds() / 1e6
 		}
-		return nil
-	})
+		t.Logf("%s: %.0f MB/s by the pod's address", name, read(fmt.Sprintf("http://%s:8080/big", pod.Status.PodIP)))
+		t.Logf("%s: %.0f MB/s by kubectl port-forward", name, read(f.forward(t, ns, "pod/"+name, 8080)+"big"))
+		t.Logf("%s: %.0f MB/s by kubectl exec cat", name, func() float64 {
+			begin := time.Now()
+			out := f.kubectl(t, "exec", "-n", ns, name, "--", "cat", "/www/big")
+			return float64(len(out)) / time.Since(begin).Seconds() / 1e6
+		}())
+		var took []time.Duration
+		for range 20 {
+			begin := time.Now()
+			f.kubectl(t, "exec", "-n", ns, name, "--", "true")
+			took = append(took, time.Since(begin))
+		}
+		t.Logf("%s: kubectl exec true takes %s", name, spread(took))
+	}
+
+	f.standIn(t, one, two)
+	a.knows(t, one, two)
+	// seen is how long it takes until the agent's kubelet has seen a new pod.
+	count := 0
+	seen := func() time.Duration {
+		count++
+		name := fmt.Sprint("seen-", count)
+		begin := time.Now()
+		f.apply(t, ns, shell(name, "exec sleep 3600", "nodeName: "+a.name+","))
+		for {
+			pod, err := f.pod(ns, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if pod.Status.StartTime != nil {
+				took := time.Since(begin)
+				f.kubectl(t, "delete", "pod", "-n", ns, name, "--grace-period=0", "--force", "--wait=false")
+				return took
+			}
+			if time.Since(begin) > time.Minute {
+				t.Fatalf("%s is not seen after %s", name, time.Since(begin))
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+	var undisturbed, killed, paused []time.Duration
+	for range 10 {
+		undisturbed = append(undisturbed, seen())
+	}
+	for range 20 {
+		used, _ := a.inUse(t, one, two)
+		used.kill()
+		killed = append(killed, seen())
+		if err := used.revive(); err != nil {
+			t.Fatal(err)
+		}
+		used, _ = a.inUse(t, one, two)
+		used.gate.Lock()
+		paused = append(paused, seen())
+		used.gate.Unlock()
+	}
+	t.Logf("a new pod is seen by the agent's kubelet after %s", spread(undisturbed))
+	t.Logf("when its server was killed: %s", spread(killed))
+	t.Logf("when its server hangs: %s", spread(paused))
+}
+
+// spread is the median and the largest.
+func spread(d []time.Duration) string {
+	slices.Sort(d)
+	return fmt.Sprintf("%s, at most %s (%d times)", d[len(d)/2].Round(time.Millisecond), d[len(d)-1].Round(time.Millisecond), len(d))
+}
+
+// readAll reads a URL from the server's host and returns how many bytes came.
+func (f *fleet) readAll(url string) (int64, error) {
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true, DialContext: func(_ context.Context, network, address string) (net.Conn, error) { return f.dial(network, address) },
+	}}
+	resp, err := client.Get(url)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	return io.Copy(io.Discard, resp.Body)
 }

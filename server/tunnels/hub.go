@@ -242,6 +242,16 @@ func (h *Hub) Connected() []string {
 	return out
 }
 
+// Describe implements lifecycle.Describer.
+func (h *Hub) Describe() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.sessions) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d connected", len(h.sessions))
+}
+
 // patience is how long a node without a session is waited for: as long as one that
 // has lost its connection takes to come back.
 const patience = 3 * time.Second
