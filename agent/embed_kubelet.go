@@ -282,7 +282,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 		VolumePlugins:       plugins,
 		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.cfg.Controllers},
 		TLSOptions:          tls,
-		OnHeartbeatFailure:  func() {}, // upstream drops its connections; in memory there are none
+		OnHeartbeatFailure:  func() {}, // upstream drops its connections; which server is called is decided below the client
 	}
 	if d.KubeClient, err = kubernetes.NewForConfig(k.cfg.Client); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)

@@ -27,6 +27,9 @@ type Config struct {
 	Cert    *servers.Certificate // the node's, as a client
 	Kubelet netip.AddrPort       // where this process' kubelet listens
 	Ranges  []netip.Prefix       // of the cluster's pods and services: what servers may reach besides
+	// Own is the URL of the server in this process, which needs no tunnel to its own
+	// node. Empty on an agent.
+	Own string
 }
 
 // Uplink is the component that keeps a session to each server. Its name is tunnel,
@@ -98,6 +101,7 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 	defer tick.Stop()
 	for waited := false; ; {
 		known, changed := u.list.Known()
+		known = slices.DeleteFunc(known, func(url string) bool { return url == u.cfg.Own })
 		for url := range running {
 			if !slices.Contains(known, url) && !slices.Contains(u.list.Fallback(), url) {
 				stop(url)
@@ -217,6 +221,9 @@ func (u *Uplink) Describe() string {
 func (u *Uplink) Check(context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if u.cfg.Own != "" && len(u.state) == 0 {
+		return nil // a server that is alone
+	}
 	var bad []string
 	for url, s := range u.state {
 		if s.up() {

@@ -260,6 +260,37 @@ func TestAgentBehindNAT(t *testing.T) {
 	})
 }
 
+// TestServerWithoutANode has no way to pods and services but through its agents.
+func TestServerWithoutANode(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "--disable-agent")
+	a := f.newAgent(t, "--token="+f.token(t))
+	if err := prepareImages(a.dataDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.start(); err != nil {
+		t.Fatal(err)
+	}
+	onAgent := fmt.Sprintf("nodeName: %s,", a.name)
+	ns := f.namespace(t)
+	f.servers(t, ns, "web", 1, onAgent)
+	f.service(t, ns, "shop", "web", "")
+	for _, path := range []string{"pods/web-0:8080/proxy/", "services/shop:80/proxy/"} {
+		eventually(t, 20*time.Second, func() error {
+			out, err := f.tryKubectl(nil, "get", "--raw", "/api/v1/namespaces/"+ns+"/"+path)
+			if err != nil || strings.TrimSpace(out) != "web-0" {
+				return fmt.Errorf("%s: %v, %.200q", path, err, out)
+			}
+			return nil
+		})
+	}
+	if out := f.kubectl(t, "exec", "-n", ns, "web-0", "--", "echo", "run"); out != "run\n" {
+		t.Errorf("exec: %q", out)
+	}
+	f.admissionWebhooks(t, onAgent)
+	f.aggregatedAPI(t, onAgent)
+}
+
 // forward starts kubectl port-forward, and returns the URL on the server's host.
 func (f *fleet) forward(t *testing.T, ns, what string, port int) string {
 	t.Helper()

@@ -139,6 +139,9 @@ func (n *Nodes) Follow(ctx context.Context, tell func(map[string]string)) error 
 	}
 	keys := map[string]string{}
 	for _, s := range list.Items {
+		if s.Type != nodeType {
+			continue
+		}
 		keys[strings.TrimPrefix(s.Name, nodePrefix)] = string(s.Data[keyFingerprint])
 	}
 	tell(maps.Clone(keys))
@@ -151,6 +154,9 @@ func (n *Nodes) Follow(ctx context.Context, tell func(map[string]string)) error 
 		s, ok := e.Object.(*corev1.Secret)
 		if !ok {
 			return errors.New("the API ended the watch")
+		}
+		if s.Type != nodeType {
+			continue
 		}
 		name := strings.TrimPrefix(s.Name, nodePrefix)
 		keys[name] = string(s.Data[keyFingerprint])
