@@ -268,8 +268,8 @@ func (p *Pool) Check(context.Context) error {
 	defer p.mu.Unlock()
 	cur := p.servers[p.current]
 	switch {
-	case cur == nil:
-		return ErrNoServer
+	case cur == nil || !cur.tried && cur.err == nil:
+		return ErrNoServer // not one has said yet that it is ready
 	case cur.err != nil:
 		return fmt.Errorf("%w; %s: %w", ErrNoServer, cur.url, cur.err)
 	}

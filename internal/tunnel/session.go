@@ -45,7 +45,7 @@ type session struct {
 	mux  *yamux.Session
 	conn *watched
 	opts Options
-	done chan struct{} // closed when the session has ended
+	done chan struct{} // closed when the session ends
 
 	ending sync.Once
 	mu     sync.Mutex
@@ -89,9 +89,9 @@ func (s *session) close(cause error) {
 		s.mu.Lock()
 		s.err = cause
 		s.mu.Unlock()
+		close(s.done)  // before streams end, whose readers look why
 		s.conn.Close() // before yamux, which would wait for a writer that is stuck
 		s.mux.Close()
-		close(s.done)
 	})
 }
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -34,7 +35,6 @@ type stand struct {
 	mu    sync.Mutex // guards what follows
 	l     net.Listener
 	conns map[net.Conn]bool
-	moved int64 // bytes that were passed on
 }
 
 // newStand makes one that works.
@@ -112,9 +112,6 @@ type gated struct {
 func (g gated) Write(b []byte) (int, error) {
 	g.s.gate.RLock()
 	defer g.s.gate.RUnlock()
-	g.s.mu.Lock()
-	g.s.moved += int64(len(b))
-	g.s.mu.Unlock()
 	return g.w.Write(b)
 }
 
@@ -126,17 +123,6 @@ func (s *stand) kill() {
 	for c := range s.conns {
 		c.Close()
 	}
-}
-
-// busy is how many bytes it passes on while f runs.
-func (s *stand) busy(f func()) int64 {
-	s.mu.Lock()
-	before := s.moved
-	s.mu.Unlock()
-	f()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.moved - before
 }
 
 // standIn makes the cluster's servers known by these addresses only.
@@ -177,22 +163,27 @@ func (n *node) knows(t *testing.T, stands ...*stand) {
 	})
 }
 
-// inUse is the one of two stands through which an agent's kubelet calls the API.
+// inUse is the one of two stands through which an agent calls the API, as it says.
 func (n *node) inUse(t *testing.T, a, b *stand) (used, other *stand) {
 	t.Helper()
-	count := func(s *stand) int64 {
-		return s.busy(func() { // tunnels and probes are there too, but say little
-			for range 20 {
-				if out, err := n.run("status", "--run-dir="+n.runDir()); err != nil {
-					t.Fatalf("%v\n%s", err, out)
-				}
-			}
-		})
+	var report struct {
+		Components []struct{ Name, Detail string }
 	}
-	if count(a) > count(b) {
-		return a, b
+	out, _ := n.run("status", "-o", "json", "--run-dir="+n.runDir()) // something may be amiss, and is to be
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		t.Fatalf("%v in %s", err, out)
 	}
-	return b, a
+	for _, c := range report.Components {
+		switch {
+		case c.Name != "servers":
+		case strings.HasPrefix(c.Detail, a.addr.String()+":"):
+			return a, b
+		case strings.HasPrefix(c.Detail, b.addr.String()+":"):
+			return b, a
+		}
+	}
+	t.Fatalf("it uses neither %s nor %s:\n%s", a.addr, b.addr, out)
+	return nil, nil
 }
 
 // TestAgentsFailOver: the server that an agent uses dies or hangs, and the agent goes

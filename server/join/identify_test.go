@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -114,12 +116,16 @@ func TestFollowKeys(t *testing.T) {
 	if len(first) != 1 || first["a"] == "" {
 		t.Fatalf("the keys are %v", first)
 	}
-	if err := c.Nodes().Set(t.Context(), "a", "another"); err != nil {
-		t.Fatal(err)
-	}
-	for keys := range told {
-		if keys["a"] == "another" {
-			break
+	// Again and again: the client of this test forgets what changes between a list and
+	// a watch.
+	for changed := false; !changed; {
+		if err := c.Nodes().Set(t.Context(), "a", fmt.Sprint("another-", time.Now().UnixNano())); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case keys := <-told:
+			changed = strings.HasPrefix(keys["a"], "another-") && len(keys) == 1
+		case <-time.After(10 * time.Millisecond):
 		}
 	}
 	cancel()

@@ -149,6 +149,8 @@ func (n *Nodes) Follow(ctx context.Context, tell func(map[string]string)) error 
 	if err != nil {
 		return err
 	}
+	stop := context.AfterFunc(ctx, w.Stop)
+	defer stop()
 	defer w.Stop()
 	for e := range w.ResultChan() {
 		s, ok := e.Object.(*corev1.Secret)
