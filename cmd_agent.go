@@ -40,7 +40,7 @@ func agentCommand() *cli.Command {
 func runAgent(c *cli.Context) error {
 	p := &flagParser{c: c}
 	dataDir := p.dir("data-dir")
-	jc := joining.Config{Dir: agentDir(dataDir), Server: c.String("server"), Token: p.joinToken(), NodeName: p.nodeName()}
+	jc := joining.Config{Dir: agentDir(dataDir), Server: c.String("server"), Token: p.token(), NodeName: p.nodeName()}
 	if p.err() == nil {
 		p.fail(jc.Validate())
 	}
@@ -55,7 +55,7 @@ func runAgent(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	list, err := servers.Load(filepath.Join(jc.Dir, "servers.json"), jc.Server)
+	list, err := servers.Load(filepath.Join(jc.Dir, serversFile), jc.Server)
 	if err != nil {
 		return err
 	}

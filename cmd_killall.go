@@ -20,7 +20,7 @@ import (
 )
 
 func killallCommand() *cli.Command {
-	flags := anyNodeFlags()
+	flags := serverFlags()
 	return &cli.Command{
 		Name:  "killall",
 		Usage: "End this node's containers and remove what they left in the kernel; kedge itself must be stopped",

@@ -16,6 +16,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kedge/agent"
+	"kedge/datastore"
 	"kedge/internal/clock"
 	"kedge/internal/control"
 	"kedge/internal/datadir"
@@ -43,22 +44,55 @@ func serverCommand() *cli.Command {
 			if err := applyConfigFiles(c, flags); err != nil {
 				return err
 			}
-			s, err := compose(c)
-			if err != nil {
-				return err
-			}
-			return runServer(c.Context, s)
+			return runServer(c)
 		},
+		Subcommands: serverSubcommands(),
 	}
 }
 
-// runServer runs the control plane, and a node unless that is disabled.
-func runServer(ctx context.Context, s settings) error {
-	if _, _, joined, err := joining.Known(agentDir(s.dataDir)); err == nil && joined {
-		return fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", s.dataDir)
+// runServer joins others if it is told to, and runs the control plane, and a node
+// unless that is disabled.
+func runServer(c *cli.Context) error {
+	p := &flagParser{c: c}
+	dataDir := p.dir("data-dir")
+	if err := p.err(); err != nil {
+		return err
 	}
-	return runNode(ctx, s, role{
-		settle: func(_ context.Context, s settings, _ *slog.Logger) (settings, error) { return s, nil },
+	if _, _, joined, err := joining.Known(agentDir(dataDir)); err == nil && joined {
+		return fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", dataDir)
+	}
+	dir := serverDir(dataDir)
+	others, entered, err := server.EnteredBefore(dir)
+	if err != nil && !(errors.Is(err, server.ErrEntering) && c.String("server") != "") {
+		return err
+	}
+	first := &others
+	if !entered {
+		first = nil
+	}
+	// What is wrong with the flags must be said before a token is spent.
+	s, err := compose(c, first)
+	if err != nil {
+		return err
+	}
+	enter := server.Enter{Dir: dir, StoreDir: s.datastore.Dir, Server: c.String("server"), Token: p.token(), NodeName: s.nodeName, Peers: s.peers()}
+	if enter.Server != "" {
+		p.fail(joining.Config{Dir: dir, Server: enter.Server, Token: enter.Token}.Validate())
+	}
+	if err := p.err(); err != nil {
+		return err
+	}
+	err = runNode(c.Context, s, role{
+		settle: func(ctx context.Context, s settings, log *slog.Logger) (settings, error) {
+			if enter.Server == "" {
+				return s, nil
+			}
+			others, joined, err := enter.Do(ctx, component(log, "join"))
+			if err != nil || !joined {
+				return s, err
+			}
+			return compose(c, &others)
+		},
 		wire: func(group *lifecycle.Group, s settings, log *slog.Logger) error {
 			identity, err := server.Prepare(s.server, time.Now())
 			if err != nil {
@@ -70,6 +104,10 @@ func runServer(ctx context.Context, s settings) error {
 			log.Info("other machines can join; \"kedge token create\" prints the command for them", "server", s.cluster.Servers[0])
 		},
 	})
+	if errors.Is(err, datastore.ErrRemoved) {
+		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", err)
+	}
+	return err
 }
 
 // role is what a server and an agent do differently.
@@ -120,6 +158,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 		return err
 	}
 	if !s.disableAgent {
+		agent.RaiseLimits(log)
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
 			return err
 		}

@@ -16,7 +16,6 @@ import (
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
 	"kedge/internal/resolvconf"
-	"kedge/internal/token"
 	"kedge/network"
 	"kedge/network/backend"
 	"kedge/network/cni"
@@ -58,13 +57,19 @@ type settings struct {
 
 // compose turns the flags of a server into configurations and derives what depends
 // on several. It reports all mistakes at once and touches nothing but the host's
-// name and addresses.
-func compose(c *cli.Context) (settings, error) {
+// name and addresses. others is what a server was told that has joined others, nil for
+// the first of a cluster.
+func compose(c *cli.Context, others *server.Entered) (settings, error) {
 	p := &flagParser{c: c}
 	s := basics(p)
 	s.disableAgent = c.Bool("disable-agent")
 	s.datastore, s.server = datastore.DefaultConfig(), server.DefaultConfig()
-	s.cluster = p.cluster()
+	if others == nil {
+		s.cluster = p.cluster()
+	} else {
+		p.sameCluster(others.Cluster)
+		s.cluster, s.datastore.Join = others.Cluster, others.Admission
+	}
 	s.nodeIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
 	s.controlPlane(p)
 	s.node(p)
@@ -97,13 +102,20 @@ func composeAny(c *cli.Context) (settings, error) {
 	if err != nil {
 		return settings{}, err
 	}
-	switch {
-	case joined:
+	if joined {
 		return composeAgent(c, cluster, address)
-	case c.String("server") != "":
+	}
+	dir := serverDir(c.String("data-dir"))
+	others, entered, err := server.EnteredBefore(dir)
+	switch {
+	case err != nil:
+		return settings{}, err
+	case entered:
+		return compose(c, &others)
+	case c.String("server") != "" && !server.Exists(dir):
 		return composeAgent(c, usualCluster(), netip.Addr{})
 	}
-	return compose(c)
+	return compose(c, nil)
 }
 
 // usualCluster stands for the cluster's settings where they are not known yet.
@@ -117,6 +129,9 @@ func usualCluster() joining.Cluster {
 
 // agentDir is where an agent keeps its key and certificates.
 func agentDir(dataDir string) string { return filepath.Join(dataDir, "agent") }
+
+// serverDir is where a server keeps its keys, certificates and store.
+func serverDir(dataDir string) string { return filepath.Join(dataDir, "server") }
 
 // basics are what a machine has with and without a control plane.
 func basics(p *flagParser) settings {
@@ -173,9 +188,10 @@ func (s *settings) validate() error {
 
 // controlPlane composes the API server and what is around it.
 func (s *settings) controlPlane(p *flagParser) {
-	dir := filepath.Join(s.dataDir, "server")
+	dir := serverDir(s.dataDir)
 	s.datastore.Dir = filepath.Join(dir, "store")
 	s.datastore.MemberName = s.nodeName
+	s.datastore.Peer = server.PeerConfig(dir, uint16(p.c.Int("peer-port")), s.nodeIPs)
 
 	sv := &s.server
 	sv.Dir = dir
@@ -196,7 +212,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
-	sv.Token = token.Secret(p.c.String("token"))
+	sv.Token = p.fixedToken(dir)
 	sv.APIServerArgs = p.c.StringSlice("kube-apiserver-arg")
 	sv.ControllerArgs = p.c.StringSlice("kube-controller-manager-arg")
 	sv.SchedulerArgs = p.c.StringSlice("kube-scheduler-arg")
@@ -209,6 +225,15 @@ func (s *settings) controlPlane(p *flagParser) {
 	if !s.cluster.NoBalancer {
 		s.balancer = &servicelb.Config{Pools: p.pools(s.cluster.Pools), Reserved: []uint16{uint16(sv.HTTPSPort), uint16(p.c.Int("kubelet-port"))}}
 	}
+}
+
+// peers is where the stores of other servers find this machine's.
+func (s *settings) peers() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, a := range s.nodeIPs {
+		out = append(out, netip.AddrPortFrom(a, s.datastore.Peer.Port))
+	}
+	return out
 }
 
 // node composes the kubelet, the container runtime, the pod network and the data path.

@@ -90,7 +90,11 @@ func serverFlags() []cli.Flag {
 		list(catAPI, "tls-san", "Further name or address for the API's certificate (can be repeated)"),
 		str(catAPI, "write-kubeconfig", defaultKubeconfig, "`FILE` for the administrator's kubeconfig"),
 		str(catAPI, "write-kubeconfig-mode", "600", "`MODE` of that file, octal"),
-		str(catAPI, "token", "", "Secret of 16 characters or more with which machines may join for ever; \"kedge token create\" makes better ones"),
+		&cli.IntFlag{Name: "peer-port", Category: catAPI, Value: 2380, Usage: "`PORT` by which the servers' stores reach each other, where there are several", EnvVars: env("peer-port")},
+
+		str(catJoin, "server", "", "`URL` of a server of the cluster to join, such as https://HOST:6443"),
+		str(catJoin, "token", "", "With --server, the `TOKEN` to join with, from \"kedge token create\", needed at the first start only. Without, a secret of 16 characters or more with which agents may join for ever"),
+		str(catJoin, "token-file", "", "`FILE` with the token"),
 
 		list(catArgs, "kube-apiserver-arg", "`NAME=VALUE` for kube-apiserver (can be repeated)"),
 		list(catArgs, "kube-controller-manager-arg", "`NAME=VALUE` for kube-controller-manager (can be repeated)"),
@@ -102,30 +106,20 @@ func serverFlags() []cli.Flag {
 // agentFlags are the flags of "kedge agent": those of "kedge server" that are about
 // a node and not about the cluster, and how to join.
 func agentFlags() []cli.Flag {
-	flags := joinFlags()
-	flags = append(flags, &cli.StringFlag{Name: "token", Category: catJoin, EnvVars: env("token"),
-		Usage: "`TOKEN` to join with, from \"kedge token create\"; needed at the first start only"})
+	var flags []cli.Flag
 	for _, f := range serverFlags() {
 		name, category := f.Names()[0], f.(cli.CategorizableFlag).GetCategory()
 		switch {
 		case name == "disable-agent" || name == "disable":
-		case category == catGeneral || category == catNode, slices.Contains([]string{"flannel-iface", "nodeport-addresses", "proxy-scheduler", "kubelet-arg"}, name):
+		case name == "token":
+			flags = append(flags, &cli.StringFlag{Name: name, Category: catJoin, EnvVars: env(name),
+				Usage: "`TOKEN` to join with, from \"kedge token create\"; needed at the first start only"})
+		case category == catGeneral || category == catNode || category == catJoin, slices.Contains([]string{"flannel-iface", "nodeport-addresses", "proxy-scheduler", "kubelet-arg"}, name):
 			flags = append(flags, f)
 		}
 	}
 	return flags
 }
-
-// joinFlags are those of an agent that a server does not have.
-func joinFlags() []cli.Flag {
-	return []cli.Flag{
-		&cli.StringFlag{Name: "server", Category: catJoin, EnvVars: env("server"), Usage: "`URL` of a server of the cluster to join, such as https://HOST:6443"},
-		&cli.StringFlag{Name: "token-file", Category: catJoin, EnvVars: env("token-file"), Usage: "`FILE` with the token to join with"},
-	}
-}
-
-// anyNodeFlags are for commands about this machine, whatever runs on it.
-func anyNodeFlags() []cli.Flag { return append(serverFlags(), joinFlags()...) }
 
 // configKeys are the flags as the configuration file knows them.
 func configKeys(flags []cli.Flag) []config.Key {

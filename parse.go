@@ -18,6 +18,7 @@ import (
 	"kedge/internal/hostaddr"
 	"kedge/internal/joining"
 	"kedge/internal/logging"
+	"kedge/internal/token"
 	"kedge/network/backend"
 	"kedge/server"
 )
@@ -189,8 +190,30 @@ func (p *flagParser) cluster() joining.Cluster {
 	return k
 }
 
-// joinToken is the text of an agent's --token, or of the file of --token-file.
-func (p *flagParser) joinToken() string {
+// sameCluster reports the flags of a server that contradict the cluster it has joined.
+// What a flag leaves out comes from the cluster.
+func (p *flagParser) sameCluster(k joining.Cluster) {
+	given := p.cluster()
+	for _, f := range []struct {
+		flag        string
+		given, have any
+	}{
+		{"cluster-cidr", given.ClusterCIDRs, k.ClusterCIDRs}, {"service-cidr", given.ServiceCIDRs, k.ServiceCIDRs},
+		{"cluster-dns", given.ClusterDNS, k.ClusterDNS}, {"cluster-domain", given.ClusterDomain, k.ClusterDomain},
+		{"flannel-backend", given.Backend, k.Backend}, {"lb-pool", given.Pools, k.Pools},
+		{"disable-kube-proxy", given.NoProxy, k.NoProxy}, {"disable-network-policy", given.NoPolicy, k.NoPolicy},
+	} {
+		if p.c.IsSet(f.flag) && fmt.Sprint(f.given) != fmt.Sprint(f.have) {
+			p.fail(fmt.Errorf("--%s %v is not what the cluster has, %v; leave it out", f.flag, f.given, f.have))
+		}
+	}
+	if p.c.IsSet("disable") && (given.NoDNS != k.NoDNS || given.NoBalancer != k.NoBalancer) {
+		p.fail(errors.New("--disable leaves out other parts than the cluster's first server does; leave it out"))
+	}
+}
+
+// token is the text of --token, or of the file of --token-file.
+func (p *flagParser) token() string {
 	text, file := p.c.String("token"), p.c.String("token-file")
 	switch {
 	case file == "":
@@ -204,6 +227,17 @@ func (p *flagParser) joinToken() string {
 		p.fail(fmt.Errorf("--token-file: %w", err))
 	}
 	return strings.TrimSpace(string(data))
+}
+
+// fixedToken is the secret with which agents may join for ever: the one of --token
+// where that is not for joining others, or the one that the other servers have.
+func (p *flagParser) fixedToken(serverDir string) token.Secret {
+	if p.c.String("server") == "" {
+		return token.Secret(p.token())
+	}
+	secret, err := server.FixedToken(serverDir)
+	p.fail(err)
+	return secret
 }
 
 // pools are the addresses that services of type LoadBalancer are given.

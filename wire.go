@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"slices"
+	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/dynamic"
@@ -32,26 +34,29 @@ import (
 	"kedge/server"
 	"kedge/server/loopback"
 	"kedge/server/servicelb"
+	"kedge/server/tunnels"
 )
 
 // wire is the whole graph: which parts there are and what each comes after.
 func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
-	joins, err := server.NewJoin(s.server, id, lb, component(log, "join"))
+	others, err := server.NewServers(s.server, lb, store, component(log, "servers"))
 	if err != nil {
 		return err
 	}
+	joins := server.NewJoin(s.server, id, others, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
 	api, err := server.NewAPIServer(s.server, id, lb, joins, hub)
 	if err != nil {
 		return err
 	}
-	controllers, err := server.NewControllers(s.server, id, lb)
-	if err != nil {
-		return err
+	leads := server.Leading{Store: store}
+	var volumes *agent.Volumes
+	if !s.disableAgent {
+		volumes = agent.NewVolumes(leads)
 	}
-	scheduler, err := server.NewScheduler(s.server, lb)
+	once, err := singletons(s, id, lb, others, volumes, log)
 	if err != nil {
 		return err
 	}
@@ -63,31 +68,96 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
 	answerJoin(asked, joins)
+	answerServers(asked, others)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
 	group.Add(hub, hAPI)
-	group.Add(controllers, hAPI)
-	group.Add(scheduler, hAPI)
-	if s.balancer != nil {
-		balancer, err := servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
-		if err != nil {
-			return err
-		}
-		group.Add(balancer, hAPI)
+	hList := group.Add(others.Directory(), hAPI)
+	for _, part := range once {
+		group.Add(lifecycle.While(part.name, leads, stopWithin, part.build), hAPI, hList)
 	}
 	if s.disableAgent {
 		return nil
 	}
-	group.Add(server.NewRoles(s.server, lb, component(log, "roles")), hAPI)
+	group.Add(server.NewRoles(s.server, lb, others.Directory(), component(log, "roles")), hAPI)
 
 	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
 	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
 	s.agent.ClientCA = id.ClientCA.CertFile()
-	s.agent.Controllers = controllers.Built()
-	return wireNode(group, s, node{
+	s.agent.Volumes = volumes
+	return wireServersNode(group, s, node{
 		asked: asked, api: hAPI, network: lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup),
-		reach: func(kubelet netip.AddrPort) { hub.SetKubelet(kubelet) },
-	}, log)
+	}, hub, id, log)
+}
+
+// wireServersNode is the node's half of a server. Its API is in memory; the other
+// servers reach it as they reach any node.
+func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, id *server.Identity, log *slog.Logger) error {
+	list, err := servers.Load(filepath.Join(s.server.Dir, serversFile))
+	if err != nil {
+		return err
+	}
+	pool, err := servers.New(list, id.ServerCA.CertFile(), servers.DefaultTimes(), component(log, "servers"))
+	if err != nil {
+		return err
+	}
+	n.servers = remember(list, log)
+	n.reach = func(listens netip.AddrPort) {
+		hub.SetKubelet(listens)
+		c := uplink.Config{
+			Cert: &servers.Certificate{CertFile: id.NodeClient.CertFile, KeyFile: id.NodeClient.KeyFile}, Kubelet: listens,
+			Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), Own: s.cluster.Servers[0],
+		}
+		group.Add(uplink.New(c, list, pool, component(log, "tunnel")), n.api)
+	}
+	return wireNode(group, s, n, log)
+}
+
+// serversFile is the list of servers, in the directory of an agent or of a server.
+const serversFile = "servers.json"
+
+// remember keeps the servers that are named.
+func remember(list *servers.List, log *slog.Logger) func(urls []string) {
+	return func(urls []string) {
+		if err := list.Set(urls); err != nil {
+			component(log, "servers").Warn("the servers will not be known after a restart", "err", err)
+		}
+	}
+}
+
+// singleton is a part that runs on one server of the cluster at a time.
+type singleton struct {
+	name  string
+	build func() (lifecycle.Component, error)
+}
+
+// stopWithin is how long singletons may take to stop when another server leads.
+const stopWithin = 5 * time.Second
+
+// singletons are the parts that run once in a cluster.
+func singletons(s settings, id *server.Identity, lb *loopback.Loopback, others *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
+	var guard server.VolumesBuilder
+	if volumes != nil {
+		guard = volumes.Build
+	}
+	parts := []singleton{
+		{"controllers", func() (lifecycle.Component, error) { return server.NewControllers(s.server, id, lb, guard) }},
+		{"scheduler", func() (lifecycle.Component, error) { return server.NewScheduler(s.server, lb) }},
+		{"endpoints", func() (lifecycle.Component, error) { return others.NewEndpoints(id, component(log, "endpoints")), nil }},
+	}
+	if s.balancer != nil {
+		parts = append(parts, singleton{"servicelb", func() (lifecycle.Component, error) {
+			return servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
+		}})
+	}
+	// What is wrong with a component's flags must be said before anything starts.
+	if _, err := parts[0].build(); err != nil {
+		return nil, err
+	}
+	if _, err := parts[1].build(); err != nil {
+		return nil, err
+	}
+	return parts, nil
 }
 
 // wireAgent is the graph of a machine without a control plane: the node's half, and
@@ -115,11 +185,7 @@ func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, list *serv
 			c := uplink.Config{Cert: kubelet, Kubelet: listens, Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)}
 			group.Add(uplink.New(c, list, pool, component(log, "tunnel")), hMember, hPool)
 		},
-		servers: func(named []string) {
-			if err := list.Set(named); err != nil {
-				component(log, "servers").Warn("the servers are not known after a restart", "err", err)
-			}
-		},
+		servers: remember(list, log),
 	}, log)
 }
 
@@ -144,7 +210,7 @@ type node struct {
 	network *rest.Config     // how the data path reads the API
 	// reach is told where the kubelet will listen, so that the API server can call it.
 	reach func(kubelet netip.AddrPort)
-	// servers is told the URLs of all servers, whenever they change; nil: nobody asks.
+	// servers is told the URLs of all servers, whenever they change.
 	servers func(urls []string)
 }
 
@@ -159,10 +225,8 @@ func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	if n.servers != nil {
-		if err := watches.FollowServers(n.servers); err != nil {
-			return err
-		}
+	if err := watches.FollowServers(n.servers); err != nil {
+		return err
 	}
 	var policies *policy.Policy
 	var judge cni.Judge // nil: every connection is allowed

@@ -36,9 +36,9 @@ type Config struct {
 	KubeletPort int
 	KubeletArgs []string // user's, NAME=VALUE
 
-	// Controllers is closed when the controllers of this process, if it has any,
-	// are built; see afterControllers. Nil where it has none.
-	Controllers <-chan struct{}
+	// Volumes keeps the kubelet's volume plugins apart from those of the controllers
+	// of this process. Nil where it has none.
+	Volumes *Volumes
 
 	// Client is how the kubelet reaches the API: in memory on a server.
 	Client *rest.Config

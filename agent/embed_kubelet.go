@@ -280,7 +280,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 		OOMAdjuster:         oom.NewOOMAdjuster(),
 		OSInterface:         containedOS{logLinks: filepath.Join(k.cfg.logDir(), "containers")},
 		VolumePlugins:       plugins,
-		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.cfg.Controllers},
+		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.cfg.Volumes},
 		TLSOptions:          tls,
 		OnHeartbeatFailure:  func() {}, // upstream drops its connections; which server is called is decided below the client
 	}

@@ -3,6 +3,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
 
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
@@ -24,6 +28,34 @@ func Prepare(ctx context.Context, cfg Config) (release func() error, err error) 
 		return nil, err
 	}
 	return cgroup.Claim(cfg.cgroupPath())
+}
+
+// leastLimits are what the kernel must allow for a full node: at its own defaults
+// programs in pods fail with "too many open files" from a few dozen on, and a second
+// node of the same machine does not start.
+var leastLimits = map[string]uint64{
+	"/proc/sys/fs/inotify/max_user_instances": 8192,
+	"/proc/sys/fs/inotify/max_user_watches":   524288,
+}
+
+// RaiseLimits raises those limits of the kernel that are lower than a node needs, and
+// lowers none. Where it may not, the limits stay as they are, and preflight says so.
+func RaiseLimits(log *slog.Logger) {
+	for path, least := range leastLimits {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue // preflight has the sentence for it
+		}
+		have, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+		if err != nil || have >= least {
+			continue
+		}
+		if err := os.WriteFile(path, []byte(strconv.FormatUint(least, 10)), 0); err != nil {
+			log.Debug("a limit of the kernel stays as it is", "path", path, "err", err)
+			continue
+		}
+		log.Info("raised a limit of the kernel", "path", path, "from", have, "to", least)
+	}
 }
 
 // cgroupPath is where the node's cgroup is in a hierarchy.

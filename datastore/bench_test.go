@@ -239,3 +239,33 @@ func selfSigned(b *testing.B) *tls.Config {
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 	}
 }
+
+// BenchmarkMembers is an update through the leader, and through a follower, of three members on one machine, beside
+// a member that is alone. All share one disk and its syncs, so three machines do better.
+func BenchmarkMembers(b *testing.B) {
+	updates := func(b *testing.B, n *testNode) {
+		c := newClient(b, n.Store)
+		var revision int64
+		key := "/" + b.Name()
+		for b.Loop() {
+			revision = update(b, c, key, revision)
+		}
+	}
+	b.Run("alone", func(b *testing.B) { updates(b, newTestCluster(b).node("a").start()) })
+	c := newTestCluster(b)
+	nodes := c.grow("a", "b", "c")
+	leader := c.leader(nodes...)
+	b.Run("leader of 3", func(b *testing.B) { updates(b, leader) })
+	b.Run("follower of 3", func(b *testing.B) { updates(b, without(nodes, leader)[0]) })
+	b.Run("get at the leader of 3", func(b *testing.B) { gets(b, leader) })
+	b.Run("get at a follower of 3", func(b *testing.B) { gets(b, without(nodes, leader)[0]) })
+}
+
+func gets(b *testing.B, n *testNode) {
+	c := newClient(b, n.Store)
+	for b.Loop() {
+		if _, err := c.Kubernetes.Get(b.Context(), "/a", kubernetes.GetOptions{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

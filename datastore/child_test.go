@@ -27,12 +27,16 @@ const (
 	roleFull    = "full"   // writes until files may not grow further
 	roleFatal   = "fatal"  // is told by etcd that all is lost
 	rolePanic   = "panic"  // has a panic in a call
+	roleMember  = "member" // is a member that does what it is told; see machines_test.go
 	childFailed = 3        // exit status of a child whose Run returned ErrFailed
 	fileLimit   = 20 << 20 // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
 	writers     = 4        // of roleWriter
 )
 
 func runChild(role string) int {
+	if role == roleMember {
+		return runMember()
+	}
 	if role == roleFull {
 		// The kernel refuses to grow a file beyond this, like a disk that is full, but for this process only.
 		limit := unix.Rlimit{Cur: fileLimit, Max: fileLimit}

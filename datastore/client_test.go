@@ -147,7 +147,7 @@ func TestClientRangeStreamErrors(t *testing.T) {
 
 // The API server clears the list of a chunk while etcd still looks at its own.
 func TestRangeStreamDoesNotShareLists(t *testing.T) {
-	g := newGate(func() bool { return true })
+	g := newGate(alwaysLed)
 	defer g.close()
 	sent := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{}}}}
 	list := sent.RangeResponse.Kvs

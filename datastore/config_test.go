@@ -1,6 +1,7 @@
 package datastore
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -18,10 +19,10 @@ func TestConfigValidateReportsEverything(t *testing.T) {
 	c.MemberName = ""
 	c.Tick = 1500 * time.Microsecond
 	c.Election = c.Tick
-	c.BatchInterval = 0
-	c.BatchLimit = -1
-	c.SnapshotCount = 0
-	c.SnapshotCatchUp = 0
+	c.Alone.BatchInterval = 0
+	c.Alone.BatchLimit = -1
+	c.Alone.SnapshotCount = 0
+	c.Alone.SnapshotCatchUp = 0
 	c.Quota = -1
 	c.Defrag = DefragConfig{Interval: 0, MinSize: -1, MaxFree: 1.5, QuietRate: -1, Patience: -1}
 	before := c
@@ -39,7 +40,7 @@ func TestConfigValidateReportsEverything(t *testing.T) {
 			t.Errorf("%q is not reported in: %v", want, err)
 		}
 	}
-	if c != before {
+	if !reflect.DeepEqual(c, before) {
 		t.Error("Validate changed the config")
 	}
 }

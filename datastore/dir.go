@@ -23,14 +23,27 @@ const (
 
 // openDir takes sole possession of the data directory and brings it into a state that can be opened. The
 // directory is free again when the returned function is called, or the process ends however it may.
-func openDir(dir string) (release func() error, err error) {
+//
+// joins says that the store, if it is not there yet, is to become a member of one that others have.
+func openDir(dir string, joins bool) (release func() error, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, err
 	}
-	// Its file descriptor holds the lock, so it stays open as long as the store does.
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := cleanDir(dir, joins); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock.Close, nil
+}
+
+// lockDir locks the directory for as long as the returned file is open.
+func lockDir(dir string) (*os.File, error) {
 	lock, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -41,15 +54,23 @@ func openDir(dir string) (release func() error, err error) {
 		}
 		return nil, errors.Join(fmt.Errorf("lock: %w", err), lock.Close())
 	}
-	if err := cleanDir(dir); err != nil {
-		return nil, errors.Join(err, lock.Close())
-	}
-	return lock.Close, nil
+	return lock, nil
 }
 
 // cleanDir removes what a crash may have left behind.
-func cleanDir(dir string) error {
+func cleanDir(dir string, joins bool) error {
 	marker, member := filepath.Join(dir, newFile), filepath.Join(dir, memberDir)
+	if holds, err := HoldsStore(dir); err != nil {
+		return err
+	} else if joins && !holds {
+		// The first start of a member that joins was cut short, or is this one. Without a log it has promised
+		// nothing to the others, so what there is can go. With one it must not: they may have counted on it
+		// already. And its log need not begin with the members, which it gets from the others.
+		if err := errors.Join(os.RemoveAll(member), os.RemoveAll(marker)); err != nil {
+			return err
+		}
+		return atomicfile.SyncDir(dir)
+	}
 	switch _, err := os.Stat(marker); {
 	case err == nil:
 		// The very first start was cut short. etcd cannot start again from a log without its first entries,

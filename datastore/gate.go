@@ -6,18 +6,20 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"go.etcd.io/raft/v3"
 	"google.golang.org/grpc/metadata"
 )
 
-// gate stands before every call and stream. It keeps clients out once the store stops, and it does what
-// etcd's gRPC interceptors do for those who asked for a leader.
+// gate stands before every call and stream. It keeps clients out once the store stops, it does what etcd's gRPC
+// interceptors do for those who asked for a leader, and it ends calls that wait for a leader in vain.
 //
 //	open ──close──► closed    (for ever)
 //
 // etcd's server must not be stopped under a call: it would read from a closed database file. Over gRPC the
 // listener sees to that; here close does, which turns newcomers away, cancels who is inside and waits for them.
 type gate struct {
-	hasLeader func() bool
+	// leader is who leads by raft's own state, and raft.None if nobody does, and the term.
+	leader func() (id, term uint64)
 
 	mu     sync.RWMutex // guards closed, and wg.Add against wg.Wait
 	closed bool
@@ -28,11 +30,24 @@ type gate struct {
 
 	streamsMu sync.Mutex
 	streams   map[*admission]struct{} // those that end when there is no leader
+
+	callsMu    sync.Mutex              // guards what follows
+	calls      map[*admission]struct{} // those that need a majority
+	reign      uint64                  // number of the leader and term that was seen last
+	leaderless bool                    // for so long that calls need not wait for one
 }
 
-func newGate(hasLeader func() bool) *gate {
+func newGate(leader func() (id, term uint64)) *gate {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	return &gate{hasLeader: hasLeader, ctx: ctx, cancel: cancel, streams: map[*admission]struct{}{}}
+	return &gate{
+		leader: leader, ctx: ctx, cancel: cancel,
+		streams: map[*admission]struct{}{}, calls: map[*admission]struct{}{},
+	}
+}
+
+func (g *gate) hasLeader() bool {
+	id, _ := g.leader()
+	return id != raft.None
 }
 
 // admission is one call or stream inside the gate. leave must be called when it is over.
@@ -41,6 +56,7 @@ type admission struct {
 	ctx    context.Context // for the server side; its cause says why the gate ended it
 	cancel context.CancelCauseFunc
 	detach func() bool // stops ctx from following gate.ctx
+	reign  uint64      // of a call that needs a majority: when it began
 }
 
 // enter admits one call. Its errors are those that etcd sends over the wire.
@@ -75,6 +91,31 @@ func (g *gate) enterStream(ctx context.Context) (*admission, error) {
 	return &a, nil
 }
 
+// enterCall admits one call that cannot be answered without a majority. etcd would let it wait for 7 s, in which
+// the leader may have gone and come back; here it ends as soon as it is known to be in vain.
+func (g *gate) enterCall(ctx context.Context) (*admission, error) {
+	a, err := g.enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	g.callsMu.Lock()
+	defer g.callsMu.Unlock()
+	if g.leaderless {
+		a.leave()
+		return nil, rpctypes.ErrGRPCNoLeader
+	}
+	a.reign = g.reign
+	g.calls[&a] = struct{}{}
+	return &a, nil
+}
+
+func (a *admission) leaveCall() {
+	a.gate.callsMu.Lock()
+	delete(a.gate.calls, a)
+	a.gate.callsMu.Unlock()
+	a.leave()
+}
+
 func (a *admission) leave() {
 	a.detach()
 	a.cancel(nil)
@@ -91,7 +132,7 @@ func (a *admission) leaveStream() {
 // reason is why the gate ended the call, in place of err, or err if it did not.
 func (a *admission) reason(err error) error {
 	switch cause := context.Cause(a.ctx); cause {
-	case rpctypes.ErrGRPCStopped, rpctypes.ErrGRPCNoLeader:
+	case rpctypes.ErrGRPCStopped, rpctypes.ErrGRPCNoLeader, rpctypes.ErrGRPCTimeoutDueToLeaderFail:
 		return cause
 	default:
 		return err
@@ -112,28 +153,74 @@ func (g *gate) close() {
 	g.wg.Wait()
 }
 
-// leaderlessIntervals is for how many election timeouts in a row there must be no leader before streams end. New
-// streams are refused at once, but to open one again costs much, so those that are open are kept through an
-// ordinary election. It is etcd's own number.
-const leaderlessIntervals = 3
+const (
+	// patience is for how many election timeouts there must be no leader before streams and calls end. New
+	// streams are refused at once, but to open one again costs much, so those that are open are kept through
+	// an ordinary election, also one that has to be repeated. With the time in which raft notices that it is
+	// cut off, which is up to two timeouts, it makes less than five.
+	patience = 2
+	// regard is how often in an election timeout the gate looks.
+	regard = 4
+	// settling is the part of an election timeout in which calls from before a new leader may still be answered.
+	// What was on its way to the old one may be lost, and nobody would say so.
+	settling = 2
+)
 
-// watchLeader ends the streams that asked for a leader when there has been none for some time. It returns
-// when the gate closes.
-func (g *gate) watchLeader(interval time.Duration) {
-	ticker := time.NewTicker(interval)
+// watchLeader ends the streams that asked for a leader when there has been none for some time, and the calls
+// that wait for one, or have waited for one that is gone. It returns when the gate closes.
+func (g *gate) watchLeader(election time.Duration) {
+	ticker := time.NewTicker(election / regard)
 	defer ticker.Stop()
-	for missed := 0; ; {
+	var lastID, lastTerm uint64
+	var lost, since time.Time // since when there is no leader, or this one
+	for {
 		select {
 		case <-g.ctx.Done():
 			return
 		case <-ticker.C:
 		}
-		if g.hasLeader() {
-			missed = 0
+		now := time.Now()
+		id, term := g.leader()
+		switch {
+		case id == raft.None:
+			if lost.IsZero() {
+				lost = now
+			}
+			if now.Sub(lost) >= patience*election {
+				g.endLeaderless()
+			}
 			continue
+		case id != lastID || term != lastTerm:
+			lastID, lastTerm, since = id, term, now
+			g.crown()
+		case now.Sub(since) >= election/settling && now.Sub(since) < 2*election:
+			g.endOlder()
 		}
-		if missed++; missed >= leaderlessIntervals {
-			g.endLeaderless()
+		lost = time.Time{}
+		g.setLeaderless(false)
+	}
+}
+
+// crown begins another reign.
+func (g *gate) crown() {
+	g.callsMu.Lock()
+	defer g.callsMu.Unlock()
+	g.reign++
+}
+
+func (g *gate) setLeaderless(is bool) {
+	g.callsMu.Lock()
+	defer g.callsMu.Unlock()
+	g.leaderless = is
+}
+
+// endOlder ends the calls from before this reign.
+func (g *gate) endOlder() {
+	g.callsMu.Lock()
+	defer g.callsMu.Unlock()
+	for a := range g.calls {
+		if a.reign < g.reign {
+			a.cancel(rpctypes.ErrGRPCTimeoutDueToLeaderFail)
 		}
 	}
 }
@@ -142,6 +229,12 @@ func (g *gate) endLeaderless() {
 	g.streamsMu.Lock()
 	defer g.streamsMu.Unlock()
 	for a := range g.streams {
+		a.cancel(rpctypes.ErrGRPCNoLeader)
+	}
+	g.callsMu.Lock()
+	defer g.callsMu.Unlock()
+	g.leaderless = true
+	for a := range g.calls {
 		a.cancel(rpctypes.ErrGRPCNoLeader)
 	}
 }

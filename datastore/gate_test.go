@@ -11,6 +11,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/raft/v3"
 )
 
 func isStopped(err error) bool {
@@ -23,7 +24,12 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var leader atomic.Bool
 		leader.Store(true)
-		g := newGate(leader.Load)
+		g := newGate(func() (uint64, uint64) {
+			if leader.Load() {
+				return 1, 1
+			}
+			return raft.None, 1
+		})
 		const interval = time.Second
 		go g.watchLeader(interval)
 		defer g.close()
@@ -40,9 +46,9 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 		}
 		picky, easy := open(clientv3.WithRequireLeader(t.Context())), open(t.Context())
 
-		// An election that lasts a little less than three intervals ends nothing.
+		// An election that lasts a little less than two timeouts ends nothing.
 		leader.Store(false)
-		time.Sleep(3*interval - interval/2)
+		time.Sleep(2*interval - interval/2)
 		leader.Store(true)
 		time.Sleep(3 * interval)
 		synctest.Wait()
@@ -58,10 +64,10 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 		if _, err := g.enter(clientv3.WithRequireLeader(t.Context())); err != rpctypes.ErrGRPCNoLeader {
 			t.Errorf("new call: %v, want no leader", err)
 		}
-		time.Sleep(4 * interval)
+		time.Sleep(3 * interval)
 		synctest.Wait()
 		if !ended(picky) {
-			t.Fatal("the stream is open after three intervals without a leader")
+			t.Fatal("the stream is open after three election timeouts without a leader")
 		}
 		if _, err := picky.Recv(); err != rpctypes.ErrGRPCNoLeader {
 			t.Errorf("stream ended with %v, want no leader", err)
@@ -69,6 +75,65 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 		if ended(easy) {
 			t.Error("a stream that did not ask for a leader ended")
 		}
+	})
+}
+
+// Calls that need a majority end with the leader, and those that it took along end soon after the next one is there.
+func TestGateEndsCallsInVain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var leader, term atomic.Uint64
+		leader.Store(1)
+		term.Store(1)
+		g := newGate(func() (uint64, uint64) { return leader.Load(), term.Load() })
+		const election = time.Second
+		go g.watchLeader(election)
+		defer g.close()
+		enter := func() *admission {
+			a, err := g.enterCall(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return a
+		}
+		time.Sleep(3 * election)
+
+		// An election: what was under way has half a second under the new leader.
+		before := enter()
+		leader.Store(raft.None)
+		time.Sleep(election)
+		between := enter()
+		leader.Store(2)
+		term.Store(2)
+		time.Sleep(election / 3)
+		after := enter()
+		if before.ctx.Err() != nil || between.ctx.Err() != nil {
+			t.Error("calls ended with the election")
+		}
+		time.Sleep(election)
+		for _, a := range []*admission{before, between} {
+			if err := a.reason(nil); err != rpctypes.ErrGRPCTimeoutDueToLeaderFail {
+				t.Errorf("a call from before the election was told %v", err)
+			}
+			a.leaveCall()
+		}
+		time.Sleep(5 * election)
+		if after.ctx.Err() != nil {
+			t.Error("a call of this leader's time was ended")
+		}
+
+		// No leader at all.
+		leader.Store(raft.None)
+		time.Sleep(3 * election)
+		if err := after.reason(nil); err != rpctypes.ErrGRPCNoLeader {
+			t.Errorf("a call without a leader was told %v", err)
+		}
+		after.leaveCall()
+		if _, err := g.enterCall(t.Context()); err != rpctypes.ErrGRPCNoLeader {
+			t.Errorf("a new call without a leader: %v", err)
+		}
+		leader.Store(2)
+		time.Sleep(election)
+		enter().leaveCall()
 	})
 }
 
@@ -87,7 +152,7 @@ func TestWatchFailsWithoutLeader(t *testing.T) {
 
 func TestGateCloseWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newGate(func() bool { return true })
+		g := newGate(alwaysLed)
 		a, err := g.enter(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -113,7 +178,7 @@ func TestGateCloseWaits(t *testing.T) {
 
 // What the server sent before it returned arrives, in order, before its error.
 func TestStreamDeliversBeforeError(t *testing.T) {
-	g := newGate(func() bool { return true })
+	g := newGate(alwaysLed)
 	defer g.close()
 	broken := errors.New("broken")
 	for _, tc := range []struct{ returned, want error }{{nil, io.EOF}, {broken, broken}} {
@@ -145,7 +210,7 @@ func TestStreamDeliversBeforeError(t *testing.T) {
 
 // A client that cancels is told so, and its server side ends.
 func TestStreamCancel(t *testing.T) {
-	g := newGate(func() bool { return true })
+	g := newGate(alwaysLed)
 	defer g.close()
 	ctx, cancel := context.WithCancel(t.Context())
 	s, err := openStream(g, ctx, runGuarded, func(s *serverStream[int, int]) error {
@@ -172,7 +237,7 @@ func TestStreamCancel(t *testing.T) {
 }
 
 func TestStreamHalfClose(t *testing.T) {
-	g := newGate(func() bool { return true })
+	g := newGate(alwaysLed)
 	defer g.close()
 	s, err := openStream(g, t.Context(), runGuarded, func(s *serverStream[int, int]) error {
 		sum := 0
@@ -201,6 +266,8 @@ func TestStreamHalfClose(t *testing.T) {
 		t.Errorf("sum %v, %v", sum, err)
 	}
 }
+
+func alwaysLed() (id, term uint64) { return 1, 1 }
 
 func runGuarded(f func() error) error { return f() }
 

@@ -152,6 +152,7 @@ func (k *keeper) rewrite(ctx context.Context, before usage) (usage, error) {
 
 // serverSpace is the space of a running server.
 type serverSpace struct {
+	store     *Store
 	server    *etcdserver.EtcdServer
 	transport *transport
 	dir       string
@@ -174,9 +175,14 @@ func (s *serverSpace) usage() (usage, error) {
 	}, nil
 }
 
+// alarms are this member's own, and those of members that are gone. A member sees to its own space only: one
+// alarm stops the writes of all, and the one whose file is full knows when that is over.
 func (s *serverSpace) alarms() (noSpace []*pb.AlarmMember) {
 	for _, alarm := range s.server.Alarms() {
-		if alarm.Alarm == pb.AlarmType_NOSPACE {
+		if alarm.Alarm != pb.AlarmType_NOSPACE {
+			continue
+		}
+		if alarm.MemberID == uint64(s.server.MemberID()) || s.server.IsIDRemoved(alarm.MemberID) {
 			noSpace = append(noSpace, alarm)
 		}
 	}
@@ -191,9 +197,12 @@ func (s *serverSpace) compact(ctx context.Context, revision int64) error {
 	return err
 }
 
+// defragment stops this member for a moment, so with several it takes turns.
 func (s *serverSpace) defragment(ctx context.Context) error {
-	_, err := maintenanceClient{s.transport}.Defragment(ctx, &pb.DefragmentRequest{})
-	return err
+	return s.store.inTurn(ctx, s.server, func() error {
+		_, err := maintenanceClient{s.transport}.Defragment(ctx, &pb.DefragmentRequest{})
+		return err
+	})
 }
 
 func (s *serverSpace) clearFull(ctx context.Context) error {

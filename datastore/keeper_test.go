@@ -93,7 +93,7 @@ func TestKeeper(t *testing.T) {
 // The same with a real file and small thresholds.
 func TestStoreDefragmentsByItself(t *testing.T) {
 	cfg := testConfig(t.TempDir())
-	cfg.BatchInterval = 10 * time.Millisecond
+	cfg.Alone.BatchInterval = 10 * time.Millisecond
 	cfg.Defrag.Interval = 50 * time.Millisecond
 	cfg.Defrag.MinSize = 1 << 20
 	cfg.Defrag.QuietRate = 1e6 // the test writes while it waits
@@ -126,7 +126,7 @@ func TestStoreDefragmentsByItself(t *testing.T) {
 // A store that was filled to its quota must take writes again without anybody's help once there is room.
 func TestStoreRecoversFromQuota(t *testing.T) {
 	cfg := testConfig(t.TempDir())
-	cfg.BatchInterval = 10 * time.Millisecond
+	cfg.Alone.BatchInterval = 10 * time.Millisecond
 	cfg.Defrag.Interval = 50 * time.Millisecond
 	cfg.Quota = 8 * mib
 	s, _ := start(t, cfg)

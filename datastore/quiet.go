@@ -19,6 +19,41 @@ var expected = map[string]bool{
 	"failed to update cluster version":                       true,
 	"stopped publish because server is stopping":             true,
 	"failed to publish local member to cluster through raft": true, // and it says so again if it goes on
+
+	// Members that come and go. Raft's transport says for each connection and each attempt what the ways say
+	// once (see way.run).
+	"lost TCP streaming connection with remote peer":                        true,
+	"closed TCP streaming connection with remote peer":                      true,
+	"peer became inactive (message send to peer failed)":                    true,
+	"failed to reach the peer URL":                                          true,
+	"failed to get version":                                                 true,
+	"failed to get downgrade enabled status":                                true,
+	"failed to get cluster response":                                        true,
+	"prober detected unhealthy status":                                      true,
+	"dropped internal Raft message since sending buffer is full":            true,
+	"dropped internal Raft message since pipeline's sending buffer is full": true,
+	"leadership transfer failed":                                            true,
+	"failed to find remote peer in cluster":                                 true,
+	"failed to process Raft message":                                        true,
+	"failed hash kv request":                                                true,
+	"ignored streaming request; ID mismatch":                                true,
+	"failed to unmarshal response":                                          true,
+	"rejected stream from remote peer because it was removed":               true,
+	"rejected Raft message from removed member":                             true,
+	"rejected Raft message to mismatch member":                              true,
+	"cannot fetch hash from slow remote peer":                               true,
+	"failed to fetch hash from peer":                                        true,
+	"skipped attributes update of removed member":                           true,
+	"skipped removing already removed peer":                                 true,
+	"waiting for ReadIndex response took too long, retrying":                true,
+	"ignored out-of-date read index response; local node read indexes queueing up and waiting to be in sync with leader": true,
+	// Learners that are still catching up, and changes that are made again in a moment.
+	"rejecting promote learner: learner is not ready":                                                                       true,
+	"rejecting member add request; local member has not been connected to majority peers, reconfigure breaks active quorum": true,
+	"rejecting member remove request; local member has not been connected to all peers, reconfigure breaks active quorum":   true,
+	// Said by Run, as ErrRemoved.
+	"server error": true,
+	"data-dir used by this member must be removed": true,
 }
 
 // slowRequest is etcd's warning for each single request that waited for the disk or

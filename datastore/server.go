@@ -3,14 +3,16 @@ package datastore
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"expvar"
 	"fmt"
-	"net/url"
 	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
+	etcdtls "go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
+	"go.etcd.io/etcd/pkg/v3/featuregate"
 	"go.etcd.io/etcd/server/v3/config"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/features"
@@ -27,40 +29,63 @@ const walSegment = 8 << 20
 // setWALSegment sets etcd's package variable once, because stores of one process share it.
 var setWALSegment = sync.OnceFunc(func() { wal.SegmentSizeBytes = walSegment })
 
-// soloPeer is the peer address of a cluster's only member. Raft wants one; nobody listens there.
-var soloPeer = types.URLs{url.URL{Scheme: "http", Host: "127.0.0.1:2380"}}
+// maxLearners bounds the members that have no vote yet. All members must agree on it. More than one lets several
+// join at a time, and one that never comes does not stand in their way.
+const maxLearners = 8
+
+// opening is how the store is opened.
+type opening struct {
+	// self is this member's URL, and members are all members' by their names. Read when the directory is empty,
+	// and else ignored.
+	self    types.URLs
+	members types.URLsMap
+	// join is for a directory that is empty, and a cluster that exists.
+	join bool
+	// several says that there are, or will at once be, other members.
+	several bool
+	quota   int64
+}
 
 // newServer opens what is in the data directory, or creates it, but does not yet start raft.
 //
 // It uses etcdserver and not etcd's embed package, which would open two listeners.
-func newServer(c Config, quota int64, log *zap.Logger) (*etcdserver.EtcdServer, error) {
+func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, error) {
 	setWALSegment()
+	pace := c.Alone
+	if o.several {
+		pace = c.Several
+	}
+	gates, err := featureGates(c.MemberName, o.several, log)
+	if err != nil {
+		return nil, err
+	}
 	server, err := etcdserver.NewServer(config.ServerConfig{
 		Name:    c.MemberName,
 		DataDir: c.Dir,
 		Logger:  log,
 
-		// Read when the directory is empty, and else ignored. The token makes the identity of every cluster
-		// its own, so that members of two can never take each other for peers.
-		NewCluster:          true,
-		InitialPeerURLsMap:  types.URLsMap{c.MemberName: soloPeer},
+		// The token makes the identity of every cluster its own, so that members of two can never take each
+		// other for peers.
+		NewCluster:          !o.join,
+		InitialPeerURLsMap:  o.members,
 		InitialClusterToken: rand.Text(),
-		PeerURLs:            soloPeer,
+		PeerURLs:            o.self,
+		PeerTLSInfo:         c.Peer.tlsInfo(o.self),
 
 		TickMs:                     uint(c.Tick.Milliseconds()),
 		ElectionTicks:              int(c.Election / c.Tick),
 		InitialElectionTickAdvance: true,
 		PreVote:                    true,
 		StrictReconfigCheck:        true,
-		MaxLearners:                1,
+		MaxLearners:                maxLearners,
 
-		BackendBatchInterval: c.BatchInterval,
-		BackendBatchLimit:    c.BatchLimit,
+		BackendBatchInterval: pace.BatchInterval,
+		BackendBatchLimit:    pace.BatchLimit,
 		BackendFreelistType:  bbolt.FreelistMapType,
-		QuotaBackendBytes:    quota,
+		QuotaBackendBytes:    o.quota,
 
-		SnapshotCount:          c.SnapshotCount,
-		SnapshotCatchUpEntries: c.SnapshotCatchUp,
+		SnapshotCount:          pace.SnapshotCount,
+		SnapshotCatchUpEntries: pace.SnapshotCatchUp,
 		MaxSnapFiles:           5,
 		MaxWALFiles:            5,
 
@@ -76,12 +101,40 @@ func newServer(c Config, quota int64, log *zap.Logger) (*etcdserver.EtcdServer, 
 		AutoCompactionRetention: 0,
 		// Off, as there are no users: AuthToken "". There is nothing to downgrade to: DowngradeCheckTime 0.
 
-		ServerFeatureGate: features.NewDefaultServerFeatureGate(c.MemberName, log),
+		CompactHashCheckTime: time.Minute,
+		ServerFeatureGate:    gates,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open etcd: %w", err)
 	}
 	return server, nil
+}
+
+// featureGates turns etcd's comparisons of the members' data on where there are several.
+func featureGates(name string, several bool, log *zap.Logger) (featuregate.FeatureGate, error) {
+	gates := featuregate.New(name, log)
+	if err := gates.Add(features.DefaultEtcdServerFeatureGates); err != nil {
+		return nil, err
+	}
+	return gates, gates.SetFromMap(map[string]bool{
+		string(features.InitialCorruptCheck): several,
+		string(features.CompactHashCheck):    several,
+	})
+}
+
+// tlsInfo is for raft's connections to other members, which go out from the member's own address on loopback.
+func (p PeerConfig) tlsInfo(self types.URLs) etcdtls.TLSInfo {
+	if !p.enabled() {
+		return etcdtls.TLSInfo{}
+	}
+	info := etcdtls.TLSInfo{
+		CertFile: p.CertFile, KeyFile: p.KeyFile, TrustedCAFile: p.CAFile, ClientCertAuth: true,
+		ServerName: PeerServerName, MinVersion: tls.VersionTLS13,
+	}
+	if a := virtualAddress(self[0].String()); a.IsValid() {
+		info.LocalAddr = a.String()
+	}
+	return info
 }
 
 // campaignInterval is how often campaign looks whether it is time.

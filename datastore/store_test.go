@@ -87,7 +87,7 @@ func TestStoreRefusesDirectoryInUse(t *testing.T) {
 // With a batch interval far beyond the test, only a commit at the end puts the write into the database file.
 func TestStoreCommitsWhenItStops(t *testing.T) {
 	cfg := testConfig(t.TempDir())
-	cfg.BatchInterval *= 1000
+	cfg.Alone.BatchInterval *= 1000
 	s, stop := start(t, cfg)
 	want := fill(t, newClient(t, s), "/a/", 10, "x")
 	stop()

@@ -2,22 +2,27 @@ package datastore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"slices"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
+	"go.etcd.io/raft/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 )
 
 // transport is what lies between etcd's client and etcd's server: plain function calls to the services that
 // would otherwise answer on a socket. It is shared by all clients and holds nothing of any of them.
 type transport struct {
-	gate *gate
-	fail func(error)
+	gate   *gate
+	fail   func(error)
+	server *etcdserver.EtcdServer
 
 	kv          pb.KVServer
 	lease       pb.LeaseServer
@@ -30,6 +35,7 @@ func newTransport(server *etcdserver.EtcdServer, g *gate, fail func(error)) *tra
 	return &transport{
 		gate:    g,
 		fail:    fail,
+		server:  server,
 		kv:      v3rpc.NewQuotaKVServer(server),
 		lease:   v3rpc.NewQuotaLeaseServer(server),
 		watch:   v3rpc.NewWatchServer(server),
@@ -67,7 +73,43 @@ func (t *transport) guard(f func() error) (err error) {
 	return f()
 }
 
-// call makes one call that is not a stream.
+// majority makes one call that cannot be answered without a majority of the members.
+func majority[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
+	a, err := t.gate.enterCall(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer a.leaveCall()
+	for {
+		err = t.guard(func() (err error) {
+			out, err = f(a.ctx, in)
+			return err
+		})
+		if !dropped(err) {
+			break
+		}
+		// Raft takes nothing while it hands its leadership over. This has not happened and will not, so it is
+		// safe to ask again, and it is over in a moment.
+		sleep(a.ctx, retryDropped)
+		if a.ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
+		return nil, a.reason(err)
+	}
+	return out, nil
+}
+
+// retryDropped is after how long a proposal is made again that raft did not take.
+const retryDropped = 10 * time.Millisecond
+
+// dropped reports whether raft has not taken a proposal, which the handlers do not say by a type.
+func dropped(err error) bool {
+	return err != nil && (errors.Is(err, raft.ErrProposalDropped) || status.Convert(err).Message() == raft.ErrProposalDropped.Error())
+}
+
+// call makes one call that this member answers alone, and that is not a stream.
 func call[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
 	a, err := t.gate.enter(ctx)
 	if err != nil {
@@ -89,23 +131,26 @@ type kvClient struct{ *transport }
 var _ pb.KVClient = kvClient{}
 
 func (c kvClient) Range(ctx context.Context, in *pb.RangeRequest, _ ...grpc.CallOption) (*pb.RangeResponse, error) {
-	return call(c.transport, ctx, in, c.kv.Range)
+	if in.Serializable {
+		return call(c.transport, ctx, in, c.kv.Range)
+	}
+	return majority(c.transport, ctx, in, c.kv.Range)
 }
 
 func (c kvClient) Put(ctx context.Context, in *pb.PutRequest, _ ...grpc.CallOption) (*pb.PutResponse, error) {
-	return call(c.transport, ctx, in, c.kv.Put)
+	return majority(c.transport, ctx, in, c.kv.Put)
 }
 
 func (c kvClient) DeleteRange(ctx context.Context, in *pb.DeleteRangeRequest, _ ...grpc.CallOption) (*pb.DeleteRangeResponse, error) {
-	return call(c.transport, ctx, in, c.kv.DeleteRange)
+	return majority(c.transport, ctx, in, c.kv.DeleteRange)
 }
 
 func (c kvClient) Txn(ctx context.Context, in *pb.TxnRequest, _ ...grpc.CallOption) (*pb.TxnResponse, error) {
-	return call(c.transport, ctx, in, c.kv.Txn)
+	return majority(c.transport, ctx, in, c.kv.Txn)
 }
 
 func (c kvClient) Compact(ctx context.Context, in *pb.CompactionRequest, _ ...grpc.CallOption) (*pb.CompactionResponse, error) {
-	return call(c.transport, ctx, in, c.kv.Compact)
+	return majority(c.transport, ctx, in, c.kv.Compact)
 }
 
 func (c kvClient) RangeStream(ctx context.Context, in *pb.RangeRequest, _ ...grpc.CallOption) (pb.KV_RangeStreamClient, error) {
@@ -130,11 +175,11 @@ type leaseClient struct{ *transport }
 var _ pb.LeaseClient = leaseClient{}
 
 func (c leaseClient) LeaseGrant(ctx context.Context, in *pb.LeaseGrantRequest, _ ...grpc.CallOption) (*pb.LeaseGrantResponse, error) {
-	return call(c.transport, ctx, in, c.lease.LeaseGrant)
+	return majority(c.transport, ctx, in, c.lease.LeaseGrant)
 }
 
 func (c leaseClient) LeaseRevoke(ctx context.Context, in *pb.LeaseRevokeRequest, _ ...grpc.CallOption) (*pb.LeaseRevokeResponse, error) {
-	return call(c.transport, ctx, in, c.lease.LeaseRevoke)
+	return majority(c.transport, ctx, in, c.lease.LeaseRevoke)
 }
 
 func (c leaseClient) LeaseKeepAlive(ctx context.Context, _ ...grpc.CallOption) (pb.Lease_LeaseKeepAliveClient, error) {
@@ -166,15 +211,15 @@ type clusterClient struct{ *transport }
 var _ pb.ClusterClient = clusterClient{}
 
 func (c clusterClient) MemberAdd(ctx context.Context, in *pb.MemberAddRequest, _ ...grpc.CallOption) (*pb.MemberAddResponse, error) {
-	return call(c.transport, ctx, in, c.cluster.MemberAdd)
+	return majority(c.transport, ctx, in, c.cluster.MemberAdd)
 }
 
 func (c clusterClient) MemberRemove(ctx context.Context, in *pb.MemberRemoveRequest, _ ...grpc.CallOption) (*pb.MemberRemoveResponse, error) {
-	return call(c.transport, ctx, in, c.cluster.MemberRemove)
+	return majority(c.transport, ctx, in, c.cluster.MemberRemove)
 }
 
 func (c clusterClient) MemberUpdate(ctx context.Context, in *pb.MemberUpdateRequest, _ ...grpc.CallOption) (*pb.MemberUpdateResponse, error) {
-	return call(c.transport, ctx, in, c.cluster.MemberUpdate)
+	return majority(c.transport, ctx, in, c.cluster.MemberUpdate)
 }
 
 func (c clusterClient) MemberList(ctx context.Context, in *pb.MemberListRequest, _ ...grpc.CallOption) (*pb.MemberListResponse, error) {
@@ -182,7 +227,7 @@ func (c clusterClient) MemberList(ctx context.Context, in *pb.MemberListRequest,
 }
 
 func (c clusterClient) MemberPromote(ctx context.Context, in *pb.MemberPromoteRequest, _ ...grpc.CallOption) (*pb.MemberPromoteResponse, error) {
-	return call(c.transport, ctx, in, c.cluster.MemberPromote)
+	return majority(c.transport, ctx, in, c.cluster.MemberPromote)
 }
 
 type maintenanceClient struct{ *transport }
@@ -190,7 +235,7 @@ type maintenanceClient struct{ *transport }
 var _ pb.MaintenanceClient = maintenanceClient{}
 
 func (c maintenanceClient) Alarm(ctx context.Context, in *pb.AlarmRequest, _ ...grpc.CallOption) (*pb.AlarmResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.Alarm)
+	return majority(c.transport, ctx, in, c.maintenance.Alarm)
 }
 
 func (c maintenanceClient) Status(ctx context.Context, in *pb.StatusRequest, _ ...grpc.CallOption) (*pb.StatusResponse, error) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/spf13/pflag"
 	"k8s.io/client-go/discovery"
@@ -28,22 +27,30 @@ import (
 )
 
 // Controllers is the component that runs the controllers of
-// kube-controller-manager.
+// kube-controller-manager, once. They are made anew for each term of leadership.
 type Controllers struct {
 	cfg      Config
 	id       *Identity
 	loopback *loopback.Loopback
 	opts     *options.KubeControllerManagerOptions
-	built    chan struct{}
+	build    VolumesBuilder
 }
 
-// NewControllers parses the component's flags and keeps the rest.
-func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback) (*Controllers, error) {
+// VolumesBuilder calls build, which initialises the controllers' volume plugins, at a
+// moment when that disturbs nobody else in the process.
+type VolumesBuilder func(ctx context.Context, build func() error) error
+
+// NewControllers parses the component's flags and keeps the rest. build may be nil
+// where the process has no kubelet.
+func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
 	opts, err := options.NewKubeControllerManagerOptions()
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)
 	}
-	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts, built: make(chan struct{})}
+	if build == nil {
+		build = func(_ context.Context, build func() error) error { return build() }
+	}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts, build: build}
 	flags := opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	fs := pflag.NewFlagSet("kube-controller-manager", pflag.ContinueOnError)
 	for _, f := range flags.FlagSets {
@@ -82,10 +89,6 @@ func (c *Controllers) defaults() map[string]string {
 	}
 }
 
-// Built is closed when the controllers exist and have initialised their volume
-// plugins, which a kubelet in the same process must wait for.
-func (c *Controllers) Built() <-chan struct{} { return c.built }
-
 // Name implements lifecycle.Component.
 func (c *Controllers) Name() string { return "controllers" }
 
@@ -112,24 +115,30 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	clients := controllerClients{c.loopback}
 	cc, err := app.CreateControllerContext(ctx, completed, clients.root(), clients)
 	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
 		return fmt.Errorf("make the controllers' context: %w", err)
 	}
+	defer cc.InformerFactory.Shutdown() // gives its name back, for the next term
 	descriptors := app.NewControllerDescriptors()
 	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
-	controllers, err := app.BuildControllers(ctx, cc, descriptors, mux, health)
+	var controllers []app.Controller
+	err = c.build(ctx, func() (err error) {
+		controllers, err = app.BuildControllers(ctx, cc, descriptors, mux, health)
+		return err
+	})
 	if ctx.Err() != nil {
 		return nil // some of them wait for the API while they are built
 	}
 	if err != nil {
 		return fmt.Errorf("build the controllers: %w", err)
 	}
-	close(c.built)
 	tokens, err := c.tokens(ctx, cc, clients)
 	if err != nil {
 		return err
 	}
 	cc.InformerFactory.Start(ctx.Done())
-	defer cc.InformerFactory.Shutdown()
 	cc.ObjectOrMetadataInformerFactory.Start(ctx.Done())
 	close(cc.InformersStarted)
 	go tokens(ctx)
@@ -223,6 +232,3 @@ func (c controllerClients) DiscoveryClient(name string) (discovery.DiscoveryInte
 func (c controllerClients) DiscoveryClientOrDie(name string) discovery.DiscoveryInterface {
 	return discovery.NewDiscoveryClientForConfigOrDie(c.ConfigOrDie(name))
 }
-
-// StopTimeout implements lifecycle.StopTimeouter.
-func (c *Controllers) StopTimeout() time.Duration { return 5 * time.Second }

@@ -24,7 +24,8 @@ import (
 	"kedge/server/loopback"
 )
 
-// Scheduler is the component that runs kube-scheduler.
+// Scheduler is the component that runs kube-scheduler, once. It is made anew for each
+// term of leadership.
 type Scheduler struct {
 	loopback *loopback.Loopback
 	opts     *options.Options
@@ -63,6 +64,7 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	defer cfg.InformerFactory.Shutdown() // gives its name back, for the next term
 	cc := cfg.Complete()
 	sched, err := scheduler.New(ctx, cc.Client, cc.InformerFactory, cc.DynInformerFactory,
 		func(name string) events.EventRecorderLogger { return cc.EventBroadcaster.NewRecorder(name) },

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
+	"kedge/datastore"
 	"kedge/internal/atomicfile"
 	"kedge/internal/joining"
 	"kedge/internal/pki"
@@ -32,12 +34,15 @@ type Identity struct {
 	KubeletCA *pki.Authority
 	ClientCA  *pki.Authority // signs who calls: administrators, nodes, the API server itself
 	ProxyCA   *pki.Authority // signs the aggregator's front proxy
+	PeerCA    *pki.Authority // signs what the servers' stores show each other, and nothing else
 
 	Serving        pki.Pair // the API's certificate
 	KubeletClient  pki.Pair // the API server's when it calls kubelets
 	ProxyClient    pki.Pair // the aggregator's when it calls extension API servers
 	Admin          pki.Pair // cluster-admin, for the kubeconfig
 	KubeletServing pki.Pair // the certificate of this machine's kubelet
+	NodeClient     pki.Pair // of this machine's node, with the kubelet's key, towards the other servers
+	Peer           pki.Pair // of this server's store, towards the others
 
 	ServiceAccountKey string // signs service account tokens
 	EncryptionConfig  string // names the key that encrypts secrets at rest
@@ -46,6 +51,20 @@ type Identity struct {
 
 	URL string // of the API, for the kubeconfig
 }
+
+// Files of the server's directory that several parts name.
+const (
+	serviceAccountKey = "service-account.key" // in tls
+	nodeKey           = servingKubelet + ".key"
+	servingKubelet    = "serving-kubelet"
+	encryptionConfig  = "encryption-config.yaml"
+	tokenFile         = "token"
+	peerCA            = "peer-ca"
+	peerLeaf          = "peer"
+)
+
+// authorities are the names of the cluster's authorities, the API's first.
+var authorities = []string{"server-ca", "kubelet-ca", "client-ca", "request-header-ca", peerCA}
 
 // Prepare makes whatever of the identity does not exist yet, renews leaf
 // certificates that need it, and writes the administrator's kubeconfig. It is
@@ -59,15 +78,15 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 		}
 	}
 	id := &Identity{
-		ServiceAccountKey: filepath.Join(dir, "service-account.key"),
-		EncryptionConfig:  filepath.Join(cfg.Dir, "encryption-config.yaml"),
+		ServiceAccountKey: filepath.Join(dir, serviceAccountKey),
+		EncryptionConfig:  filepath.Join(cfg.Dir, encryptionConfig),
 		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
-		TokenFile:         filepath.Join(cfg.Dir, "token"),
+		TokenFile:         filepath.Join(cfg.Dir, tokenFile),
 		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
 	}
-	for name, ca := range map[string]**pki.Authority{"server-ca": &id.ServerCA, "kubelet-ca": &id.KubeletCA, "client-ca": &id.ClientCA, "request-header-ca": &id.ProxyCA} {
+	for i, ca := range []**pki.Authority{&id.ServerCA, &id.KubeletCA, &id.ClientCA, &id.ProxyCA, &id.PeerCA} {
 		var err error
-		if *ca, err = pki.EnsureAuthority(dir, name, now); err != nil {
+		if *ca, err = pki.EnsureAuthority(dir, authorities[i], now); err != nil {
 			return nil, err
 		}
 	}
@@ -116,10 +135,11 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		into *pki.Pair
 	}{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
-		{id.KubeletCA, "serving-kubelet", pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
+		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"},
 			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
+		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
 		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},
 	} {
 		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
@@ -128,7 +148,22 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		}
 		*l.into = pair
 	}
-	return nil
+	return id.nodeClient(cfg, now)
+}
+
+// nodeClient makes the certificate with which this machine's node calls the other
+// servers, for the key that proves the node. It is signed anew at each start.
+func (id *Identity) nodeClient(cfg Config, now time.Time) error {
+	id.NodeClient = pki.Pair{CertFile: filepath.Join(cfg.tlsDir(), "client-node.crt"), KeyFile: id.KubeletServing.KeyFile, Renewed: true}
+	key, err := pki.EnsureKey(id.NodeClient.KeyFile)
+	if err != nil {
+		return err
+	}
+	chain, err := id.ClientCA.Sign(&key.PublicKey, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"}, Client: true}, pki.LeafLife, now)
+	if err != nil {
+		return fmt.Errorf("sign %s: %w", id.NodeClient.CertFile, err)
+	}
+	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
 }
 
 // kubeletClientUser is who the API server is when it calls a kubelet. It is
@@ -184,6 +219,40 @@ func ensureToken(path string, given token.Secret, caHash string) error {
 	t := token.Token{CAHash: caHash, ID: token.Preshared, Secret: given}
 	_, err := atomicfile.WriteIfChanged(path, []byte(t.Reveal()+"\n"), 0o600)
 	return err
+}
+
+// PeerConfig is how the store of the server in dir meets others: with a port, and with
+// what [Prepare] signs.
+func PeerConfig(dir string, port uint16, addresses []netip.Addr) datastore.PeerConfig {
+	tls := filepath.Join(dir, "tls")
+	return datastore.PeerConfig{
+		Port: port, CAFile: filepath.Join(tls, peerCA+".crt"),
+		CertFile: filepath.Join(tls, peerLeaf+".crt"), KeyFile: filepath.Join(tls, peerLeaf+".key"), Addresses: addresses,
+	}
+}
+
+// Exists reports whether dir is a server's that has its cluster's credentials.
+func Exists(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, "tls", authorities[0]+".crt"))
+	return err == nil
+}
+
+// FixedToken returns the secret that the servers of the cluster share in dir, the
+// server's directory, and nothing where no administrator has fixed one.
+func FixedToken(dir string) (token.Secret, error) {
+	path := filepath.Join(dir, tokenFile)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	t, err := token.Parse(strings.TrimSpace(string(data)))
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", path, err)
+	}
+	return t.Secret, nil
 }
 
 // loopbackHost is the address by which this machine reaches its own API.

@@ -3,25 +3,44 @@ package server
 import (
 	"fmt"
 	"log/slog"
+	"net/netip"
 
 	"k8s.io/client-go/kubernetes"
 
+	"kedge/datastore"
+	"kedge/server/directory"
 	"kedge/server/join"
 	"kedge/server/loopback"
 	"kedge/server/tunnels"
 )
 
-// NewJoin makes what lets machines into the cluster. It answers once the API does.
-func NewJoin(cfg Config, id *Identity, lb *loopback.Loopback, log *slog.Logger) (*join.Service, error) {
+// NewServers makes what this server knows of the others.
+func NewServers(cfg Config, lb *loopback.Loopback, store *datastore.Store, log *slog.Logger) (*Servers, error) {
 	c, err := kubernetes.NewForConfig(lb.Admin())
 	if err != nil {
-		return nil, fmt.Errorf("make the client of joining: %w", err)
+		return nil, fmt.Errorf("make the client of the servers' list: %w", err)
 	}
-	return join.New(join.Config{
+	api := netip.AddrPortFrom(cfg.AdvertiseAddress, uint16(cfg.HTTPSPort))
+	return &Servers{dir: cfg.Dir, store: store, api: c, list: directory.New(cfg.NodeName, api, c, log)}, nil
+}
+
+// Directory is the component that keeps the list of servers.
+func (s *Servers) Directory() *directory.Directory { return s.list }
+
+// NewEndpoints makes the component that publishes the servers, for the one that leads.
+func (s *Servers) NewEndpoints(id *Identity, log *slog.Logger) *directory.Endpoints {
+	return directory.NewEndpoints(s.list, s, id.ServerCA.Cert, s.api, log)
+}
+
+// NewJoin makes what lets machines into the cluster. It answers once the API does.
+func NewJoin(cfg Config, id *Identity, servers *Servers, log *slog.Logger) *join.Service {
+	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
 		Preshared: cfg.Token, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
-		OwnAddresses: cfg.NodeIPs, Life: join.Life,
-	}, c, log), nil
+		OwnAddresses: cfg.NodeIPs, Life: join.Life, Servers: servers,
+	}, servers.api, log)
+	servers.nodes = s.Nodes()
+	return s
 }
 
 // NewHub makes the server's end of the nodes' tunnels.

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 
+	"kedge/server/directory"
 	"kedge/server/loopback"
 )
 
@@ -20,16 +21,18 @@ import (
 // labels of this kind for itself (NodeRestriction), so the server does.
 const roleLabel = "node-role.kubernetes.io/control-plane"
 
-// Roles is the component that labels this server's own node.
+// Roles is the component that labels this server's own node, and notes in the list of
+// servers which it is.
 type Roles struct {
 	nodeName string
 	loopback *loopback.Loopback
+	list     *directory.Directory
 	log      *slog.Logger
 }
 
 // NewRoles makes the component.
-func NewRoles(cfg Config, lb *loopback.Loopback, log *slog.Logger) *Roles {
-	return &Roles{nodeName: cfg.NodeName, loopback: lb, log: log}
+func NewRoles(cfg Config, lb *loopback.Loopback, list *directory.Directory, log *slog.Logger) *Roles {
+	return &Roles{nodeName: cfg.NodeName, loopback: lb, list: list, log: log}
 }
 
 // Name implements lifecycle.Component.
@@ -69,6 +72,7 @@ func (r *Roles) follow(ctx context.Context, c kubernetes.Interface) error {
 		if !ok || e.Type == watch.Deleted {
 			continue
 		}
+		r.list.SetNode(node.UID)
 		if _, ok := node.Labels[roleLabel]; ok {
 			continue
 		}

@@ -3,6 +3,7 @@ package joining
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -81,6 +82,23 @@ func Join(ctx context.Context, base string, ca *x509.Certificate, r Request) (An
 	var a Answer
 	local, err := ask(ctx, trusting(ca), http.MethodPost, base, PathJoin, r, &a)
 	return a, local, err
+}
+
+// JoinServer asks to be let in as a server, and opens what was sealed for key.
+func JoinServer(ctx context.Context, base string, ca *x509.Certificate, key *ecdsa.PrivateKey, r ServerRequest) (ServerAnswer, Credentials, error) {
+	var a ServerAnswer
+	if _, err := ask(ctx, trusting(ca), http.MethodPost, base, PathServer, r, &a); err != nil {
+		return a, nil, err
+	}
+	opened, err := pki.Open(key, SealPurpose, a.Sealed)
+	if err != nil {
+		return a, nil, fmt.Errorf("open the credentials from %s: %w", base, err)
+	}
+	var c Credentials
+	if err := json.Unmarshal(opened, &c); err != nil {
+		return a, nil, fmt.Errorf("read the credentials from %s: %w", base, err)
+	}
+	return a, c, nil
 }
 
 // Renew asks for new certificates with the key of the old one, which may have

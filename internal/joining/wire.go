@@ -1,15 +1,17 @@
 package joining
 
 import (
+	"encoding/json"
 	"net/netip"
 )
 
 // Paths of the exchange, on the API's port.
 const (
-	Prefix    = "/kedge/v1/"
-	PathCA    = Prefix + "cacert" // GET, answered to anybody: CA
-	PathJoin  = Prefix + "join"   // POST Request, with a token: Answer
-	PathRenew = Prefix + "renew"  // POST, over a connection with the node's key: Answer
+	Prefix     = "/kedge/v1/"
+	PathCA     = Prefix + "cacert" // GET, answered to anybody: CA
+	PathJoin   = Prefix + "join"   // POST Request, with a token: Answer
+	PathRenew  = Prefix + "renew"  // POST, over a connection with the node's key: Answer
+	PathServer = Prefix + "server" // POST ServerRequest, with a token for servers: ServerAnswer
 )
 
 // MaxBody is how many bytes a request or an answer may have.
@@ -39,6 +41,31 @@ type Answer struct {
 	Clients string  `json:"clientCA"` // the authority of those who may call the kubelet
 	Cluster Cluster `json:"cluster"`
 }
+
+// ServerRequest is what a machine asks for that is to be a server.
+type ServerRequest struct {
+	Request
+	// Peers is where the other servers' stores will find this machine's, best first.
+	Peers []netip.AddrPort `json:"peers"`
+}
+
+// ServerAnswer is what a server gets when it has joined.
+type ServerAnswer struct {
+	Cluster Cluster `json:"cluster"`
+	// Sealed is a [Credentials] in JSON, which only the machine's key opens.
+	Sealed []byte `json:"sealed"`
+	// Admission is what the machine's store needs to become a member; joining does
+	// not look into it.
+	Admission json.RawMessage `json:"admission"`
+}
+
+// Credentials are what all servers of a cluster have in common and nobody else may
+// have: the private keys of its authorities among them. A file's path, relative to the
+// server's directory, leads to its content.
+type Credentials map[string][]byte
+
+// SealPurpose is what credentials are sealed for.
+const SealPurpose = "kedge credentials of a server"
 
 // Problem is the body of an answer that is none.
 type Problem struct {

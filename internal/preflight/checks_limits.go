@@ -59,7 +59,7 @@ func checkInotify(_ context.Context, _ Config, p probes) []finding {
 		if have < l.enough {
 			found = append(found, warn(
 				fmt.Sprintf("fs.inotify.%s is %d: programs in pods that watch files fail with \"too many open files\"", l.name, have),
-				fmt.Sprintf("set the kernel parameter fs.inotify.%s to %d", l.name, l.enough))...)
+				fmt.Sprintf("set the kernel parameter fs.inotify.%s to %d or more, which a node does by itself when it starts and may", l.name, l.enough))...)
 		}
 	}
 	if found == nil {

@@ -291,6 +291,61 @@ func TestServerWithoutANode(t *testing.T) {
 	f.aggregatedAPI(t, onAgent)
 }
 
+// TestTunnelsToAllServers: each server reaches the kubelets of all nodes, those of the
+// other servers too.
+func TestTunnelsToAllServers(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	second := newNode("second")
+	second.network = f.host(t)
+	fields := strings.Fields(f.kedge(t, "token", "create", "--role=server"))
+	second.flags = []string{"--server=" + f.url(), "--token=" + fields[len(fields)-1]}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of %s:\n%s", second.name, second.tail(40))
+		}
+		if err := second.destroy(); err != nil {
+			t.Errorf("clean-up: %v", err)
+		}
+	})
+	a := f.newAgent(t, "--token="+f.token(t))
+	for _, n := range []*node{second, a} {
+		if err := prepareImages(n.dataDir()); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ns := f.namespace(t)
+	for _, n := range []*node{f.node, second, a} {
+		f.apply(t, ns, shell("on-"+n.name, "exec sleep 3600", "nodeName: "+n.name+","))
+		f.waitPod(t, ns, "on-"+n.name, false)
+	}
+	for _, from := range []*node{f.node, second} {
+		for _, to := range []*node{f.node, second, a} {
+			eventually(t, 20*time.Second, func() error { // the agent hears of the second server when its watch does
+				out, err := from.tryKubectl(nil, "exec", "-n", ns, "on-"+to.name, "--", "echo", "run")
+				if err != nil || out != "run\n" {
+					return fmt.Errorf("exec from %s to %s: %v, %s", from.name, to.name, err, out)
+				}
+				return nil
+			})
+		}
+	}
+	for n, want := range map[*node]int{f.node: 1, second: 1, a: 2} {
+		eventually(t, 20*time.Second, func() error {
+			out, err := n.run("status", "--run-dir="+n.runDir())
+			for line := range strings.Lines(out) {
+				if strings.HasPrefix(line, "tunnel ") && strings.Count(line, "192.0.2.") == want {
+					return err
+				}
+			}
+			return fmt.Errorf("%s does not have %d tunnels: %v\n%s", n.name, want, err, out)
+		})
+	}
+}
+
 // forward starts kubectl port-forward, and returns the URL on the server's host.
 func (f *fleet) forward(t *testing.T, ns, what string, port int) string {
 	t.Helper()

@@ -42,6 +42,47 @@ type cluster struct {
 	url  string
 	asks atomic.Int32 // requests to PathJoin that arrived
 	dir  string
+
+	admitted []string // names of servers
+	full     error    // why the store takes no other
+}
+
+// URLs implements Servers.
+func (c *cluster) URLs() []string { return []string{c.url} }
+
+// Credentials implements Servers.
+func (c *cluster) Credentials() (joining.Credentials, error) {
+	return joining.Credentials{"tls/server-ca.key": []byte("a private key")}, nil
+}
+
+// Admit implements Servers.
+func (c *cluster) Admit(_ context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error) {
+	if c.full != nil {
+		return nil, c.full
+	}
+	c.admitted = append(c.admitted, name)
+	return json.Marshal(map[string]any{"name": name, "peers": peers})
+}
+
+// server lets a machine ask to be a server.
+func (c *cluster) server(t *testing.T, dir, name, tok string) (joining.ServerAnswer, joining.Credentials, error) {
+	t.Helper()
+	key, err := pki.EnsureKey(filepath.Join(dir, "node.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := pki.Request(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := token.Parse(tok)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return joining.JoinServer(context.Background(), c.url, c.cfg.ServerCA.Cert, key, joining.ServerRequest{
+		Request: joining.Request{TokenID: parsed.ID, Secret: string(parsed.Secret), NodeName: name, CSR: string(csr)},
+		Peers:   []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:2380")},
+	})
 }
 
 // newCluster makes one; change may change its configuration.
@@ -63,6 +104,7 @@ func newCluster(t *testing.T, change func(*Config)) *cluster {
 		change(&cfg)
 	}
 	c := &cluster{dir: dir}
+	cfg.Servers = c
 	c.Service = New(cfg, fake.NewClientset(), quiet)
 	pair, err := cfg.ServerCA.EnsureLeaf(dir, "api", pki.Leaf{CommonName: "api", IPs: []net.IP{net.IPv4(127, 0, 0, 1)}, Server: true}, time.Now())
 	if err != nil {
@@ -347,6 +389,51 @@ func TestSecretFixedInAdvance(t *testing.T) {
 	}
 }
 
+func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
+	fixed := token.Secret("a-secret-of-our-own-long-enough")
+	c := newCluster(t, func(c *Config) { c.Preshared = fixed })
+	answer, credentials, err := c.server(t, t.TempDir(), "s2", c.token(t, Spec{Role: Server}))
+	if err != nil || string(credentials["tls/server-ca.key"]) != "a private key" || len(answer.Admission) == 0 || answer.Cluster.ClusterDomain != "cluster.local" {
+		t.Errorf("got %+v, %d credentials, %v", answer.Cluster, len(credentials), err)
+	}
+	if bytes.Contains(answer.Sealed, []byte("private key")) {
+		t.Error("the credentials are not sealed")
+	}
+	if len(c.admitted) != 1 || c.admitted[0] != "s2" {
+		t.Errorf("admitted %v", c.admitted)
+	}
+
+	_, _, err = c.server(t, t.TempDir(), "s3", c.token(t, Spec{}))
+	wantRefusal(t, "a token for agents", err, ErrRole)
+	_, _, err = c.server(t, t.TempDir(), "s3", token.Token{CAHash: c.CAHash(), ID: token.Preshared, Secret: fixed}.Reveal())
+	wantRefusal(t, "the fixed secret", err, ErrRole)
+
+	// Whoever is known as an agent is not known as a server.
+	dir, used := t.TempDir(), c.token(t, Spec{Role: Server})
+	c.mustJoin(t, dir, "edge", c.token(t, Spec{}))
+	if _, _, err := c.server(t, t.TempDir(), "s3", used); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = c.server(t, dir, "edge", used)
+	wantRefusal(t, "an agent with a token that is used up", err, ErrUsedUp)
+	if len(c.admitted) != 2 {
+		t.Errorf("admitted %v", c.admitted)
+	}
+
+	// The same key may ask again when the answer was lost, and the store may be busy.
+	again, tok := t.TempDir(), c.token(t, Spec{Role: Server})
+	c.full = errors.New("another server is on its way")
+	_, _, err = c.server(t, again, "s4", tok)
+	var refused *joining.Refused
+	if err == nil || errors.As(err, &refused) || !strings.Contains(err.Error(), "on its way") {
+		t.Errorf("a busy store: got %v, want an error that is worth a second try", err)
+	}
+	c.full = nil
+	if _, _, err = c.server(t, again, "s4", tok); err != nil {
+		t.Errorf("the second try: %v", err)
+	}
+}
+
 func TestMemberOfAnotherCluster(t *testing.T) {
 	a, b := newCluster(t, nil), newCluster(t, nil)
 	dir := t.TempDir()
@@ -567,7 +654,7 @@ func FuzzJoinRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		r := httptest.NewRequest(http.MethodPost, joining.PathJoin, bytes.NewReader(body))
 		w := httptest.NewRecorder()
-		s.answering(s.join)(w, r)
+		answering(s, s.join)(w, r)
 		if w.Code == http.StatusOK || w.Code == http.StatusInternalServerError {
 			t.Errorf("%q is answered %d %s", body, w.Code, w.Body)
 		}

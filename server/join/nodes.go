@@ -42,6 +42,8 @@ const (
 	keyFingerprint = "key"     // pki.Fingerprint of the node's key
 	keyJoined      = "joined"  // when it came, RFC 3339
 	keyAllowed     = "allowed" // "true": the next key may take the name
+	// keyRole is the [Role] of the node's key: what a token for agents has let in
+	// is no server, whatever it asks for later.
 )
 
 // maxName is how many characters a node's name has at most: it is a label's value.
@@ -54,9 +56,10 @@ func validName(name string) error {
 	return nil
 }
 
-// has reports whether the node is known with this key, and otherwise returns
-// ErrNameTaken if it is known with another that nobody has allowed to be replaced.
-func (n *Nodes) has(ctx context.Context, name, fingerprint string) (bool, error) {
+// has reports whether the node is known with this key in this role, and otherwise
+// returns ErrNameTaken if it is known with another key that nobody has allowed to be
+// replaced. A server is an agent too.
+func (n *Nodes) has(ctx context.Context, name, fingerprint string, role Role) (bool, error) {
 	s, err := n.get(ctx, name)
 	switch {
 	case errors.Is(err, ErrUnknownNode):
@@ -64,7 +67,7 @@ func (n *Nodes) has(ctx context.Context, name, fingerprint string) (bool, error)
 	case err != nil:
 		return false, err
 	case string(s.Data[keyFingerprint]) == fingerprint:
-		return true, nil
+		return role == Agent || Role(s.Data[keyRole]) == role, nil
 	case string(s.Data[keyAllowed]) == "true":
 		return false, nil
 	}
@@ -87,33 +90,49 @@ func (n *Nodes) get(ctx context.Context, name string) (*corev1.Secret, error) {
 	return s, nil
 }
 
-// claim gives the name to the key. Of two keys that come at once the second gets
-// ErrNameTaken.
-func (n *Nodes) claim(ctx context.Context, name, fingerprint string) error {
+// claim gives the name to the key in a role. Of two keys that come at once the second
+// gets ErrNameTaken.
+func (n *Nodes) claim(ctx context.Context, name, fingerprint string, role Role) error {
 	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
-		known, err := n.has(ctx, name, fingerprint)
+		known, err := n.has(ctx, name, fingerprint, role)
 		if err != nil || known {
 			return err
 		}
-		return n.put(ctx, name, fingerprint)
+		return n.put(ctx, name, fingerprint, role)
 	})
 }
 
-// Set gives the name to the key, whoever had it: for a server's own node.
+// Set gives the name to the key as a server's, whoever had it: for a server's own node.
 func (n *Nodes) Set(ctx context.Context, name, fingerprint string) error {
 	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
 		s, err := n.get(ctx, name)
-		if err == nil && string(s.Data[keyFingerprint]) == fingerprint || err != nil && !errors.Is(err, ErrUnknownNode) {
+		if err == nil && string(s.Data[keyFingerprint]) == fingerprint && Role(s.Data[keyRole]) == Server || err != nil && !errors.Is(err, ErrUnknownNode) {
 			return err
 		}
-		return n.put(ctx, name, fingerprint)
+		return n.put(ctx, name, fingerprint, Server)
 	})
+}
+
+// Forget frees the name: the node is gone for good, and its key is worth nothing.
+func (n *Nodes) Forget(ctx context.Context, name string) error {
+	if _, err := n.get(ctx, name); err != nil {
+		if errors.Is(err, ErrUnknownNode) {
+			return nil
+		}
+		return err
+	}
+	if err := n.secrets.Delete(ctx, nodePrefix+name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("forget the key of node %s: %w", name, err)
+	}
+	return nil
 }
 
 // put writes the node's key. The error is a conflict if the node has changed
 // meanwhile.
-func (n *Nodes) put(ctx context.Context, name, fingerprint string) error {
-	data := map[string][]byte{keyFingerprint: []byte(fingerprint), keyJoined: []byte(n.now().UTC().Format(time.RFC3339))}
+func (n *Nodes) put(ctx context.Context, name, fingerprint string, role Role) error {
+	data := map[string][]byte{
+		keyFingerprint: []byte(fingerprint), keyJoined: []byte(n.now().UTC().Format(time.RFC3339)), keyRole: []byte(role),
+	}
 	s, err := n.get(ctx, name)
 	switch {
 	case errors.Is(err, ErrUnknownNode):

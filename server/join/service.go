@@ -41,7 +41,20 @@ type Config struct {
 	NetworkGroup string
 	// OwnAddresses are the servers', which no other node's certificate may name.
 	OwnAddresses []netip.Addr
-	Life         time.Duration // of what is signed; see [Life]
+	// Servers lets servers in.
+	Servers Servers
+	Life    time.Duration // of what is signed; see [Life]
+}
+
+// Servers is what joining needs of the control plane to let another server in.
+type Servers interface {
+	// URLs are those of the API, of all servers that are known, this one's first.
+	URLs() []string
+	// Credentials are what the new server gets, sealed to its key.
+	Credentials() (joining.Credentials, error)
+	// Admit makes room in the store for a member of the name, reached at peers, and
+	// returns what it needs to start.
+	Admit(ctx context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error)
 }
 
 // Service answers machines that join and nodes that renew their certificates.
@@ -82,15 +95,20 @@ func (s *Service) Nodes() *Nodes { return s.nodes }
 func (s *Service) CAHash() string { return s.cfg.ServerCA.Hash() }
 
 // Cluster is what nodes are told.
-func (s *Service) Cluster() joining.Cluster { return s.cfg.Cluster }
+func (s *Service) Cluster() joining.Cluster {
+	c := s.cfg.Cluster
+	c.Servers = s.cfg.Servers.URLs()
+	return c
+}
 
 // Handler answers the requests below [joining.Prefix] and passes all others on.
 // It comes before authentication: each path has its own.
 func (s *Service) Handler(next http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+joining.PathCA, s.answerCA)
-	mux.HandleFunc("POST "+joining.PathJoin, s.answering(s.join))
-	mux.HandleFunc("POST "+joining.PathRenew, s.answering(s.renew))
+	mux.HandleFunc("POST "+joining.PathJoin, answering(s, s.join))
+	mux.HandleFunc("POST "+joining.PathRenew, answering(s, s.renew))
+	mux.HandleFunc("POST "+joining.PathServer, answering(s, s.joinServer))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(r.URL.Path, joining.Prefix) {
 			next.ServeHTTP(w, r)
@@ -148,7 +166,7 @@ func (s *Service) answerCA(w http.ResponseWriter, _ *http.Request) {
 }
 
 // answering sends what f returns, or why it returned nothing.
-func (s *Service) answering(f func(*http.Request) (joining.Answer, error)) http.HandlerFunc {
+func answering[Answer any](s *Service, f func(*http.Request) (Answer, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		answer, err := f(r)
 		if err == nil {
@@ -175,7 +193,7 @@ func (s *Service) Refuse(w http.ResponseWriter, r *http.Request, err error) {
 // Why a request gets no answer, whatever it asks for.
 var (
 	errRequest     = errors.New("the request is not one of kedge")
-	errCertificate = errors.New("the cluster has not signed this certificate, or not until now")
+	errCertificate = errors.New("the certificate of the connection is none that the cluster has signed for a node, or it has expired")
 	errTooMany     = errors.New("too many requests from this address; wait some seconds")
 )
 
@@ -190,6 +208,7 @@ func statusOf(err error) int {
 		{http.StatusForbidden, []error{ErrExpired, ErrUsedUp, ErrRole, ErrName, ErrUnknownNode}},
 		{http.StatusConflict, []error{ErrNameTaken}},
 		{http.StatusTooManyRequests, []error{errTooMany}},
+		{http.StatusServiceUnavailable, []error{errAdmission}},
 	} {
 		if slices.ContainsFunc(known.errs, func(e error) bool { return errors.Is(err, e) }) {
 			return known.status
@@ -208,54 +227,105 @@ func reply(w http.ResponseWriter, status int, body any) {
 	_ = json.NewEncoder(w).Encode(body) // the client is gone, and will ask again
 }
 
-// join lets a machine in.
+// join lets a machine in as an agent.
 func (s *Service) join(r *http.Request) (joining.Answer, error) {
 	var q joining.Request
 	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
 		return joining.Answer{}, fmt.Errorf("%w: %w", errRequest, err)
 	}
-	if err := validName(q.NodeName); err != nil {
-		return joining.Answer{}, err
-	}
-	key, err := pki.ParseRequest([]byte(q.CSR))
+	key, err := s.admit(r, q, Agent)
 	if err != nil {
 		return joining.Answer{}, err
 	}
-	fingerprint, err := pki.Fingerprint(key)
-	if err != nil {
-		return joining.Answer{}, err
-	}
-	if err := s.admit(r.Context(), q, fingerprint); err != nil {
-		return joining.Answer{}, err
-	}
-	s.log.Info("a machine has joined", "node", q.NodeName, "source", sourceOf(r), "token", q.TokenID, "key", fingerprint[:16])
 	return s.sign(q.NodeName, key, sourceOf(r))
 }
 
-// admit checks the token and gives the name to the key. A machine that has joined
-// with this key before, and did not see the answer, needs no second use.
-func (s *Service) admit(ctx context.Context, q joining.Request, fingerprint string) error {
+// maxPeers bounds the addresses that a server may say it has.
+const maxPeers = 16
+
+// joinServer lets a machine in as a server. The order matters: who is not authorised
+// changes nothing, and the credentials leave last.
+func (s *Service) joinServer(r *http.Request) (joining.ServerAnswer, error) {
+	var none joining.ServerAnswer
+	var q joining.ServerRequest
+	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+		return none, fmt.Errorf("%w: %w", errRequest, err)
+	}
+	if len(q.Peers) == 0 || len(q.Peers) > maxPeers {
+		return none, fmt.Errorf("%w: a server has between 1 and %d addresses", errRequest, maxPeers)
+	}
+	key, err := s.admit(r, q.Request, Server)
+	if err != nil {
+		return none, err
+	}
+	admission, err := s.cfg.Servers.Admit(r.Context(), q.NodeName, q.Peers)
+	if err != nil {
+		return none, fmt.Errorf("%w: %w", errAdmission, err)
+	}
+	credentials, err := s.cfg.Servers.Credentials()
+	if err != nil {
+		return none, err
+	}
+	plain, err := json.Marshal(credentials)
+	if err != nil {
+		return none, err
+	}
+	sealed, err := pki.Seal(key, joining.SealPurpose, plain)
+	if err != nil {
+		return none, err
+	}
+	return joining.ServerAnswer{Cluster: s.Cluster(), Sealed: sealed, Admission: admission}, nil
+}
+
+// errAdmission is wrapped when the store has no room for a server at the moment.
+var errAdmission = errors.New("the datastore takes no further server now")
+
+// admit checks what a machine asks for and its token, gives the name to its key, and
+// returns the key. A machine that has joined with this key before, and did not see the
+// answer, needs no second use.
+func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.PublicKey, error) {
+	ctx := r.Context()
+	if err := validName(q.NodeName); err != nil {
+		return nil, err
+	}
+	key, err := pki.ParseRequest([]byte(q.CSR))
+	if err != nil {
+		return nil, err
+	}
+	fingerprint, err := pki.Fingerprint(key)
+	if err != nil {
+		return nil, err
+	}
 	secret := token.Secret(q.Secret)
 	preshared := q.TokenID == token.Preshared
 	if preshared {
 		if s.cfg.Preshared == "" || !secret.Matches(s.cfg.Preshared.Hash()) {
-			return ErrUnknownToken
+			return nil, ErrUnknownToken
 		}
-	} else if err := s.tokens.check(ctx, q.TokenID, secret, Agent, q.NodeName); err != nil {
-		return err
+		if role != Agent {
+			return nil, fmt.Errorf("%w: a secret that was fixed with --token lets agents in only; make a token for the server with \"kedge token create --role %s\"", ErrRole, role)
+		}
+	} else if err := s.tokens.check(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
+		return nil, err
 	}
-	known, err := s.nodes.has(ctx, q.NodeName, fingerprint)
-	if err != nil || known {
-		return err
+	known, err := s.nodes.has(ctx, q.NodeName, fingerprint, role)
+	if err != nil {
+		return nil, err
 	}
-	// The use goes first: were the name given first, a machine that came too late
-	// for the last use would be known all the same.
-	if !preshared {
-		if err := s.tokens.spend(ctx, q.TokenID, secret, Agent, q.NodeName); err != nil {
-			return err
+	if !known {
+		// The use goes first: were the name given first, a machine that came too late
+		// for the last use would be known all the same.
+		if !preshared {
+			if err := s.tokens.spend(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
+				return nil, err
+			}
+		}
+		if err := s.nodes.claim(ctx, q.NodeName, fingerprint, role); err != nil {
+			return nil, err
 		}
 	}
-	return s.nodes.claim(ctx, q.NodeName, fingerprint)
+	s.log.Info("a machine joins", "node", q.NodeName, "role", role, "source", sourceOf(r), "token", q.TokenID, "key", fingerprint[:16])
+	return key, nil
 }
 
 // renew signs again for a node that proves its key by the connection itself. Who
@@ -283,7 +353,7 @@ func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, er
 	if err != nil {
 		return "", nil, err
 	}
-	known, err := s.nodes.has(r.Context(), name, fingerprint)
+	known, err := s.nodes.has(r.Context(), name, fingerprint, Agent)
 	if err != nil {
 		return "", nil, err
 	}
@@ -333,7 +403,7 @@ func (s *Service) sign(name string, key *ecdsa.PublicKey, source netip.Addr) (jo
 	if source.IsValid() && !slices.Contains(s.cfg.OwnAddresses, source) {
 		serving.IPs = append(serving.IPs, source.AsSlice())
 	}
-	a := joining.Answer{Clients: string(s.cfg.ClientCA.PEM()), Cluster: s.cfg.Cluster}
+	a := joining.Answer{Clients: string(s.cfg.ClientCA.PEM()), Cluster: s.Cluster()}
 	for _, c := range []struct {
 		by   *pki.Authority
 		leaf pki.Leaf

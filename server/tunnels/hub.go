@@ -163,7 +163,7 @@ func (h *Hub) keep(keys map[string]string) {
 // ServeHTTP takes the connection of a node for its tunnel.
 func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err := tunnel.CheckRequest(r); err != nil {
-		h.cfg.Door.Refuse(w, r, err)
+		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
 	node, key, err := h.cfg.Door.Identify(r)

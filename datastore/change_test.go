@@ -1,0 +1,334 @@
+package datastore
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// pool is the members that clients use; a member that is stopped or killed stays in it.
+type pool struct {
+	mu    sync.Mutex
+	nodes []*testNode
+}
+
+func (p *pool) add(nodes ...*testNode) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.nodes = append(p.nodes, nodes...)
+}
+
+func (p *pool) pick(client int) *testNode {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nodes[client%len(p.nodes)]
+}
+
+// 1, 3, 5, 3, 1 members under load, and in each step one is killed and starts again.
+func TestGrowAndShrink(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a").start()
+	var p pool
+	p.add(a)
+	h := record(p.pick, 5, 3)
+
+	grow := func(via *testNode, first, second string, all ...string) (*testNode, *testNode) {
+		x, y := c.join(via, first), c.join(via, second)
+		c.awaitVoters(via, all...)
+		p.add(x, y)
+		return x, y
+	}
+	restart := func(n *testNode) {
+		n.kill()
+		time.Sleep(300 * time.Millisecond)
+		n.cfg.Join = nil
+		n.launch()
+		n.awaitReady()
+	}
+	b, d := grow(a, "b", "d", "a", "b", "d")
+	restart(c.leader(a, b, d))
+	e, f := grow(b, "e", "f", "a", "b", "d", "e", "f")
+	restart(e)
+	restart(c.leader(a, b, d, e, f))
+
+	// The members that leave may be leading.
+	for i, gone := range []*testNode{f, a} {
+		if err := d.Remove(t.Context(), gone.name); err != nil {
+			t.Fatal(err)
+		}
+		<-gone.done
+		if !errors.Is(gone.err, ErrRemoved) {
+			t.Errorf("%d: %s ended with %v, want ErrRemoved", i, gone.name, gone.err)
+		}
+	}
+	c.awaitVoters(d, "b", "d", "e")
+	restart(b)
+	for _, name := range []string{"e", "b"} {
+		if err := d.Remove(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.awaitVoters(d, "d")
+	put(t, d, "/end", "1")
+	h.end(t)
+
+	// Alone again, it closes the port at its next start.
+	d.stop()
+	d.start()
+	select {
+	case <-d.mesh.opened:
+		t.Error("a store that is alone again listens")
+	default:
+	}
+	if got := get(t, d, "/end"); got != "1" {
+		t.Errorf("/end is %q", got)
+	}
+}
+
+// A member that was admitted and never came holds nobody up.
+func TestOrphansDoNotBlock(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a").start()
+	for _, name := range []string{"o1", "o2", "o3", "o4", "o5"} {
+		c.admit(a, name)
+	}
+	c.join(a, "b")
+	c.awaitVoters(a, "a", "b")
+	// The same name once more, as from a machine that has lost its admission.
+	c.join(a, "o5")
+	c.awaitVoters(a, "a", "b", "o5")
+	members, err := a.Members(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	orphans := 0
+	for _, m := range members {
+		if !m.Started {
+			orphans++
+			if !m.Learner || m.Reachable || !strings.HasPrefix(m.Name, "o") {
+				t.Errorf("orphan %+v", m)
+			}
+		}
+	}
+	if orphans == 0 || orphans > maxWaiting {
+		t.Errorf("%d orphans of %+v", orphans, members)
+	}
+}
+
+// A machine that died is replaced by a new one of the same name; while it lives, or is needed for a majority, it
+// is not.
+func TestReplaceDeadMember(t *testing.T) {
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	a, b := nodes[0], nodes[1]
+	elsewhere := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.9:1")}
+	if _, err := a.Admit(t.Context(), "b", elsewhere); !errors.Is(err, ErrMemberExists) {
+		t.Errorf("admission in a living member's name: %v, want ErrMemberExists", err)
+	}
+	if _, err := a.Admit(t.Context(), "a", elsewhere); !errors.Is(err, ErrMemberExists) {
+		t.Errorf("admission in one's own name: %v, want ErrMemberExists", err)
+	}
+	put(t, a, "/a", "1")
+	c.admit(a, "orphan")
+	b.kill()
+	c.await("b is missing", func() error {
+		if a.mesh.reach(b.book.self().ID).alive(time.Now()) {
+			return errors.New("alive")
+		}
+		return nil
+	})
+	if err := a.Remove(t.Context(), "c"); !errors.Is(err, ErrQuorum) {
+		t.Errorf("removal of one of two living members of three: %v, want ErrQuorum", err)
+	}
+	again := c.join(a, "b")
+	c.awaitVoters(a, "a", "b", "c")
+	if got := get(t, again, "/a"); got != "1" {
+		t.Errorf("the new b has %q", got)
+	}
+	// The old one comes back.
+	b.launch()
+	<-b.done
+	if !errors.Is(b.err, ErrRemoved) {
+		t.Errorf("the old b: %v, want ErrRemoved", b.err)
+	}
+	if got := get(t, again, "/a"); got != "1" {
+		t.Errorf("with the old b back the new one has %q", got)
+	}
+}
+
+func TestRemovedMember(t *testing.T) {
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	a, b := nodes[0], nodes[1]
+	put(t, a, "/a", "1")
+	if err := a.Remove(t.Context(), "nobody"); !errors.Is(err, ErrNoMember) {
+		t.Errorf("removal of nobody: %v, want ErrNoMember", err)
+	}
+
+	// While it is off.
+	b.stop()
+	if err := a.Remove(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	b.launch()
+	<-b.done
+	if !errors.Is(b.err, ErrRemoved) {
+		t.Fatalf("b: %v, want ErrRemoved", b.err)
+	}
+	// And nobody need be there to tell it again.
+	c.lan.isolate("b", true)
+	b.launch()
+	<-b.done
+	if !errors.Is(b.err, ErrRemoved) {
+		t.Fatalf("b, started again: %v, want ErrRemoved", b.err)
+	}
+	c.lan.isolate("b", false)
+
+	// Its store is kept aside, and it may join anew.
+	kept, err := SetAside(b.cfg.Dir, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if holds, err := HoldsStore(b.cfg.Dir); err != nil || holds {
+		t.Errorf("the directory holds a store: %v, %v", holds, err)
+	}
+	if holds, err := HoldsStore(kept); err != nil || !holds {
+		t.Errorf("what was kept holds a store: %v, %v", holds, err)
+	}
+	admission, err := a.Admit(t.Context(), "b", []netip.AddrPort{b.port.at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.cfg.Join = &admission
+	b.start()
+	c.awaitVoters(a, "a", "b", "c")
+
+	// While it is running, by itself, leading.
+	leader := c.leader(nodes...)
+	if err := leader.Remove(t.Context(), leader.name); err != nil {
+		t.Fatal(err)
+	}
+	<-leader.done
+	if !errors.Is(leader.err, ErrRemoved) {
+		t.Errorf("the leader that removed itself: %v, want ErrRemoved", leader.err)
+	}
+	left := without(nodes, leader)
+	c.awaitVoters(left[0], names(left)...)
+	if got := get(t, left[0], "/a"); got != "1" {
+		t.Errorf("/a is %q", got)
+	}
+	if err := left[0].Remove(t.Context(), left[1].name); err != nil {
+		t.Fatal(err)
+	}
+	<-left[1].done
+	if err := left[0].Remove(t.Context(), left[0].name); !errors.Is(err, ErrQuorum) {
+		t.Errorf("removal of the last member: %v, want ErrQuorum", err)
+	}
+}
+
+// A member that is admitted and taken out again before it comes finds out.
+func TestAdmissionIsOver(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a").start()
+	b := c.admit(a, "b")
+	if err := a.Remove(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	b.launch()
+	<-b.done
+	if !errors.Is(b.err, ErrRemoved) {
+		t.Errorf("b: %v, want ErrRemoved", b.err)
+	}
+}
+
+// A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
+func TestJoinIsResumed(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a").start()
+	fill(t, newClient(t, a.Store), "/a/", 500, strings.Repeat("x", 1000))
+	b := c.admit(a, "b")
+	c.admit(a, "orphan")
+	for round := range 8 {
+		b.launch()
+		select {
+		case <-b.ready:
+		case <-time.After(time.Duration(20*round+randomMillis(20)) * time.Millisecond):
+		}
+		b.kill()
+	}
+	// From here on without the admission: the directory knows.
+	b.cfg.Join = nil
+	b.start()
+	c.awaitVoters(a, "a", "b")
+	put(t, b, "/a", "1")
+}
+
+// Stores that were created without an address on loopback, and without a port, grow all the same.
+func TestStoreOfBeforeGrows(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a")
+	peer := a.cfg.Peer
+	a.cfg.Peer = PeerConfig{}
+	a.start()
+	put(t, a, "/a", "1")
+	if _, err := a.Admit(t.Context(), "b", []netip.AddrPort{peer.addrPorts(peer.Addresses)[0]}); !errors.Is(err, ErrNoPeers) {
+		t.Errorf("admission without a port: %v, want ErrNoPeers", err)
+	}
+	a.stop()
+	if err := os.Remove(filepath.Join(a.cfg.Dir, bookFile)); err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.Peer = peer
+	a.start()
+	b := c.join(a, "b")
+	c.awaitVoters(a, "a", "b")
+	if got := get(t, b, "/a"); got != "1" {
+		t.Errorf("b has %q", got)
+	}
+}
+
+// The address book may be lost: the store has a copy.
+func TestBookIsLost(t *testing.T) {
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	put(t, nodes[0], "/a", "1")
+	for _, n := range nodes {
+		c.await("the addresses are in the store", func() error {
+			peers, err := publishedPeers(n.transport.Load().server)
+			if err != nil || len(peers) != 3 {
+				return errors.Join(err, errors.New("not all"))
+			}
+			return nil
+		})
+		n.stop()
+		n.cfg.Join = nil
+	}
+	// Without any, all at once.
+	for _, n := range nodes {
+		if err := os.Remove(filepath.Join(n.cfg.Dir, bookFile)); err != nil {
+			t.Fatal(err)
+		}
+		n.launch()
+	}
+	for _, n := range nodes {
+		n.awaitReady()
+		if got := get(t, n, "/a"); got != "1" {
+			t.Errorf("%s has %q", n.name, got)
+		}
+	}
+}
+
+// A watch through etcd's own client, as the API server's.
+func watchOn(t *testing.T, n *testNode) clientv3.WatchChan {
+	t.Helper()
+	w := newClient(t, n.Store).Watch(clientv3.WithRequireLeader(t.Context()), "/w", clientv3.WithPrefix(), clientv3.WithCreatedNotify())
+	<-w
+	return w
+}

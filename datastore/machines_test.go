@@ -1,0 +1,363 @@
+package datastore
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/client/v3/kubernetes"
+
+	"kedge/internal/testhost"
+)
+
+// Here each member is a process of its own on a host of its own, with the kernel's network between them: this
+// test binary, told by lines on stdin what to do, and answering each with a line on stdout.
+
+const memberConfig = "config.json"
+
+// runMember is such a process.
+func runMember() int {
+	data, err := os.ReadFile(filepath.Join(os.Getenv(childDir), memberConfig))
+	if err != nil {
+		panic(err)
+	}
+	var cfg Config
+	if err := json.Unmarshal(data, &cfg); err != nil {
+		panic(err)
+	}
+	s := New(cfg, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	ctx, cancel := context.WithCancel(context.Background())
+	out := &syncedPrinter{}
+	go func() {
+		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+			answer, err := s.obey(strings.Fields(lines.Text()))
+			if err != nil {
+				answer = "error " + strings.ReplaceAll(err.Error(), "\n", "; ")
+			}
+			out.printf("%s\n", answer)
+		}
+		cancel() // the test has ended, or wants this process to
+	}()
+	if err := s.Run(ctx, func() {}); err != nil {
+		fmt.Fprintln(os.Stderr, "Run:", err)
+		return childFailed
+	}
+	return 0
+}
+
+func (s *Store) obey(words []string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	switch words[0] {
+	case "check":
+		return "ok", s.Check(ctx)
+	case "leads":
+		now, _ := s.Leadership()
+		return fmt.Sprint(now.Leading), nil
+	case "admit":
+		a, err := s.Admit(ctx, words[1], []netip.AddrPort{netip.MustParseAddrPort(words[2])})
+		if err != nil {
+			return "", err
+		}
+		data, err := json.Marshal(a)
+		return string(data), err
+	case "voters":
+		members, err := s.Members(ctx)
+		n := 0
+		for _, m := range members {
+			if !m.Learner {
+				n++
+			}
+		}
+		return fmt.Sprint(n), err
+	case "move":
+		s.SetAddresses([]netip.Addr{netip.MustParseAddr(words[1])})
+		return "ok", nil
+	}
+	c, err := s.NewClient()
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if words[0] == "put" {
+		_, err := c.Put(ctx, words[1], words[2])
+		return "ok", err
+	}
+	got, err := c.Kubernetes.Get(ctx, words[1], kubernetes.GetOptions{})
+	if err != nil || got.KV == nil {
+		return "", errors.Join(err, errors.New("not there"))
+	}
+	return string(got.KV.Value), nil
+}
+
+// machine is one host and its member.
+type machine struct {
+	t    *testing.T
+	host *testhost.Host
+	at   netip.Prefix
+	dir  string
+	cfg  Config
+
+	command *exec.Cmd
+	in      io.WriteCloser
+	lines   chan string
+}
+
+func (m *machine) start() {
+	m.t.Helper()
+	data, err := json.Marshal(m.cfg)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(m.dir, memberConfig), data, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+	m.command = exec.Command(os.Args[0])
+	m.command.Env = append(os.Environ(), childRole+"="+roleMember, childDir+"="+m.dir)
+	m.command.Stderr = testWriter{m.t}
+	if m.in, err = m.command.StdinPipe(); err != nil {
+		m.t.Fatal(err)
+	}
+	stdout, err := m.command.StdoutPipe()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := m.host.Start(m.command); err != nil {
+		m.t.Fatal(err)
+	}
+	lines := make(chan string, 10)
+	m.lines = lines
+	go func() {
+		defer close(lines)
+		for s := bufio.NewScanner(stdout); s.Scan(); {
+			lines <- s.Text()
+		}
+	}()
+	m.t.Cleanup(m.kill)
+}
+
+func (m *machine) kill() {
+	if m.command == nil {
+		return
+	}
+	_ = m.command.Process.Kill()
+	_ = m.command.Wait()
+	m.command = nil
+}
+
+func (m *machine) ask(line string) (string, error) {
+	if _, err := fmt.Fprintln(m.in, line); err != nil {
+		return "", err
+	}
+	select {
+	case answer, ok := <-m.lines:
+		if !ok {
+			return "", errors.New("it has ended")
+		}
+		if why, failed := strings.CutPrefix(answer, "error "); failed {
+			return "", errors.New(why)
+		}
+		return answer, nil
+	case <-time.After(30 * time.Second):
+		return "", errors.New("no answer")
+	}
+}
+
+// await asks until the answer is the one wanted, and returns how long that took.
+func (m *machine) await(line, want string) time.Duration {
+	m.t.Helper()
+	began := time.Now()
+	for {
+		got, err := m.ask(line)
+		if err == nil && got == want {
+			return time.Since(began)
+		}
+		if time.Since(began) > 60*time.Second {
+			m.t.Fatalf("%s: %s: %q, %v, want %q", m.cfg.MemberName, line, got, err, want)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// renumber gives the machine another address, and tells the member or not.
+func (m *machine) renumber(to netip.Prefix, tell bool) {
+	m.t.Helper()
+	if err := errors.Join(m.host.DelAddr(m.at), m.host.AddAddr(to)); err != nil {
+		m.t.Fatal(err)
+	}
+	m.at = to
+	m.cfg.Peer.Addresses = []netip.Addr{to.Addr()}
+	if tell {
+		if _, err := m.ask("move " + to.Addr().String()); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+// machines makes a LAN of hosts with the addresses, and a cluster of their members.
+func machines(t *testing.T, addresses ...string) []*machine {
+	t.Helper()
+	testhost.RequireRoot(t)
+	lan, err := testhost.NewLAN()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lan.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	c := newTestCluster(t)
+	var all []*machine
+	for i, address := range addresses {
+		at := netip.MustParsePrefix(address)
+		name := string(rune('a' + i))
+		host, err := lan.Host(name, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := &machine{t: t, host: host, at: at, dir: t.TempDir()}
+		m.cfg = testConfig(filepath.Join(m.dir, "store"))
+		m.cfg.MemberName = name
+		m.cfg.Peer = c.peerConfig(name)
+		m.cfg.Peer.Port = 2380
+		m.cfg.Peer.Addresses = []netip.Addr{at.Addr()}
+		if i > 0 {
+			answer, err := all[0].ask(fmt.Sprintf("admit %s %v", name, netip.AddrPortFrom(at.Addr(), 2380)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.cfg.Join = new(Admission)
+			if err := json.Unmarshal([]byte(answer), m.cfg.Join); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.start()
+		m.await("check", "ok")
+		all = append(all, m)
+	}
+	all[0].await("voters", fmt.Sprint(len(all)))
+	return all
+}
+
+func leaderOf(t *testing.T, all []*machine) *machine {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		for _, m := range all {
+			if m.command == nil {
+				continue
+			}
+			if leads, err := m.ask("leads"); err == nil && leads == "true" {
+				return m
+			}
+		}
+	}
+	t.Fatal("nobody leads")
+	return nil
+}
+
+// The leader is killed, and unplugged; the others go on.
+func TestMachinesLoseTheirLeader(t *testing.T) {
+	all := machines(t, "10.0.0.1/24", "10.0.0.2/24", "10.0.0.3/24")
+	others := func(m *machine) []*machine {
+		var out []*machine
+		for _, o := range all {
+			if o != m {
+				out = append(out, o)
+			}
+		}
+		return out
+	}
+	dead := leaderOf(t, all)
+	dead.kill()
+	t.Logf("a write after a kill took %v", others(dead)[0].await("put /a 1", "ok").Round(time.Millisecond))
+	leaderOf(t, others(dead))
+	dead.cfg.Join = nil
+	dead.start()
+	dead.await("get /a", "1")
+
+	cut := leaderOf(t, all)
+	if err := cut.host.Cut(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("a write after a cut took %v", others(cut)[0].await("put /a 2", "ok").Round(time.Millisecond))
+	leaderOf(t, others(cut))
+	if err := cut.host.Restore(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the member was back after %v", cut.await("get /a", "2").Round(time.Millisecond))
+}
+
+// All machines move to another network at once: there is no majority that could agree on anything, and no
+// address that anybody knows is right any more.
+func TestMachinesMoveAtOnce(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		to   [3]string
+		tell bool // the members are told of their own new addresses
+		off  bool // they move while they are off
+	}{
+		{name: "told", to: [3]string{"172.16.5.11/24", "172.16.5.12/24", "172.16.5.13/24"}, tell: true},
+		{name: "not told", to: [3]string{"172.16.6.11/24", "172.16.6.12/24", "172.16.6.13/24"}},
+		{name: "to IPv6", to: [3]string{"fd00:5::11/64", "fd00:5::12/64", "fd00:5::13/64"}, tell: true},
+		{name: "while off", to: [3]string{"172.16.7.11/24", "172.16.7.12/24", "172.16.7.13/24"}, off: true},
+		// Each gets the address that another had.
+		{name: "around", to: [3]string{"10.0.0.2/24", "10.0.0.3/24", "10.0.0.1/24"}, off: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			all := machines(t, "10.0.0.1/24", "10.0.0.2/24", "10.0.0.3/24")
+			all[0].await("put /a 1", "ok")
+			if tc.off {
+				for _, m := range all {
+					m.kill()
+					m.cfg.Join = nil
+				}
+			}
+			for i, m := range all {
+				m.renumber(netip.MustParsePrefix(tc.to[i]), tc.tell)
+			}
+			began := time.Now()
+			if tc.off {
+				for _, m := range all {
+					m.start()
+				}
+			}
+			for _, m := range all {
+				m.await("check", "ok")
+			}
+			t.Logf("all were well again after %v", time.Since(began).Round(time.Millisecond))
+			all[1].await("put /a 2", "ok")
+			all[2].await("get /a", "2")
+		})
+	}
+}
+
+// Two find each other first and have a majority; the third must be found all the same.
+func TestMachinesMoveOneLate(t *testing.T) {
+	all := machines(t, "10.0.0.1/24", "10.0.0.2/24", "10.0.0.3/24")
+	late := all[2]
+	if err := late.host.Cut(); err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range all {
+		m.renumber(netip.MustParsePrefix(fmt.Sprintf("172.16.8.%d/24", 11+i)), true)
+	}
+	for _, m := range all[:2] {
+		m.await("check", "ok")
+	}
+	if err := late.host.Restore(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the third was back after %v", late.await("check", "ok").Round(time.Millisecond))
+}
