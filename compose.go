@@ -197,6 +197,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.Dir = dir
 	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
 	sv.ClusterCIDRs, sv.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
+	sv.ForeignPods = s.cluster.Backend == string(backend.None)
 	sv.ClusterDomain = s.cluster.ClusterDomain
 	sv.NodePortRange = p.c.String("service-node-port-range")
 	sv.NodeIPs = s.nodeIPs

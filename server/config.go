@@ -25,6 +25,7 @@ type Config struct {
 
 	ClusterCIDRs  []netip.Prefix // of pods: one, or one of each family
 	ServiceCIDRs  []netip.Prefix // of services: one, or one of each family
+	ForeignPods   bool           // another network plug-in gives pods their addresses, of ranges of its own
 	ClusterDomain string
 	ClusterDNS    []netip.Addr // addresses of the resolver, kept for it; none means: no resolver of ours
 

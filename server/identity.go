@@ -20,6 +20,7 @@ import (
 
 	"kedge/datastore"
 	"kedge/internal/atomicfile"
+	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
 )
@@ -40,6 +41,7 @@ type Identity struct {
 	ProxyClient    pki.Pair // the aggregator's when it calls extension API servers
 	Admin          pki.Pair // cluster-admin, for the kubeconfig
 	KubeletServing pki.Pair // the certificate of this machine's kubelet
+	NodeClient     pki.Pair // of this machine's node, with the kubelet's key, towards the other servers
 	Peer           pki.Pair // of this server's store, towards the others
 
 	ServiceAccountKey string // signs service account tokens
@@ -133,8 +135,8 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		into *pki.Pair
 	}{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
-		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
-			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1)}, nodeIPs...), Server: true}, &id.KubeletServing},
+		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"},
+			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
 		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
@@ -146,7 +148,22 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		}
 		*l.into = pair
 	}
-	return nil
+	return id.nodeClient(cfg, now)
+}
+
+// nodeClient makes the certificate with which this machine's node calls the other
+// servers, for the key that proves the node. It is signed anew at each start.
+func (id *Identity) nodeClient(cfg Config, now time.Time) error {
+	id.NodeClient = pki.Pair{CertFile: filepath.Join(cfg.tlsDir(), "client-node.crt"), KeyFile: id.KubeletServing.KeyFile, Renewed: true}
+	key, err := pki.EnsureKey(id.NodeClient.KeyFile)
+	if err != nil {
+		return err
+	}
+	chain, err := id.ClientCA.Sign(&key.PublicKey, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"}, Client: true}, pki.LeafLife, now)
+	if err != nil {
+		return fmt.Errorf("sign %s: %w", id.NodeClient.CertFile, err)
+	}
+	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
 }
 
 // kubeletClientUser is who the API server is when it calls a kubelet. It is

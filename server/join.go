@@ -11,6 +11,7 @@ import (
 	"kedge/server/directory"
 	"kedge/server/join"
 	"kedge/server/loopback"
+	"kedge/server/tunnels"
 )
 
 // NewServers makes what this server knows of the others.
@@ -40,4 +41,15 @@ func NewJoin(cfg Config, id *Identity, servers *Servers, log *slog.Logger) *join
 	}, servers.api, log)
 	servers.nodes = s.Nodes()
 	return s
+}
+
+// NewHub makes the server's end of the nodes' tunnels.
+func NewHub(cfg Config, joins *join.Service, log *slog.Logger) *tunnels.Hub {
+	c := tunnels.Config{
+		Door: joins, Keys: joins.Nodes(), PodRanges: cfg.ClusterCIDRs, ServiceRanges: cfg.ServiceCIDRs, ForeignPods: cfg.ForeignPods,
+	}
+	if cfg.HasNode {
+		c.OwnNode = cfg.NodeName
+	}
+	return tunnels.New(c, log)
 }

@@ -80,8 +80,14 @@ func (f *fleet) url() string { return fmt.Sprintf("https://192.0.2.1:%d", f.apiP
 // newAgent makes an agent on a host of its own, not yet started.
 func (f *fleet) newAgent(t *testing.T, flags ...string) *node {
 	t.Helper()
+	return f.newAgentAt(t, f.host(t), flags...)
+}
+
+// newAgentAt is [fleet.newAgent] on a host that is there already.
+func (f *fleet) newAgentAt(t *testing.T, at *netns.NS, flags ...string) *node {
+	t.Helper()
 	a := newNode("agent")
-	a.agent, a.network = true, f.host(t)
+	a.agent, a.network = true, at
 	a.flags = append([]string{"--server=" + f.url()}, flags...)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -201,7 +201,7 @@ func TestServerDecidesWhatCertificatesSay(t *testing.T) {
 	}{
 		{c.cfg.ClientCA, m.ClientCertFile(), x509.ExtKeyUsageClientAuth, "system:node:edge-1", "system:nodes", 0, 0},
 		{c.cfg.ClientCA, m.NetworkCertFile(), x509.ExtKeyUsageClientAuth, "net:edge-1", "net", 0, 0},
-		{c.cfg.KubeletCA, m.ServingCertFile(), x509.ExtKeyUsageServerAuth, "system:node:edge-1", "system:nodes", 1, 1},
+		{c.cfg.KubeletCA, m.ServingCertFile(), x509.ExtKeyUsageServerAuth, "system:node:edge-1", "system:nodes", 1, 2},
 	} {
 		got := verify(t, w.ca, w.file, m.KeyFile(), w.usage)
 		if got.Subject.CommonName != w.name || len(got.Subject.Organization) != 1 || got.Subject.Organization[0] != w.org || len(got.DNSNames) != w.names || len(got.IPAddresses) != w.ips {
@@ -222,8 +222,8 @@ func TestServerDecidesWhatCertificatesSay(t *testing.T) {
 func TestOwnAddressesAreInNobodysCertificate(t *testing.T) {
 	c := newCluster(t, func(c *Config) { c.OwnAddresses = []netip.Addr{netip.MustParseAddr("127.0.0.1")} })
 	m := c.mustJoin(t, t.TempDir(), "a", c.token(t, Spec{}))
-	if got := verify(t, c.cfg.KubeletCA, m.ServingCertFile(), m.KeyFile(), x509.ExtKeyUsageServerAuth); len(got.IPAddresses) != 0 {
-		t.Errorf("the certificate names %v, which is the server's", got.IPAddresses)
+	if got := verify(t, c.cfg.KubeletCA, m.ServingCertFile(), m.KeyFile(), x509.ExtKeyUsageServerAuth); len(got.IPAddresses) != 1 || !got.IPAddresses[0].Equal(joining.NodeAddress("a").AsSlice()) {
+		t.Errorf("the certificate names %v, want the one that stands for the name and not the server's", got.IPAddresses)
 	}
 }
 
