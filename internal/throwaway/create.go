@@ -155,10 +155,8 @@ func (r Root) begin(cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	secret := make([]byte, 16)
-	rand.Read(secret)
 	c := &Cluster{root: r, record: record{
-		Name: cfg.Name, Created: time.Now().UTC().Truncate(time.Second), Subnet: subnet, Token: hex.EncodeToString(secret), Next: 2,
+		Name: cfg.Name, Created: time.Now().UTC().Truncate(time.Second), Subnet: subnet, Token: newSecret(), ServerToken: newSecret(), Next: 2,
 	}}
 	for _, path := range cfg.Images {
 		abs, err := filepath.Abs(path)
@@ -279,11 +277,24 @@ func start(m *machines.Machine, role Role) error {
 
 // settings are the configuration file of a node.
 func (c *Cluster) settings(m *machines.Machine, role Role) string {
-	text := fmt.Sprintf("node-ip: [%s]\ntoken: %s\n", m.Addrs()[0].Addr(), c.record.Token)
-	if first := c.site.Machines()[0]; m != first {
-		text += fmt.Sprintf("server: https://%s:6443\n", first.Addrs()[0].Addr())
+	text := fmt.Sprintf("node-ip: [%s]\n", m.Addrs()[0].Addr())
+	first := c.site.Machines()[0]
+	switch {
+	case m == first:
+		return text + fmt.Sprintf("token: %s\nserver-token: %s\n", c.record.Token, c.record.ServerToken)
+	case role == Server:
+		text += fmt.Sprintf("token: %s\n", c.record.ServerToken)
+	default:
+		text += fmt.Sprintf("token: %s\n", c.record.Token)
 	}
-	return text
+	return text + fmt.Sprintf("server: https://%s:6443\n", first.Addrs()[0].Addr())
+}
+
+// newSecret makes one that nobody guesses.
+func newSecret() string {
+	secret := make([]byte, 16)
+	rand.Read(secret) // never fails (crypto/rand)
+	return hex.EncodeToString(secret)
 }
 
 // addImage puts an archive into a node's images folder: by a link where it is on the
