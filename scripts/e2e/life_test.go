@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // processes are the numbers of those whose command line has text in it.
@@ -156,7 +158,24 @@ func TestLifeOfNode(t *testing.T) {
 		}
 	}
 
+	// A client that watches does not hold up the end, nor make it a failure.
+	watch, err := n.client.CoreV1().Pods(ns).Watch(context.Background(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Stop()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range watch.ResultChan() {
+		}
+	}()
 	n.stop(t, syscall.SIGTERM, 10*time.Second)
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("a watch goes on without its server")
+	}
 	if out, err := n.command("killall"); err != nil {
 		t.Fatalf("killall: %v\n%s", err, out)
 	}
