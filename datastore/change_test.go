@@ -34,6 +34,7 @@ func (p *pool) pick(client int) *testNode {
 
 // 1, 3, 5, 3, 1 members under load, and in each step one is killed and starts again.
 func TestGrowAndShrink(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	var p pool
@@ -95,6 +96,7 @@ func TestGrowAndShrink(t *testing.T) {
 
 // A member that was admitted and never came holds nobody up.
 func TestOrphansDoNotBlock(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	for _, name := range []string{"o1", "o2", "o3", "o4", "o5"} {
@@ -126,6 +128,7 @@ func TestOrphansDoNotBlock(t *testing.T) {
 // A machine that died is replaced by a new one of the same name; while it lives, or is needed for a majority, it
 // is not.
 func TestReplaceDeadMember(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	a, b := nodes[0], nodes[1]
@@ -165,6 +168,7 @@ func TestReplaceDeadMember(t *testing.T) {
 }
 
 func TestRemovedMember(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	a, b := nodes[0], nodes[1]
@@ -236,6 +240,7 @@ func TestRemovedMember(t *testing.T) {
 
 // A member that is admitted and taken out again before it comes finds out.
 func TestAdmissionIsOver(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	b := c.admit(a, "b")
@@ -251,6 +256,7 @@ func TestAdmissionIsOver(t *testing.T) {
 
 // A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
 func TestJoinIsResumed(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	fill(t, newClient(t, a.Store), "/a/", 500, strings.Repeat("x", 1000))
@@ -274,6 +280,7 @@ func TestJoinIsResumed(t *testing.T) {
 // Whoever comes late gets a copy of the database, because the log does not go back far enough; so does a member
 // that was away for long.
 func TestCatchUpBySnapshot(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a")
 	a.cfg.Alone.SnapshotCount, a.cfg.Alone.SnapshotCatchUp = 100, 10
@@ -313,6 +320,7 @@ func TestCatchUpBySnapshot(t *testing.T) {
 
 // Stores that were created without an address on loopback, and without a port, grow all the same.
 func TestStoreOfBeforeGrows(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a")
 	peer := a.cfg.Peer
@@ -337,6 +345,7 @@ func TestStoreOfBeforeGrows(t *testing.T) {
 
 // The address book may be lost: the store has a copy.
 func TestBookIsLost(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	put(t, nodes[0], "/a", "1")
