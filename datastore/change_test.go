@@ -2,6 +2,7 @@ package datastore
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -316,6 +317,29 @@ func TestCatchUpBySnapshot(t *testing.T) {
 	if resp := <-watch; resp.Err() != nil || len(resp.Events) != 1 {
 		t.Errorf("a new watch got %+v", resp)
 	}
+}
+
+// What somebody says of members that there are not is forgotten, so that nobody looks for them for ever.
+func TestNoGhosts(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	ghost := Peer{ID: "1234", Name: "ghost", URL: newVirtualURL(), Addresses: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.66:1")}, Seq: 1}
+	nodes[1].mesh.learn([]Peer{ghost})
+	if _, known := nodes[1].book.other(ghost.ID); known {
+		t.Error("a member with a leader believes in a ghost")
+	}
+	if _, err := nodes[1].book.merge([]Peer{ghost}); err != nil { // as from a time without a leader
+		t.Fatal(err)
+	}
+	c.await("it is forgotten", func() error {
+		for _, n := range nodes {
+			if _, known := n.book.other(ghost.ID); known {
+				return fmt.Errorf("%s knows it", n.name)
+			}
+		}
+		return nil
+	})
 }
 
 // Stores that were created without an address on loopback, and without a port, grow all the same.
