@@ -1,8 +1,12 @@
 package datastore
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -180,8 +184,18 @@ func TestRemovedMember(t *testing.T) {
 
 	// While it is off.
 	b.stop()
+	gone := b.mesh.ownHello()
 	if err := a.Remove(t.Context(), "b"); err != nil {
 		t.Fatal(err)
+	}
+	body, err := json.Marshal(gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := httptest.NewRecorder()
+	a.mesh.answerHello(answer, httptest.NewRequest(http.MethodPost, helloPath, bytes.NewReader(body)))
+	if !strings.Contains(answer.Body.String(), `"removed":true`) {
+		t.Errorf("the removed member's hello was answered with %s", answer.Body)
 	}
 	b.launch()
 	<-b.done

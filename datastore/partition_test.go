@@ -308,6 +308,9 @@ func TestMembersSwapAddresses(t *testing.T) {
 	for _, n := range nodes {
 		c.await("it is well", func() error { return n.Check(t.Context()) })
 	}
+	if w := nodes[2].mesh.way(a.book.self().ID); w.ask(b.port.at) {
+		t.Error("b was taken for a")
+	}
 }
 
 // The members take turns at what stops one of them for a moment, and the leader does not lead meanwhile.
