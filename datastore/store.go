@@ -128,7 +128,7 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 		return errors.Join(err, s.close(server, nil))
 	}
 
-	g := newGate(func() (id, term uint64) { return uint64(server.Leader()), server.Term() })
+	g := newGate(server.Lead)
 	t := newTransport(server, g, s.stop.fail)
 	s.transport.Store(t)
 	defer s.transport.Store(nil)
