@@ -1,7 +1,12 @@
 package datastore
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -34,6 +39,7 @@ func (p *pool) pick(client int) *testNode {
 
 // 1, 3, 5, 3, 1 members under load, and in each step one is killed and starts again.
 func TestGrowAndShrink(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	var p pool
@@ -95,6 +101,7 @@ func TestGrowAndShrink(t *testing.T) {
 
 // A member that was admitted and never came holds nobody up.
 func TestOrphansDoNotBlock(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	for _, name := range []string{"o1", "o2", "o3", "o4", "o5"} {
@@ -126,6 +133,7 @@ func TestOrphansDoNotBlock(t *testing.T) {
 // A machine that died is replaced by a new one of the same name; while it lives, or is needed for a majority, it
 // is not.
 func TestReplaceDeadMember(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	a, b := nodes[0], nodes[1]
@@ -165,6 +173,7 @@ func TestReplaceDeadMember(t *testing.T) {
 }
 
 func TestRemovedMember(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	a, b := nodes[0], nodes[1]
@@ -175,8 +184,18 @@ func TestRemovedMember(t *testing.T) {
 
 	// While it is off.
 	b.stop()
+	gone := b.mesh.ownHello()
 	if err := a.Remove(t.Context(), "b"); err != nil {
 		t.Fatal(err)
+	}
+	body, err := json.Marshal(gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := httptest.NewRecorder()
+	a.mesh.answerHello(answer, httptest.NewRequest(http.MethodPost, helloPath, bytes.NewReader(body)))
+	if !strings.Contains(answer.Body.String(), `"removed":true`) {
+		t.Errorf("the removed member's hello was answered with %s", answer.Body)
 	}
 	b.launch()
 	<-b.done
@@ -236,6 +255,7 @@ func TestRemovedMember(t *testing.T) {
 
 // A member that is admitted and taken out again before it comes finds out.
 func TestAdmissionIsOver(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	b := c.admit(a, "b")
@@ -251,6 +271,7 @@ func TestAdmissionIsOver(t *testing.T) {
 
 // A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
 func TestJoinIsResumed(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
 	fill(t, newClient(t, a.Store), "/a/", 500, strings.Repeat("x", 1000))
@@ -274,6 +295,7 @@ func TestJoinIsResumed(t *testing.T) {
 // Whoever comes late gets a copy of the database, because the log does not go back far enough; so does a member
 // that was away for long.
 func TestCatchUpBySnapshot(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a")
 	a.cfg.Alone.SnapshotCount, a.cfg.Alone.SnapshotCatchUp = 100, 10
@@ -311,8 +333,32 @@ func TestCatchUpBySnapshot(t *testing.T) {
 	}
 }
 
+// What somebody says of members that there are not is forgotten, so that nobody looks for them for ever.
+func TestNoGhosts(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	ghost := Peer{ID: "1234", Name: "ghost", URL: newVirtualURL(), Addresses: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.66:1")}, Seq: 1}
+	nodes[1].mesh.learn([]Peer{ghost})
+	if _, known := nodes[1].book.other(ghost.ID); known {
+		t.Error("a member with a leader believes in a ghost")
+	}
+	if _, err := nodes[1].book.merge([]Peer{ghost}); err != nil { // as from a time without a leader
+		t.Fatal(err)
+	}
+	c.await("it is forgotten", func() error {
+		for _, n := range nodes {
+			if _, known := n.book.other(ghost.ID); known {
+				return fmt.Errorf("%s knows it", n.name)
+			}
+		}
+		return nil
+	})
+}
+
 // Stores that were created without an address on loopback, and without a port, grow all the same.
 func TestStoreOfBeforeGrows(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a")
 	peer := a.cfg.Peer
@@ -337,6 +383,7 @@ func TestStoreOfBeforeGrows(t *testing.T) {
 
 // The address book may be lost: the store has a copy.
 func TestBookIsLost(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	put(t, nodes[0], "/a", "1")

@@ -161,7 +161,10 @@ func (c *testCluster) grow(names ...string) []*testNode {
 	for _, name := range names[1:] {
 		nodes = append(nodes, c.join(nodes[0], name))
 	}
-	c.awaitVoters(nodes[0], names...)
+	// Each of them must know: a vote that has not got around counts for nothing when the leader is lost.
+	for _, n := range nodes {
+		c.awaitVoters(n, names...)
+	}
 	return nodes
 }
 

@@ -32,6 +32,8 @@ const (
 	callEvery = 2 * time.Second
 	// discoverEvery is how often it is looked whether that is necessary.
 	discoverEvery = time.Second
+	// maxLinks bounds the links that are called on. The kernel lets a socket be in 20 groups.
+	maxLinks = 16
 )
 
 var (
@@ -171,13 +173,29 @@ func join(conn net.PacketConn, links []net.Interface) {
 	}
 }
 
+// multicastLinks are the links on which other machines may be: those with an address out of a network, and not just
+// of their own, as the links to pods have. The oldest come first, which are the machine's own.
 func multicastLinks() []net.Interface {
 	all, err := net.Interfaces()
 	if err != nil {
 		return nil
 	}
-	return slices.DeleteFunc(all, func(l net.Interface) bool {
-		return l.Flags&net.FlagUp == 0 || l.Flags&net.FlagMulticast == 0 || l.Flags&net.FlagLoopback != 0
+	slices.SortFunc(all, func(a, b net.Interface) int { return a.Index - b.Index })
+	links := slices.DeleteFunc(all, func(l net.Interface) bool {
+		return l.Flags&net.FlagUp == 0 || l.Flags&net.FlagMulticast == 0 || l.Flags&net.FlagLoopback != 0 || !hasNetwork(l)
+	})
+	return links[:min(len(links), maxLinks)]
+}
+
+func hasNetwork(l net.Interface) bool {
+	addrs, err := l.Addrs()
+	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		if !ok {
+			return false
+		}
+		ones, bits := n.Mask.Size()
+		return ones < bits && n.IP.IsGlobalUnicast()
 	})
 }
 

@@ -18,8 +18,8 @@ import (
 // etcd's server must not be stopped under a call: it would read from a closed database file. Over gRPC the
 // listener sees to that; here close does, which turns newcomers away, cancels who is inside and waits for them.
 type gate struct {
-	// leader is who leads by raft's own state, and raft.None if nobody does, and the term.
-	leader func() (id, term uint64)
+	// leader is who leads by raft's own state, and raft.None if nobody does.
+	leader func() uint64
 
 	mu     sync.RWMutex // guards closed, and wg.Add against wg.Wait
 	closed bool
@@ -33,11 +33,11 @@ type gate struct {
 
 	callsMu    sync.Mutex              // guards what follows
 	calls      map[*admission]struct{} // those that need a majority
-	reign      uint64                  // number of the leader and term that was seen last
+	reign      uint64                  // counts the elections that were seen
 	leaderless bool                    // for so long that calls need not wait for one
 }
 
-func newGate(leader func() (id, term uint64)) *gate {
+func newGate(leader func() uint64) *gate {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	return &gate{
 		leader: leader, ctx: ctx, cancel: cancel,
@@ -45,10 +45,7 @@ func newGate(leader func() (id, term uint64)) *gate {
 	}
 }
 
-func (g *gate) hasLeader() bool {
-	id, _ := g.leader()
-	return id != raft.None
-}
+func (g *gate) hasLeader() bool { return g.leader() != raft.None }
 
 // admission is one call or stream inside the gate. leave must be called when it is over.
 type admission struct {
@@ -171,8 +168,8 @@ const (
 func (g *gate) watchLeader(election time.Duration) {
 	ticker := time.NewTicker(election / regard)
 	defer ticker.Stop()
-	var lastID, lastTerm uint64
-	var lost, since time.Time // since when there is no leader, or this one
+	last := g.leader()
+	var lost, since time.Time // since when there is no leader, or this one after another
 	for {
 		select {
 		case <-g.ctx.Done():
@@ -180,7 +177,7 @@ func (g *gate) watchLeader(election time.Duration) {
 		case <-ticker.C:
 		}
 		now := time.Now()
-		id, term := g.leader()
+		id := g.leader()
 		switch {
 		case id == raft.None:
 			if lost.IsZero() {
@@ -190,13 +187,12 @@ func (g *gate) watchLeader(election time.Duration) {
 				g.endLeaderless()
 			}
 			continue
-		case id != lastID || term != lastTerm:
-			lastID, lastTerm, since = id, term, now
+		case id != last || !lost.IsZero():
+			last, lost, since = id, time.Time{}, now
 			g.crown()
 		case now.Sub(since) >= election/settling && now.Sub(since) < 2*election:
 			g.endOlder()
 		}
-		lost = time.Time{}
 		g.setLeaderless(false)
 	}
 }

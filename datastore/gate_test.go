@@ -24,11 +24,11 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var leader atomic.Bool
 		leader.Store(true)
-		g := newGate(func() (uint64, uint64) {
+		g := newGate(func() uint64 {
 			if leader.Load() {
-				return 1, 1
+				return 1
 			}
-			return raft.None, 1
+			return raft.None
 		})
 		const interval = time.Second
 		go g.watchLeader(interval)
@@ -81,10 +81,9 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 // Calls that need a majority end with the leader, and those that it took along end soon after the next one is there.
 func TestGateEndsCallsInVain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var leader, term atomic.Uint64
+		var leader atomic.Uint64
 		leader.Store(1)
-		term.Store(1)
-		g := newGate(func() (uint64, uint64) { return leader.Load(), term.Load() })
+		g := newGate(leader.Load)
 		const election = time.Second
 		go g.watchLeader(election)
 		defer g.close()
@@ -95,7 +94,12 @@ func TestGateEndsCallsInVain(t *testing.T) {
 			}
 			return a
 		}
+		first := enter()
 		time.Sleep(3 * election)
+		if first.ctx.Err() != nil {
+			t.Error("a call under the first leader was ended")
+		}
+		first.leaveCall()
 
 		// An election: what was under way has half a second under the new leader.
 		before := enter()
@@ -103,7 +107,6 @@ func TestGateEndsCallsInVain(t *testing.T) {
 		time.Sleep(election)
 		between := enter()
 		leader.Store(2)
-		term.Store(2)
 		time.Sleep(election / 3)
 		after := enter()
 		if before.ctx.Err() != nil || between.ctx.Err() != nil {
@@ -267,7 +270,7 @@ func TestStreamHalfClose(t *testing.T) {
 	}
 }
 
-func alwaysLed() (id, term uint64) { return 1, 1 }
+func alwaysLed() uint64 { return 1 }
 
 func runGuarded(f func() error) error { return f() }
 

@@ -75,12 +75,15 @@ type way struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	mu    sync.Mutex       // guards what follows
-	at    netip.AddrPort   // where it answered last; not valid while it is not known
-	found chan struct{}    // closed when at becomes valid
-	hints []netip.AddrPort // where it may be besides the book's addresses
-	last  reach
+	mu     sync.Mutex       // guards what follows
+	at     netip.AddrPort   // where it answered last; not valid while it is not known
+	found  chan struct{}    // closed when at becomes valid
+	looked bool             // everywhere, once, so that where it is not found it is not waited for
+	hints  []netip.AddrPort // where it may be besides the book's addresses
+	last   reach
 }
+
+var errNotFound = errors.New("the member does not answer")
 
 func startWay(m *mesh, p Peer) *way {
 	w := &way{mesh: m, id: p.ID, kicked: make(chan struct{}, 1), found: make(chan struct{}), started: time.Now()}
@@ -132,14 +135,18 @@ func (w *way) missing(now time.Time) bool {
 	return now.Sub(seen) > missingAfter
 }
 
-// dial connects raft to the member, where it is known to be. It waits a little if that is just being found out.
+// dial connects raft to the member, where it is known to be. In the first moments it waits until that is found out;
+// later raft tries often enough by itself.
 func (w *way) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
 	w.mu.Lock()
-	at, found := w.at, w.found
+	at, found, looked := w.at, w.found, w.looked
 	w.mu.Unlock()
 	if !at.IsValid() {
+		if looked {
+			return nil, errNotFound
+		}
 		select {
 		case <-found:
 		case <-ctx.Done():
@@ -217,6 +224,7 @@ func (w *way) look() bool {
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.looked = true
 	if w.at.IsValid() && w.at == at && !w.last.alive(time.Now()) {
 		// It is not there any more, or this machine is cut off: connections that hang would keep raft waiting.
 		w.at, w.found = netip.AddrPort{}, make(chan struct{})

@@ -293,7 +293,7 @@ func (s *Store) Remove(ctx context.Context, name string) error {
 
 func (s *Store) removeMember(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member, m *membership.Member) error {
 	if !m.IsLearner {
-		if err := s.guardQuorum(server, members, m); err != nil {
+		if err := s.guardQuorum(ctx, server, members, m); err != nil {
 			return err
 		}
 	}
@@ -338,9 +338,28 @@ func (s *Store) removeSelf(ctx context.Context, server *etcdserver.EtcdServer) e
 	}
 }
 
-// guardQuorum refuses the removal of a voter after which the voters that live would be no majority.
-func (s *Store) guardQuorum(server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) error {
-	voters, living := 0, 0
+// guardQuorum refuses the removal of a voter after which the voters that live would be no majority. One that has
+// just come back gets the time to answer.
+func (s *Store) guardQuorum(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) error {
+	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
+	for {
+		voters, living := s.votersWithout(server, members, leaves)
+		switch {
+		case voters == 0:
+			return fmt.Errorf("%w: it is the only member that has a vote", ErrQuorum)
+		case living >= voters/2+1:
+			return nil
+		case ctx.Err() != nil:
+			return fmt.Errorf("%w: of the %d that would remain %d would be alive", ErrQuorum, voters, living)
+		}
+		s.mesh.kick()
+		sleep(ctx, settleEvery)
+	}
+}
+
+// votersWithout counts the voters, and those of them that live, without one.
+func (s *Store) votersWithout(server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) (voters, living int) {
 	for _, m := range members {
 		if m.IsLearner || m.ID == leaves.ID {
 			continue
@@ -350,13 +369,7 @@ func (s *Store) guardQuorum(server *etcdserver.EtcdServer, members []*membership
 			living++
 		}
 	}
-	switch {
-	case voters == 0:
-		return fmt.Errorf("%w: it is the only member that has a vote", ErrQuorum)
-	case living < voters/2+1:
-		return fmt.Errorf("%w: of the %d that would remain %d would be alive", ErrQuorum, voters, living)
-	}
-	return nil
+	return voters, living
 }
 
 // HandOver makes another member the leader, if this one is and there is one that can be. It does nothing, and

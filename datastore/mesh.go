@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -218,15 +219,7 @@ func (m *mesh) reconcileLocked() {
 
 // learn takes over what others say of where members are.
 func (m *mesh) learn(peers []Peer) {
-	server := m.server.Load()
-	known := peers[:0:0]
-	for _, p := range peers {
-		if id, err := parseID(p.ID); err != nil || server != nil && server.IsIDRemoved(uint64(id)) {
-			continue
-		}
-		known = append(known, p)
-	}
-	changed, err := m.book.merge(known)
+	changed, err := m.book.merge(slices.DeleteFunc(slices.Clone(peers), func(p Peer) bool { return !m.isMember(p) }))
 	if err != nil {
 		m.log.Warn("write the members' addresses", "err", err)
 	}
@@ -234,6 +227,23 @@ func (m *mesh) learn(peers []Peer) {
 		m.reconcile()
 		m.kick()
 	}
+}
+
+// isMember reports whether a peer is, or may be, a member. Who is one is in the store, which a member that is in
+// touch with a leader has; others may have to find that leader first, by way of members that they have not heard of.
+func (m *mesh) isMember(p Peer) bool {
+	id, err := parseID(p.ID)
+	if err != nil {
+		return false
+	}
+	server := m.server.Load()
+	switch {
+	case server == nil:
+		return true
+	case server.IsIDRemoved(uint64(id)):
+		return false
+	}
+	return m.leaderless() || server.Leader() == id || server.Cluster().Member(id) != nil
 }
 
 // kick makes all ways look at once.

@@ -164,6 +164,7 @@ func writeTo(t *testing.T, n *testNode, value int) error {
 }
 
 func TestHandOver(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	old := c.leader(nodes...)
@@ -198,6 +199,7 @@ func TestHandOver(t *testing.T) {
 
 // Terms of leadership must not overlap for those who look.
 func TestLeadershipIsConfirmed(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	terms := map[uint64]string{}
@@ -240,6 +242,7 @@ func (n *testNode) move(a netip.Addr) {
 }
 
 func TestMemberMoves(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	for i, n := range nodes { // the leader, too
@@ -286,6 +289,7 @@ func TestMemberMoves(t *testing.T) {
 
 // Two machines swap their addresses: each is found at the other's old one, and nobody is taken for another.
 func TestMembersSwapAddresses(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	a, b := nodes[0], nodes[1]
@@ -304,10 +308,14 @@ func TestMembersSwapAddresses(t *testing.T) {
 	for _, n := range nodes {
 		c.await("it is well", func() error { return n.Check(t.Context()) })
 	}
+	if w := nodes[2].mesh.way(a.book.self().ID); w.ask(b.port.at) {
+		t.Error("b was taken for a")
+	}
 }
 
 // The members take turns at what stops one of them for a moment, and the leader does not lead meanwhile.
 func TestMembersTakeTurns(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	leader := c.leader(nodes...)

@@ -17,9 +17,9 @@ type PeerConfig struct {
 	Port uint16
 
 	// CAFile has the certificate of the peers' authority, CertFile and KeyFile this member's certificate and
-	// key, all PEM. The certificate must be good for PeerServerName, as a server's and as a client's. Its
-	// holder is trusted with everything in the store. The last two are read again for each connection, so
-	// they may be replaced while the store runs; the authority is read when it starts.
+	// key, all PEM, and all there when the store starts, also alone. The certificate must be good for
+	// PeerServerName, as a server's and as a client's. Its holder is trusted with everything in the store. The
+	// last two are read again for each connection, so they may be replaced while the store runs.
 	CAFile, CertFile, KeyFile string
 
 	// Addresses are this machine's own, best first, as known at the start; see Store.SetAddresses.

@@ -56,34 +56,45 @@ var expected = map[string]bool{
 	"data-dir used by this member must be removed": true,
 }
 
-// slowRequest is etcd's warning for each single request that waited for the disk or
-// a processor. On a slow machine there would be hundreds; one in a while says it.
-const (
-	slowRequest      = "apply request took too long"
-	slowRequestEvery = int64(time.Minute)
-)
+// seldom are etcd's warnings for each single request, or heartbeat, that waited for the disk or a processor. On a
+// slow machine there would be hundreds; one in a while says it.
+var seldom = []string{
+	"apply request took too long",
+	"leader failed to send out heartbeat on time; took too long, leader is overloaded likely from slow disk",
+}
 
-// quietCore is a zapcore.Core that keeps the expected out of sight, and repeats
-// itself little.
+const seldomEvery = int64(time.Minute)
+
+// quietCore is a zapcore.Core that keeps the expected out of sight, and repeats itself little.
 type quietCore struct {
 	zapcore.Core
-	lastSlow *atomic.Int64 // when slowRequest was shown, in nanoseconds
+	last map[string]*atomic.Int64 // when each of the seldom was shown, in nanoseconds
 }
 
-func newQuietCore(core zapcore.Core) zapcore.Core { return quietCore{core, new(atomic.Int64)} }
+func newQuietCore(core zapcore.Core) zapcore.Core {
+	last := map[string]*atomic.Int64{}
+	for _, message := range seldom {
+		last[message] = new(atomic.Int64)
+	}
+	return quietCore{core, last}
+}
 
 func (c quietCore) With(fields []zapcore.Field) zapcore.Core {
-	return quietCore{c.Core.With(fields), c.lastSlow}
+	return quietCore{c.Core.With(fields), c.last}
 }
 
-// tooSoon reports whether the last slow request was told of just now.
-func (c quietCore) tooSoon(now time.Time) bool {
-	last := c.lastSlow.Load()
-	return now.UnixNano()-last < slowRequestEvery || !c.lastSlow.CompareAndSwap(last, now.UnixNano())
+// tooSoon reports whether the message is one of the seldom, and was shown just now.
+func (c quietCore) tooSoon(message string, now time.Time) bool {
+	shown := c.last[message]
+	if shown == nil {
+		return false
+	}
+	last := shown.Load()
+	return now.UnixNano()-last < seldomEvery || !shown.CompareAndSwap(last, now.UnixNano())
 }
 
 func (c quietCore) Check(entry zapcore.Entry, checked *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if expected[entry.Message] || entry.Message == slowRequest && c.tooSoon(entry.Time) {
+	if expected[entry.Message] || c.tooSoon(entry.Message, entry.Time) {
 		entry.Level = zapcore.InfoLevel // which is debug to us
 	}
 	return c.Core.Check(entry, checked)

@@ -128,7 +128,7 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 		return errors.Join(err, s.close(server, nil))
 	}
 
-	g := newGate(func() (id, term uint64) { return uint64(server.Leader()), server.Term() })
+	g := newGate(server.Lead)
 	t := newTransport(server, g, s.stop.fail)
 	s.transport.Store(t)
 	defer s.transport.Store(nil)
@@ -236,15 +236,16 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 	if server == nil || err != nil {
 		return nil, err
 	}
-	if err := s.introduce(server); err != nil {
-		server.Cleanup()
-		return nil, err
+	err = s.introduce(server)
+	if err == nil && holds && o.several {
+		err = s.compare(server)
 	}
-	if holds && o.several {
-		if err := s.compare(server); err != nil {
+	if err != nil {
+		s.mesh.detach()
+		if !errors.Is(err, ErrFailed) {
 			server.Cleanup()
-			return nil, err
 		}
+		return nil, err
 	}
 	return server, nil
 }

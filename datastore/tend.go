@@ -20,6 +20,8 @@ const (
 	tendTime = 3 * time.Second
 	// orphanAfter is how long a member that was admitted may take to come, before it is taken out again.
 	orphanAfter = 30 * time.Minute
+	// strangerTime is how long an address may be in the store before the member that it belongs to.
+	strangerTime = time.Minute
 )
 
 // tend keeps the book, the store and the members in step until ctx ends, and on the leader it gives a vote to
@@ -33,7 +35,8 @@ func (s *Store) tend(ctx context.Context, server *etcdserver.EtcdServer) {
 	}
 	ticker := time.NewTicker(tendEvery)
 	defer ticker.Stop()
-	waiting := map[string]time.Time{} // learners that have not started, and since when this leader knows them
+	waiting := map[string]time.Time{}   // learners that have not started, and since when this leader knows them
+	strangers := map[string]time.Time{} // who has an address in the store, but is no member
 	for {
 		if err := s.adopt(server); err != nil {
 			s.log.Warn("keep the members' addresses", "err", err)
@@ -44,9 +47,10 @@ func (s *Store) tend(ctx context.Context, server *etcdserver.EtcdServer) {
 			if server.Leader() == server.MemberID() {
 				s.promote(ctx, server)
 				s.dropOrphans(ctx, server, waiting)
-				s.forgetRemoved(ctx, server, t)
+				s.forgetStrangers(ctx, server, t, strangers)
 			} else {
 				clear(waiting)
+				clear(strangers)
 			}
 		}
 		select {
@@ -59,11 +63,7 @@ func (s *Store) tend(ctx context.Context, server *etcdserver.EtcdServer) {
 
 // adopt brings the book up to what the store holds: its members, and where they are.
 func (s *Store) adopt(server *etcdserver.EtcdServer) error {
-	_, err := s.book.retain(func(p Peer) bool {
-		id, err := parseID(p.ID)
-		return err == nil && !server.IsIDRemoved(uint64(id))
-	})
-	if err != nil {
+	if _, err := s.book.retain(s.mesh.isMember); err != nil {
 		return err
 	}
 	peers, err := publishedPeers(server)
@@ -159,19 +159,32 @@ func (s *Store) dropOrphans(ctx context.Context, server *etcdserver.EtcdServer, 
 	}
 }
 
-// forgetRemoved takes the addresses of removed members out of the store.
-func (s *Store) forgetRemoved(ctx context.Context, server *etcdserver.EtcdServer, t *transport) {
+// forgetStrangers takes the addresses of those who are no members out of the store: removed ones at once, others
+// when their admission has had the time to succeed.
+func (s *Store) forgetStrangers(ctx context.Context, server *etcdserver.EtcdServer, t *transport, strangers map[string]time.Time) {
 	peers, err := publishedPeers(server)
 	if err != nil {
 		return
 	}
+	now := time.Now()
 	for _, p := range peers {
 		id, err := parseID(p.ID)
-		if err != nil || !server.IsIDRemoved(uint64(id)) {
+		if err == nil && server.Cluster().Member(id) != nil {
+			delete(strangers, p.ID)
 			continue
 		}
+		if err == nil && !server.IsIDRemoved(uint64(id)) {
+			since, known := strangers[p.ID]
+			if !known {
+				strangers[p.ID] = now
+			}
+			if !known || now.Sub(since) < strangerTime {
+				continue
+			}
+		}
+		delete(strangers, p.ID)
 		if err := s.forget(ctx, t, p.ID); err != nil {
-			s.log.Debug("forget the addresses of a removed member", "err", err)
+			s.log.Debug("forget the addresses of who is no member", "err", err)
 		}
 	}
 }
