@@ -72,6 +72,7 @@ func imagesCommand() *cli.Command {
 				return runtime.ListImages(c.Context, socket, c.App.Writer)
 			}),
 			sub("rm", "IMAGE...", "Remove images", needArgs(runtime.RemoveImages, "image")),
+			loadCommand(),
 			sub("pull", "IMAGE...", "Pull images from their registries", needArgs(runtime.PullImages, "image")),
 		},
 	}

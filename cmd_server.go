@@ -105,7 +105,8 @@ func runServer(c *cli.Context) error {
 		},
 	})
 	if errors.Is(err, datastore.ErrRemoved) {
-		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", err)
+		// What the others say who miss their store is no news beside this.
+		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", datastore.ErrRemoved)
 	}
 	return err
 }

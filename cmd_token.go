@@ -68,9 +68,9 @@ func tokenCommand() *cli.Command {
 func nodeCommand() *cli.Command {
 	return &cli.Command{
 		Name:   "node",
-		Usage:  "Decide about machines of the cluster; on a server",
+		Usage:  "Decide about machines of the cluster, on a server; add, stop and remove those of a throwaway cluster",
 		Action: subcommandsOnly,
-		Subcommands: []*cli.Command{{
+		Subcommands: append([]*cli.Command{{
 			Name:      "allow",
 			Usage:     "Let another machine take the name of a node",
 			ArgsUsage: "NAME",
@@ -83,7 +83,7 @@ func nodeCommand() *cli.Command {
 				}
 				return control.Tell(c.Context, c.String("run-dir"), allowNodePath, url.Values{"name": {c.Args().First()}}, &struct{}{})
 			},
-		}},
+		}}, throwawayNodeCommands()...),
 	}
 }
 

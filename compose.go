@@ -212,7 +212,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
-	sv.Token = p.fixedToken(dir)
+	sv.Token, sv.ServerToken = p.fixedTokens(dir)
 	sv.APIServerArgs = p.c.StringSlice("kube-apiserver-arg")
 	sv.ControllerArgs = p.c.StringSlice("kube-controller-manager-arg")
 	sv.SchedulerArgs = p.c.StringSlice("kube-scheduler-arg")

@@ -16,6 +16,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"kedge/internal/machines/keeper"
 	"kedge/network/cniclient"
 )
 
@@ -28,6 +29,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return kubectl(args[1:])
 	case "kedge-cni":
 		return cniclient.Main()
+	}
+	if code, was := keeper.Main(args); was {
+		return code
 	}
 	app := newApp(stdout, stderr)
 	if completeFlag(app, args) {
@@ -66,6 +70,10 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Commands: []*cli.Command{
 			serverCommand(),
 			agentCommand(),
+			upCommand(),
+			downCommand(),
+			lsCommand(),
+			logsCommand(),
 			tokenCommand(),
 			nodeCommand(),
 			statusCommand(),

@@ -10,8 +10,8 @@ import (
 
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
-	"kedge/agent/cgroup"
 	"kedge/agent/stalesocket"
+	"kedge/internal/cgroup"
 	"kedge/internal/mounts"
 )
 

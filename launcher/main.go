@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"kedge/internal/datadir"
+	"kedge/internal/machines/keeper"
 	"kedge/internal/packed"
 	"kedge/network/cniclient"
 )
@@ -20,6 +21,9 @@ func main() { os.Exit(run(os.Args, os.Environ())) }
 func run(args, env []string) int {
 	if filepath.Base(args[0]) == "kedge-cni" {
 		return cniclient.Main()
+	}
+	if code, was := keeper.Main(args); was {
+		return code
 	}
 	if err := launch(args, env); err != nil {
 		fmt.Fprintln(os.Stderr, "kedge:", err)

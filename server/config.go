@@ -33,7 +33,8 @@ type Config struct {
 
 	Kubeconfig     string // where the administrator's kubeconfig is written
 	KubeconfigMode uint32
-	Token          token.Secret // an administrator's own, with which machines may join; empty: none
+	Token          token.Secret // an administrator's own, with which agents may join; empty: none
+	ServerToken    token.Secret // likewise servers
 
 	Cluster joining.Cluster // what joining machines are told
 
@@ -71,10 +72,16 @@ func (c Config) Validate() error {
 	if !c.AdvertiseAddress.IsValid() {
 		errs = append(errs, errors.New("no address to advertise; give one with --node-ip"))
 	}
-	if c.Token != "" {
-		if err := token.CheckPreshared(c.Token); err != nil {
-			errs = append(errs, fmt.Errorf("--token: %w", err))
+	for flag, secret := range map[string]token.Secret{"--token": c.Token, "--server-token": c.ServerToken} {
+		if secret == "" {
+			continue
 		}
+		if err := token.CheckPreshared(secret); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", flag, err))
+		}
+	}
+	if c.Token != "" && c.Token == c.ServerToken {
+		errs = append(errs, errors.New("--token and --server-token are the same; an agent that knows the servers' secret can become one, so choose another"))
 	}
 	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
 	for _, p := range c.ClusterCIDRs {

@@ -47,7 +47,6 @@ type Identity struct {
 	ServiceAccountKey string // signs service account tokens
 	EncryptionConfig  string // names the key that encrypts secrets at rest
 	AuthnConfig       string // anonymous access to the health endpoints only
-	TokenFile         string // the join token, if an administrator has fixed one
 
 	URL string // of the API, for the kubeconfig
 }
@@ -59,6 +58,7 @@ const (
 	servingKubelet    = "serving-kubelet"
 	encryptionConfig  = "encryption-config.yaml"
 	tokenFile         = "token"
+	serverTokenFile   = "server-token"
 	peerCA            = "peer-ca"
 	peerLeaf          = "peer"
 )
@@ -81,7 +81,6 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 		ServiceAccountKey: filepath.Join(dir, serviceAccountKey),
 		EncryptionConfig:  filepath.Join(cfg.Dir, encryptionConfig),
 		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
-		TokenFile:         filepath.Join(cfg.Dir, tokenFile),
 		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
 	}
 	for i, ca := range []**pki.Authority{&id.ServerCA, &id.KubeletCA, &id.ClientCA, &id.ProxyCA, &id.PeerCA} {
@@ -102,8 +101,10 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	if _, err := atomicfile.WriteIfChanged(id.AuthnConfig, []byte(authnConfig), 0o600); err != nil {
 		return nil, err
 	}
-	if err := ensureToken(id.TokenFile, cfg.Token, id.ServerCA.Hash()); err != nil {
-		return nil, err
+	for name, secret := range map[string]token.Secret{tokenFile: cfg.Token, serverTokenFile: cfg.ServerToken} {
+		if err := ensureToken(filepath.Join(cfg.Dir, name), secret, id.ServerCA.Hash()); err != nil {
+			return nil, err
+		}
 	}
 	return id, id.writeKubeconfig(cfg)
 }
@@ -237,10 +238,17 @@ func Exists(dir string) bool {
 	return err == nil
 }
 
-// FixedToken returns the secret that the servers of the cluster share in dir, the
-// server's directory, and nothing where no administrator has fixed one.
-func FixedToken(dir string) (token.Secret, error) {
-	path := filepath.Join(dir, tokenFile)
+// FixedTokens returns the secrets that the servers of the cluster share in dir, the
+// server's directory: with which agents may join, and with which servers may. One that
+// no administrator has fixed is empty.
+func FixedTokens(dir string) (agents, servers token.Secret, err error) {
+	if agents, err = fixedToken(filepath.Join(dir, tokenFile)); err == nil {
+		servers, err = fixedToken(filepath.Join(dir, serverTokenFile))
+	}
+	return agents, servers, err
+}
+
+func fixedToken(path string) (token.Secret, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil

@@ -8,6 +8,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"kedge/datastore"
+	"kedge/internal/token"
 	"kedge/server/directory"
 	"kedge/server/join"
 	"kedge/server/loopback"
@@ -36,7 +37,7 @@ func (s *Servers) NewEndpoints(id *Identity, log *slog.Logger) *directory.Endpoi
 func NewJoin(cfg Config, id *Identity, servers *Servers, log *slog.Logger) *join.Service {
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
-		Preshared: cfg.Token, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
+		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
 		OwnAddresses: cfg.NodeIPs, Life: join.Life, Servers: servers,
 	}, servers.api, log)
 	servers.nodes = s.Nodes()

@@ -35,7 +35,8 @@ type Config struct {
 	ClientCA  *pki.Authority // signs what nodes call the API with
 	KubeletCA *pki.Authority // signs what kubelets serve with
 
-	Preshared token.Secret    // an administrator's own; empty: none
+	// Preshared are an administrator's own secrets, one for each role at most.
+	Preshared map[Role]token.Secret
 	Cluster   joining.Cluster // what nodes are told
 	// NetworkGroup is the group of the users as which the nodes' data paths read the API.
 	NetworkGroup string
@@ -159,8 +160,10 @@ func sourceOf(r *http.Request) netip.Addr {
 
 func (s *Service) answerCA(w http.ResponseWriter, _ *http.Request) {
 	answer := joining.CA{Certificate: string(s.cfg.ServerCA.PEM())}
-	if s.cfg.Preshared != "" {
-		answer.Proof = joining.Proof(s.cfg.Preshared, s.cfg.ServerCA.Cert)
+	for _, role := range []Role{Agent, Server} {
+		if secret := s.cfg.Preshared[role]; secret != "" {
+			answer.Proofs = append(answer.Proofs, joining.Proof(secret, s.cfg.ServerCA.Cert))
+		}
 	}
 	reply(w, http.StatusOK, answer)
 }
@@ -299,11 +302,8 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	secret := token.Secret(q.Secret)
 	preshared := q.TokenID == token.Preshared
 	if preshared {
-		if s.cfg.Preshared == "" || !secret.Matches(s.cfg.Preshared.Hash()) {
-			return nil, ErrUnknownToken
-		}
-		if role != Agent {
-			return nil, fmt.Errorf("%w: a secret that was fixed with --token lets agents in only; make a token for the server with \"kedge token create --role %s\"", ErrRole, role)
+		if err := s.checkPreshared(secret, role); err != nil {
+			return nil, err
 		}
 	} else if err := s.tokens.check(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
 		return nil, err
@@ -326,6 +326,23 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	}
 	s.log.Info("a machine joins", "node", q.NodeName, "role", role, "source", sourceOf(r), "token", q.TokenID, "key", fingerprint[:16])
 	return key, nil
+}
+
+// checkPreshared returns nil if the secret is the one that was fixed for the role.
+func (s *Service) checkPreshared(secret token.Secret, role Role) error {
+	is := func(r Role) bool {
+		fixed := s.cfg.Preshared[r]
+		return fixed != "" && secret.Matches(fixed.Hash())
+	}
+	switch {
+	case is(role):
+		return nil
+	case role == Server && is(Agent):
+		return fmt.Errorf("%w: the secret that is fixed with --token lets agents in only; make a token with \"kedge token create --role server\", or fix a secret for servers with --server-token", ErrRole)
+	case role == Agent && is(Server):
+		return fmt.Errorf("%w: the secret that is fixed with --server-token lets servers in only", ErrRole)
+	}
+	return ErrUnknownToken
 }
 
 // renew signs again for a node that proves its key by the connection itself. Who

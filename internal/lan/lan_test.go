@@ -1,4 +1,4 @@
-package testhost
+package lan
 
 import (
 	"context"
@@ -32,9 +32,9 @@ var (
 // twoHosts makes a LAN with the hosts a and b. The LAN is closed after the test.
 func twoHosts(t *testing.T) (l *LAN, a, b *Host) {
 	t.Helper()
-	RequireRoot(t)
+	requireRoot(t)
 	before := links(t)
-	l, err := NewLAN()
+	l, err := New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -343,4 +343,16 @@ func TestClosing(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Errorf("closing a host of a closed LAN: %v", err)
 	}
+}
+
+func requireRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: creates network namespaces")
+	}
+	ns, err := netns.New()
+	if err != nil {
+		t.Skipf("needs network namespaces: %v", err)
+	}
+	ns.Close()
 }

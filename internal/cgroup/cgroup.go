@@ -1,8 +1,8 @@
-// Package cgroup makes and removes the control group below which a node's pods
-// are, in cgroup v1, hybrid and v2.
+// Package cgroup makes and removes control groups in cgroup v1, hybrid and v2: the
+// one below which a node's pods are, and those of whole machines.
 //
 // It is not for the groups of pods and containers: kubelet and runc make those.
-// Only package agent imports it.
+// Packages agent and internal/machines import it.
 package cgroup
 
 import (
@@ -169,7 +169,7 @@ func End(root string) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("%d processes in cgroup %s do not end", left, root)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 

@@ -1,12 +1,14 @@
-package testhost
+package lan
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os/exec"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -18,10 +20,18 @@ import (
 type Host struct {
 	Name string
 
-	lan   *LAN
-	ns    *netns.NS
-	nl    *netlink.Handle
-	cable string // the switch's end of the uplink
+	lan    *LAN
+	ns     *netns.NS
+	nl     *netlink.Handle
+	cable  string         // the switch's end of the uplink
+	addrs  []netip.Prefix // that the uplink has
+	routes []route
+	fault  *fault // nil on a good link
+}
+
+type route struct {
+	dst netip.Prefix
+	via netip.Addr
 }
 
 func newHost(l *LAN, name string) (*Host, error) {
@@ -29,7 +39,7 @@ func newHost(l *LAN, name string) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Host{Name: name, lan: l, ns: ns, cable: cableName(l.joined, name)}
+	h := &Host{Name: name, lan: l, ns: ns}
 	if h.nl, err = routeHandle(ns); err != nil {
 		return nil, errors.Join(err, ns.Close())
 	}
@@ -43,13 +53,25 @@ func newHost(l *LAN, name string) (*Host, error) {
 	return h, nil
 }
 
+// hardwareAddr is the address of a host's uplink: the same whenever a host of this
+// name is made, as a machine has the same after a reboot.
+func hardwareAddr(name string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(name))
+	return append(net.HardwareAddr{0x02}, sum[:5]...) // locally administered
+}
+
 // join plugs the host into the switch. Caller holds lan.mu.
 func (h *Host) join(addrs []netip.Prefix) error {
+	var err error
+	if h.cable, err = h.lan.freeCable(); err != nil {
+		return err
+	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = h.cable
 	attrs.MasterIndex = h.lan.bridge.Attrs().Index
 	cable := netlink.NewVeth(attrs)
 	cable.PeerName = Uplink
+	cable.PeerHardwareAddr = hardwareAddr(h.Name)
 	cable.PeerNamespace = netlink.NsFd(h.ns.FD())
 	if err := h.lan.nl.LinkAdd(cable); err != nil {
 		return fmt.Errorf("add cable: %w", err)
@@ -72,17 +94,92 @@ func (h *Host) join(addrs []netip.Prefix) error {
 	return nil
 }
 
+// find learns of an adopted host what newHost and join would know.
+func (h *Host) find() error {
+	uplink, err := h.nl.LinkByName(Uplink)
+	if err != nil {
+		return err
+	}
+	cable, err := h.lan.nl.LinkByIndex(uplink.Attrs().ParentIndex)
+	if err != nil {
+		return fmt.Errorf("its cable is not in the switch: %w", err)
+	}
+	h.cable = cable.Attrs().Name
+	addrs, err := h.nl.AddrList(uplink, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if bits, _ := a.Mask.Size(); ok && !ip.Unmap().IsLinkLocalUnicast() {
+			h.addrs = append(h.addrs, netip.PrefixFrom(ip.Unmap(), bits))
+		}
+	}
+	routes, err := h.nl.RouteList(uplink, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, r := range routes {
+		via, ok := netip.AddrFromSlice(r.Gw)
+		if !ok || r.Dst == nil {
+			continue
+		}
+		dst, ok := netip.AddrFromSlice(r.Dst.IP)
+		if bits, _ := r.Dst.Mask.Size(); ok {
+			h.routes = append(h.routes, route{netip.PrefixFrom(dst.Unmap(), bits), via.Unmap()})
+		}
+	}
+	return nil
+}
+
+// Addrs are the addresses of the uplink.
+func (h *Host) Addrs() []netip.Prefix { return slices.Clone(h.addrs) }
+
+// Renumber gives the uplink other addresses in place of all that it has, and keeps
+// the routes whose gateways are still on its link: what a machine sees that is
+// carried to another network.
+func (h *Host) Renumber(addrs ...netip.Prefix) error {
+	routes := h.routes
+	h.routes = nil
+	for _, p := range slices.Clone(h.addrs) {
+		if err := h.DelAddr(p); err != nil {
+			return err
+		}
+	}
+	for _, p := range addrs {
+		if err := h.AddAddr(p); err != nil {
+			return err
+		}
+	}
+	for _, r := range routes {
+		if slices.ContainsFunc(addrs, func(p netip.Prefix) bool { return p.Contains(r.via) }) {
+			if err := h.Route(r.dst, r.via); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // AddAddr gives the uplink one more address, usable at once.
 func (h *Host) AddAddr(p netip.Prefix) error {
 	uplink, err := h.nl.LinkByName(Uplink)
 	if err != nil {
 		return err
 	}
+	if err := addAddr(h.nl, uplink, p); err != nil {
+		return err
+	}
+	h.addrs = append(h.addrs, p)
+	return nil
+}
+
+func addAddr(nl *netlink.Handle, link netlink.Link, p netip.Prefix) error {
 	addr := &netlink.Addr{IPNet: ipNet(p)}
 	if p.Addr().Is6() {
 		addr.Flags = unix.IFA_F_NODAD
 	}
-	if err := h.nl.AddrAdd(uplink, addr); err != nil {
+	if err := nl.AddrAdd(link, addr); err != nil {
 		return fmt.Errorf("add address %s: %w", p, err)
 	}
 	return nil
@@ -98,6 +195,7 @@ func (h *Host) DelAddr(p netip.Prefix) error {
 	if err := h.nl.AddrDel(uplink, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
 		return fmt.Errorf("remove address %s: %w", p, err)
 	}
+	h.addrs = slices.DeleteFunc(h.addrs, func(have netip.Prefix) bool { return have == p })
 	return nil
 }
 
@@ -111,6 +209,7 @@ func (h *Host) Route(dst netip.Prefix, via netip.Addr) error {
 	if err := h.nl.RouteReplace(r); err != nil {
 		return fmt.Errorf("add route to %s: %w", dst, err)
 	}
+	h.routes = append(slices.DeleteFunc(h.routes, func(r route) bool { return r.dst == dst }), route{dst, via})
 	return nil
 }
 
@@ -223,11 +322,25 @@ func (h *Host) Close() error {
 		return nil // closed before, by itself or with the LAN
 	}
 	delete(h.lan.hosts, h.Name)
+	return h.unplug()
+}
+
+// unplug takes the cable away and lets go of the namespace. Caller holds lan.mu.
+func (h *Host) unplug() error {
+	var errs []error
+	if h.fault != nil {
+		errs = append(errs, h.fault.close())
+		h.fault = nil
+	}
 	cable, err := h.lan.nl.LinkByName(h.cable)
 	if err == nil {
 		err = h.lan.nl.LinkDel(cable)
 	}
-	return errors.Join(err, h.release())
+	var gone netlink.LinkNotFoundError
+	if errors.As(err, &gone) || errors.Is(err, unix.ENODEV) {
+		err = nil // with the namespace at its other end
+	}
+	return errors.Join(append(errs, err, h.release())...)
 }
 
 // release closes what the host holds open, which makes the kernel remove it.

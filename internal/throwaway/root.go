@@ -1,0 +1,334 @@
+package throwaway
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"kedge/internal/atomicfile"
+	"kedge/internal/machines"
+)
+
+// Root is the folder in which all clusters of this machine are.
+type Root string
+
+const (
+	recordName   = "cluster.json"
+	lockName     = "lock"
+	templateDir  = "templates"
+	siteDir      = "site"
+	kubeconfig   = "kubeconfig"
+	maxClusters  = 250
+	maxNameBytes = 40
+)
+
+// record is what cluster.json says.
+type record struct {
+	Name        string       `json:"name"`
+	Complete    bool         `json:"complete"` // false: it goes when nobody holds its lock
+	Created     time.Time    `json:"created"`
+	Subnet      int          `json:"subnet"`          // see subnetOf
+	Token       string       `json:"token"`           // with which its agents join
+	ServerToken string       `json:"serverToken"`     // with which its servers join
+	Next        int          `json:"next"`            // address of the next machine
+	Names       map[Role]int `json:"names,omitempty"` // how many machines of each role there were
+	// Kubeconfig is the user's file with a context of this cluster.
+	Kubeconfig string   `json:"kubeconfig,omitempty"`
+	Images     []string `json:"images,omitempty"` // archives that every node has
+}
+
+// Cluster is one of a root.
+type Cluster struct {
+	root   Root
+	record record
+	site   *machines.Site // nil in a list
+	// release gives the cluster's lock back, which the maker of an ephemeral one has
+	// for as long as it lasts; else nil.
+	release func()
+}
+
+// ErrUnknown is wrapped when there is no cluster of a name.
+var ErrUnknown = errors.New("there is no such cluster")
+
+var namePattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+
+// CheckName says what is wrong with the name of a cluster.
+func CheckName(name string) error {
+	if !namePattern.MatchString(name) || len(name) > maxNameBytes || name == templateDir {
+		return fmt.Errorf("%q cannot be the name of a cluster; use at most %d lower-case letters, digits and dashes", name, maxNameBytes)
+	}
+	return nil
+}
+
+func (r Root) dir(name string) string { return filepath.Join(string(r), name) }
+
+// lock takes the lock of a file below the root, and waits for it. The lock ends with
+// the process, or with release.
+func (r Root) lock(name string) (release func(), err error) {
+	f, err := r.open(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func (r Root) open(name string) (*os.File, error) {
+	path := r.dir(name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	return os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+}
+
+// clusterLock is the file whose lock is held by whoever makes, changes or removes a
+// cluster. It is beside the cluster's folder, so that it can go in any order.
+func clusterLock(name string) string { return "." + name + "." + lockName }
+
+// List are all clusters whose making is complete, by name.
+func (r Root) List() ([]*Cluster, error) {
+	all, err := r.all()
+	if err != nil {
+		return nil, err
+	}
+	var out []*Cluster
+	for _, c := range all {
+		if c.record.Complete {
+			out = append(out, c)
+		}
+	}
+	return out, nil
+}
+
+// all are the clusters that have a record.
+func (r Root) all() ([]*Cluster, error) {
+	records, err := filepath.Glob(filepath.Join(string(r), "*", recordName))
+	if err != nil {
+		return nil, err
+	}
+	var out []*Cluster
+	for _, path := range records {
+		c, err := r.read(filepath.Base(filepath.Dir(path)))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, c)
+	}
+	return out, nil
+}
+
+func (r Root) read(name string) (*Cluster, error) {
+	c := &Cluster{root: r}
+	data, err := os.ReadFile(filepath.Join(r.dir(name), recordName))
+	if err == nil {
+		err = json.Unmarshal(data, &c.record)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the record of cluster %s: %w", name, err)
+	}
+	c.record.Name = name
+	return c, nil
+}
+
+// Open takes a cluster for a change or a look. Close gives it back.
+func (r Root) Open(name string) (*Cluster, error) {
+	if err := CheckName(name); err != nil {
+		return nil, err
+	}
+	c, err := r.read(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w as %s; \"kedge ls\" shows those that there are", ErrUnknown, name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if c.site, err = machines.Open(filepath.Join(c.dir(), siteDir)); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Sweep removes what calls have left that were killed: clusters that never became
+// complete, or were to last only as long as a call.
+func (r Root) Sweep() error {
+	entries, err := os.ReadDir(string(r))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		name := e.Name()
+		if !e.IsDir() || name == templateDir || CheckName(name) != nil {
+			continue
+		}
+		c, err := r.read(name)
+		if err == nil && c.record.Complete {
+			continue
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, r.sweepOne(name))
+	}
+	return errors.Join(errs...)
+}
+
+func (r Root) sweepOne(name string) error {
+	f, err := r.open(clusterLock(name))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil // somebody is at it
+	} else if err != nil {
+		return err
+	}
+	if c, err := r.read(name); err == nil && c.record.Complete {
+		return nil // it has just become so
+	}
+	return r.remove(name)
+}
+
+// remove removes a cluster, in any state. The caller has its lock, and the record
+// goes last.
+func (r Root) remove(name string) error {
+	dir := r.dir(name)
+	if err := machines.Remove(filepath.Join(dir, siteDir)); err != nil {
+		return err
+	}
+	if c, err := r.read(name); err == nil && c.record.Kubeconfig != "" {
+		if err := dropContext(c.record.Kubeconfig, c.Context()); err != nil {
+			return err
+		}
+	}
+	// Only files of ours are left.
+	for _, f := range []string{kubeconfig, recordName} {
+		if err := os.Remove(filepath.Join(dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.Remove(r.dir(clusterLock(name)))
+}
+
+// Remove removes a cluster with all that belongs to it.
+func (r Root) Remove(name string) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
+	if _, err := os.Stat(r.dir(name)); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w as %s; \"kedge ls\" shows those that there are", ErrUnknown, name)
+	}
+	release, err := r.lock(clusterLock(name))
+	if err != nil {
+		return err
+	}
+	defer release()
+	return r.remove(name)
+}
+
+// freeSubnet is the first number whose addresses nobody on this machine uses. The
+// caller has the root's lock until the number is recorded.
+func (r Root) freeSubnet() (int, error) {
+	all, err := r.all()
+	if err != nil {
+		return 0, err
+	}
+	used := map[int]bool{}
+	for _, c := range all {
+		used[c.record.Subnet] = true
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return 0, fmt.Errorf("list the routes of this machine: %w", err)
+	}
+	for n := 1; n <= maxClusters; n++ {
+		v4, _ := subnetOf(n)
+		free := !used[n]
+		for _, route := range routes {
+			if route.Dst == nil {
+				continue
+			}
+			addr, _ := netip.AddrFromSlice(route.Dst.IP)
+			bits, _ := route.Dst.Mask.Size()
+			if bits > 0 && netip.PrefixFrom(addr.Unmap(), bits).Overlaps(v4) {
+				free = false
+			}
+		}
+		if free {
+			return n, nil
+		}
+	}
+	return 0, errors.New("all of 10.89.0.0/16, from which clusters get their addresses, is in use on this machine; remove clusters with \"kedge down\"")
+}
+
+// subnetOf are the addresses of a cluster's machines. The first of each is the host's.
+func subnetOf(n int) (v4, v6 netip.Prefix) {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 89, byte(n), 0}), 24),
+		netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 'k', 'e', 'd', 'g', 'e', 0, byte(n)}), 64)
+}
+
+// addressOf is the n-th address of a subnet, with the subnet's length.
+func addressOf(subnet netip.Prefix, n int) netip.Prefix {
+	raw := subnet.Addr().AsSlice()
+	raw[len(raw)-1] = byte(n)
+	addr, _ := netip.AddrFromSlice(raw)
+	return netip.PrefixFrom(addr, subnet.Bits())
+}
+
+func (c *Cluster) dir() string { return c.root.dir(c.record.Name) }
+
+// save writes the record. The caller has the cluster's lock.
+func (c *Cluster) save() error {
+	data, err := json.MarshalIndent(c.record, "", "  ")
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(filepath.Join(c.dir(), recordName), append(data, '\n'), 0o600)
+}
+
+// Name is the cluster's.
+func (c *Cluster) Name() string { return c.record.Name }
+
+// Created is when.
+func (c *Cluster) Created() time.Time { return c.record.Created }
+
+// Context is the name of the cluster in kubeconfigs.
+func (c *Cluster) Context() string { return "kedge-" + c.record.Name }
+
+// Kubeconfig is a file that knows this cluster only.
+func (c *Cluster) Kubeconfig() string { return filepath.Join(c.dir(), kubeconfig) }
+
+// Site is where the machines are.
+func (c *Cluster) Site() *machines.Site { return c.site }
+
+// Close ends this process's use of the cluster. An ephemeral one is removed.
+func (c *Cluster) Close() error {
+	if c.release == nil {
+		return c.site.Close()
+	}
+	defer c.release()
+	return errors.Join(c.site.Remove(), c.root.remove(c.record.Name))
+}
