@@ -36,7 +36,7 @@ type Times struct {
 
 // DefaultTimes find a server that is silent within Probe and two times Answer.
 func DefaultTimes() Times {
-	return Times{Probe: time.Second, Others: 5 * time.Second, Answer: 1500 * time.Millisecond, Dial: 3 * time.Second}
+	return Times{Probe: time.Second, Others: 5 * time.Second, Answer: time.Second, Dial: 3 * time.Second}
 }
 
 // Pool connects to a server that works. It is the component that finds out which do.

@@ -327,8 +327,15 @@ func TestTunnelFigures(t *testing.T) {
 		t.Logf("%s: kubectl exec true takes %s", name, spread(took))
 	}
 
+	// From here on the agent knows the server by the stands only.
 	f.standIn(t, one, two)
 	a.knows(t, one, two)
+	a.stop(t, syscall.SIGTERM, 15*time.Second)
+	a.flags = []string{"--server=" + one.url()}
+	if err := a.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("status:\n%s", func() string { out, _ := a.run("status", "--run-dir="+a.runDir()); return out }())
 	// seen is how long it takes until the agent's kubelet has seen a new pod.
 	count := 0
 	seen := func() time.Duration {
