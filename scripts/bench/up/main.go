@@ -171,7 +171,7 @@ func (b bench) memory(nodes int) (float64, error) {
 	}
 	for _, f := range files {
 		command, err := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline"))
-		if err != nil || !bytes.HasPrefix(command, []byte("kedge\x00server")) && !bytes.HasPrefix(command, []byte("kedge\x00agent")) {
+		if err != nil || !bytes.HasPrefix(command, []byte("kedge\x00server")) && !bytes.HasPrefix(command, []byte("kedge\x00agent")) || !onMachine(filepath.Dir(f)) {
 			continue
 		}
 		data, err := os.ReadFile(f)
@@ -184,6 +184,12 @@ func (b bench) memory(nodes int) (float64, error) {
 		}
 	}
 	return total / float64(nodes), nil
+}
+
+// onMachine reports whether a process is one of a machine's, by its folder in /proc.
+func onMachine(dir string) bool {
+	groups, err := os.ReadFile(filepath.Join(dir, "cgroup"))
+	return err == nil && bytes.Contains(groups, []byte("/kedge-machines-"))
 }
 
 var pss = regexp.MustCompile(`(?m)^Pss:\s+(\d+) kB`)
@@ -271,7 +277,7 @@ func traces(dir string) ([]string, error) {
 		return nil, err
 	}
 	for _, c := range commands {
-		if data, err := os.ReadFile(c); err == nil && (bytes.HasPrefix(data, []byte("kedge-machine")) || bytes.HasPrefix(data, []byte("kedge\x00"))) {
+		if data, err := os.ReadFile(c); err == nil && len(data) > 0 && onMachine(filepath.Dir(c)) {
 			all = append(all, "process "+c+" "+string(data))
 		}
 	}
