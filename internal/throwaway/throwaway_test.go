@@ -226,8 +226,16 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer release()
+	never, err := root.lock(clusterLock("never"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	never() // its holder was killed before it made anything
 	if err := root.Sweep(); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := os.Stat(root.dir(clusterLock("never"))); err == nil {
+		t.Error("a lock of nothing is left")
 	}
 	for name, want := range map[string]bool{"whole": true, "half": false, "busy": true, "begun": false} {
 		if _, err := os.Stat(root.dir(name)); err == nil != want {
