@@ -129,6 +129,11 @@ bench-services: ## measure the service proxy beside kube-proxy's nftables mode; 
 bench-network: ## measure TCP between pods of two nodes, by each way and by the bare cable; needs root
 	go test ./network/backend -run '^$$' -bench . -benchtime 2s -count 3
 
+.PHONY: bench-tunnel
+bench-tunnel: build build-e2e ## measure logs, exec and port-forward through a node's tunnel, and how soon agents leave a dead server; needs root
+	go test ./internal/tunnel -run '^$$' -bench . -benchtime 2s -count 3
+	KEDGE_BENCH=1 go test ./scripts/e2e -count=1 -timeout 20m -v -run 'TestTunnelFigures$$'
+
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench

@@ -12,6 +12,7 @@ import (
 
 	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
+	"kedge/internal/servers"
 )
 
 func agentCommand() *cli.Command {
@@ -54,6 +55,11 @@ func runAgent(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	list, err := servers.Load(filepath.Join(jc.Dir, serversFile), jc.Server)
+	if err != nil {
+		return err
+	}
+	jc.Servers = list
 	var member *joining.Member
 	return runNode(c.Context, s, role{
 		settle: func(ctx context.Context, _ settings, log *slog.Logger) (settings, error) {
@@ -64,7 +70,7 @@ func runAgent(c *cli.Context) error {
 			return composeAgent(c, member.Cluster(), member.Address())
 		},
 		wire: func(group *lifecycle.Group, s settings, log *slog.Logger) error {
-			return wireAgent(group, s, member, log)
+			return wireAgent(group, s, member, list, log)
 		},
 		ready: func(settings, *slog.Logger) {},
 	})

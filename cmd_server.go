@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,6 +26,7 @@ import (
 	"kedge/internal/logging"
 	"kedge/internal/packed"
 	"kedge/internal/preflight"
+	"kedge/internal/proxyenv"
 	"kedge/runtime"
 	"kedge/server"
 )
@@ -103,7 +105,8 @@ func runServer(c *cli.Context) error {
 		},
 	})
 	if errors.Is(err, datastore.ErrRemoved) {
-		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", err)
+		// What the others say who miss their store is no news beside this.
+		return fmt.Errorf("%w; to join it anew make a token with \"kedge token create --role server\" on another server and give it with --server and --token", datastore.ErrRemoved)
 	}
 	return err
 }
@@ -152,6 +155,9 @@ func runNode(ctx context.Context, s settings, r role) error {
 	if err := os.Unsetenv(launcherVariable); err != nil { // nothing that we start has a use for it
 		return err
 	}
+	if err := stayInside(s); err != nil {
+		return err
+	}
 	if !s.disableAgent {
 		agent.RaiseLimits(log)
 		if err := checkMachine(ctx, s.preflight, log); err != nil {
@@ -187,6 +193,19 @@ func runNode(ctx context.Context, s settings, r role) error {
 		return cause
 	}
 	return err
+}
+
+// stayInside exempts the cluster from the proxy that the environment may name. Nothing
+// may have asked for that before: what is found then is kept.
+func stayInside(s settings) error {
+	inside := []string{".svc", "." + s.cluster.ClusterDomain, joining.NodeAddresses.String()}
+	for _, r := range slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs) {
+		inside = append(inside, r.String())
+	}
+	if no := proxyenv.NoProxy(os.Getenv, inside...); no != "" {
+		return os.Setenv("NO_PROXY", no)
+	}
+	return nil
 }
 
 var errGaveUp = errors.New("an embedded component gave up; its last messages say why")

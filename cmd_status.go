@@ -57,13 +57,13 @@ func printStatus(c *cli.Context, r control.Report) error {
 	fmt.Fprintf(c.App.Writer, "kedge %s, node %s, process %d, up %s, memory %d MiB (%d MiB anonymous)\n\n",
 		r.Version, r.Node, r.PID, time.Since(r.Started).Round(time.Second), r.Memory.Resident>>20, r.Memory.Anonymous>>20)
 	t := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "COMPONENT\tSTATE\tFOR\tWAITED FOR\tREADY AFTER\tPROBLEM")
+	fmt.Fprintln(t, "COMPONENT\tSTATE\tFOR\tWAITED FOR\tREADY AFTER\tDETAIL\tPROBLEM")
 	for _, s := range r.Components {
 		waited := s.WaitedFor
 		if waited == "" {
 			waited = "-"
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.State, time.Since(s.Since).Round(time.Second), waited, s.Took, s.Error)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.State, time.Since(s.Since).Round(time.Second), waited, s.Took, s.Detail, s.Error)
 	}
 	return t.Flush()
 }

@@ -197,6 +197,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.Dir = dir
 	sv.NodeName, sv.HasNode = s.nodeName, !s.disableAgent
 	sv.ClusterCIDRs, sv.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
+	sv.ForeignPods = s.cluster.Backend == string(backend.None)
 	sv.ClusterDomain = s.cluster.ClusterDomain
 	sv.NodePortRange = p.c.String("service-node-port-range")
 	sv.NodeIPs = s.nodeIPs
@@ -211,7 +212,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
-	sv.Token = p.fixedToken(dir)
+	sv.Token, sv.ServerToken = p.fixedTokens(dir)
 	sv.APIServerArgs = p.c.StringSlice("kube-apiserver-arg")
 	sv.ControllerArgs = p.c.StringSlice("kube-controller-manager-arg")
 	sv.SchedulerArgs = p.c.StringSlice("kube-scheduler-arg")

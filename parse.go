@@ -229,15 +229,19 @@ func (p *flagParser) token() string {
 	return strings.TrimSpace(string(data))
 }
 
-// fixedToken is the secret with which agents may join for ever: the one of --token
-// where that is not for joining others, or the one that the other servers have.
-func (p *flagParser) fixedToken(serverDir string) token.Secret {
+// fixedTokens are the secrets with which agents and servers may join for ever: those
+// of the flags where --token is not for joining others, or those that the other servers
+// have.
+func (p *flagParser) fixedTokens(serverDir string) (agents, servers token.Secret) {
 	if p.c.String("server") == "" {
-		return token.Secret(p.token())
+		return token.Secret(p.token()), token.Secret(p.c.String("server-token"))
 	}
-	secret, err := server.FixedToken(serverDir)
+	if p.c.IsSet("server-token") {
+		p.fail(errors.New("--server-token is for the first server of a cluster; the others have it from there"))
+	}
+	agents, servers, err := server.FixedTokens(serverDir)
 	p.fail(err)
-	return secret
+	return agents, servers
 }
 
 // pools are the addresses that services of type LoadBalancer are given.

@@ -3,6 +3,9 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
@@ -10,6 +13,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"kedge/agent"
+	"kedge/agent/uplink"
 	"kedge/datastore"
 	"kedge/datastore/hook"
 	"kedge/dns"
@@ -17,6 +21,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
+	"kedge/internal/servers"
 	"kedge/network"
 	"kedge/network/backend"
 	"kedge/network/cni"
@@ -29,18 +34,20 @@ import (
 	"kedge/server"
 	"kedge/server/loopback"
 	"kedge/server/servicelb"
+	"kedge/server/tunnels"
 )
 
 // wire is the whole graph: which parts there are and what each comes after.
 func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
-	servers, err := server.NewServers(s.server, lb, store, component(log, "servers"))
+	others, err := server.NewServers(s.server, lb, store, component(log, "servers"))
 	if err != nil {
 		return err
 	}
-	joins := server.NewJoin(s.server, id, servers, component(log, "join"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins)
+	joins := server.NewJoin(s.server, id, others, component(log, "join"))
+	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
+	api, err := server.NewAPIServer(s.server, id, lb, joins, hub)
 	if err != nil {
 		return err
 	}
@@ -49,7 +56,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if !s.disableAgent {
 		volumes = agent.NewVolumes(leads)
 	}
-	once, err := singletons(s, id, lb, servers, volumes, log)
+	once, err := singletons(s, id, lb, others, volumes, log)
 	if err != nil {
 		return err
 	}
@@ -61,23 +68,61 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
 	answerJoin(asked, joins)
-	answerServers(asked, servers)
+	answerServers(asked, others)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
-	hList := group.Add(servers.Directory(), hAPI)
+	group.Add(hub, hAPI)
+	hList := group.Add(others.Directory(), hAPI)
 	for _, part := range once {
 		group.Add(lifecycle.While(part.name, leads, stopWithin, part.build), hAPI, hList)
 	}
 	if s.disableAgent {
 		return nil
 	}
-	group.Add(server.NewRoles(s.server, lb, servers.Directory(), component(log, "roles")), hAPI)
+	group.Add(server.NewRoles(s.server, lb, others.Directory(), component(log, "roles")), hAPI)
 
 	s.agent.Client = lb.Config("system:node:"+s.nodeName, user.NodesGroup)
 	s.agent.ServingCert, s.agent.ServingKey = id.KubeletServing.CertFile, id.KubeletServing.KeyFile
 	s.agent.ClientCA = id.ClientCA.CertFile()
 	s.agent.Volumes = volumes
-	return wireNode(group, s, asked, hAPI, lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup), log)
+	return wireServersNode(group, s, node{
+		asked: asked, api: hAPI, network: lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup),
+	}, hub, id, log)
+}
+
+// wireServersNode is the node's half of a server. Its API is in memory; the other
+// servers reach it as they reach any node.
+func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, id *server.Identity, log *slog.Logger) error {
+	list, err := servers.Load(filepath.Join(s.server.Dir, serversFile))
+	if err != nil {
+		return err
+	}
+	pool, err := servers.New(list, id.ServerCA.CertFile(), servers.DefaultTimes(), component(log, "servers"))
+	if err != nil {
+		return err
+	}
+	n.servers = remember(list, log)
+	n.reach = func(listens netip.AddrPort) {
+		hub.SetKubelet(listens)
+		c := uplink.Config{
+			Cert: &servers.Certificate{CertFile: id.NodeClient.CertFile, KeyFile: id.NodeClient.KeyFile}, Kubelet: listens,
+			Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), Own: s.cluster.Servers[0],
+		}
+		group.Add(uplink.New(c, list, pool, component(log, "tunnel")), n.api)
+	}
+	return wireNode(group, s, n, log)
+}
+
+// serversFile is the list of servers, in the directory of an agent or of a server.
+const serversFile = "servers.json"
+
+// remember keeps the servers that are named.
+func remember(list *servers.List, log *slog.Logger) func(urls []string) {
+	return func(urls []string) {
+		if err := list.Set(urls); err != nil {
+			component(log, "servers").Warn("the servers will not be known after a restart", "err", err)
+		}
+	}
 }
 
 // singleton is a part that runs on one server of the cluster at a time.
@@ -90,7 +135,7 @@ type singleton struct {
 const stopWithin = 5 * time.Second
 
 // singletons are the parts that run once in a cluster.
-func singletons(s settings, id *server.Identity, lb *loopback.Loopback, servers *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
+func singletons(s settings, id *server.Identity, lb *loopback.Loopback, others *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
 	var guard server.VolumesBuilder
 	if volumes != nil {
 		guard = volumes.Build
@@ -98,7 +143,7 @@ func singletons(s settings, id *server.Identity, lb *loopback.Loopback, servers 
 	parts := []singleton{
 		{"controllers", func() (lifecycle.Component, error) { return server.NewControllers(s.server, id, lb, guard) }},
 		{"scheduler", func() (lifecycle.Component, error) { return server.NewScheduler(s.server, lb) }},
-		{"endpoints", func() (lifecycle.Component, error) { return servers.NewEndpoints(id, component(log, "endpoints")), nil }},
+		{"endpoints", func() (lifecycle.Component, error) { return others.NewEndpoints(id, component(log, "endpoints")), nil }},
 	}
 	if s.balancer != nil {
 		parts = append(parts, singleton{"servicelb", func() (lifecycle.Component, error) {
@@ -117,25 +162,40 @@ func singletons(s settings, id *server.Identity, lb *loopback.Loopback, servers 
 
 // wireAgent is the graph of a machine without a control plane: the node's half, and
 // a way to the API that is made of TLS.
-func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, log *slog.Logger) error {
+func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, list *servers.List, log *slog.Logger) error {
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
 	refuseJoin(asked)
+	pool, err := servers.New(list, m.ServerCAFile(), servers.DefaultTimes(), component(log, "servers"))
+	if err != nil {
+		return err
+	}
 	hMember := group.Add(m)
-	s.agent.Client = overTLS(m, m.ClientCertFile(), "kubelet")
+	hPool := group.Add(pool)
+	certificate := func(file string) *servers.Certificate {
+		return &servers.Certificate{CertFile: file, KeyFile: m.KeyFile()}
+	}
+	kubelet := certificate(m.ClientCertFile())
+	s.agent.Client = overTLS(pool, kubelet, "kubelet")
 	s.agent.ServingCert, s.agent.ServingKey = m.ServingCertFile(), m.KeyFile()
 	s.agent.ClientCA = m.ClientCAFile()
-	return wireNode(group, s, asked, hMember, overTLS(m, m.NetworkCertFile(), "network"), log)
+	return wireNode(group, s, node{
+		asked: asked, api: hMember, network: overTLS(pool, certificate(m.NetworkCertFile()), "network"),
+		reach: func(listens netip.AddrPort) {
+			c := uplink.Config{Cert: kubelet, Kubelet: listens, Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)}
+			group.Add(uplink.New(c, list, pool, component(log, "tunnel")), hMember, hPool)
+		},
+		servers: remember(list, log),
+	}, log)
 }
 
-// overTLS is how an agent calls the API as the user of one of its certificates. The
-// files are read again when they change.
-func overTLS(m *joining.Member, certFile, user string) *rest.Config {
+// overTLS is how an agent calls the API as the holder of a certificate.
+func overTLS(pool *servers.Pool, cert *servers.Certificate, user string) *rest.Config {
 	return &rest.Config{
-		Host:            m.Server(),
-		TLSClientConfig: rest.TLSClientConfig{CAFile: m.ServerCAFile(), CertFile: certFile, KeyFile: m.KeyFile()},
-		QPS:             -1, // priority and fairness of the API server sees these requests, as it does a server's own
-		UserAgent:       "kedge/" + user,
+		Host:      "https://" + servers.Host,
+		Transport: pool.Transport(cert),
+		QPS:       -1, // priority and fairness of the API server sees these requests, as it does a server's own
+		UserAgent: "kedge/" + user,
 		ContentConfig: rest.ContentConfig{
 			AcceptContentTypes: "application/vnd.kubernetes.protobuf,application/json",
 			ContentType:        "application/vnd.kubernetes.protobuf",
@@ -143,20 +203,35 @@ func overTLS(m *joining.Member, certFile, user string) *rest.Config {
 	}
 }
 
-// wireNode is the node's half. networkClient is how its data path reads the API.
-func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI lifecycle.Handle, networkClient *rest.Config, log *slog.Logger) error {
+// node is what the node's half of a server and that of an agent are given.
+type node struct {
+	asked   *control.Server
+	api     lifecycle.Handle // after which the API can be called
+	network *rest.Config     // how the data path reads the API
+	// reach is told where the kubelet will listen, so that the API server can call it.
+	reach func(kubelet netip.AddrPort)
+	// servers is told the URLs of all servers, whenever they change.
+	servers func(urls []string)
+}
+
+// wireNode is the node's half.
+func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) error {
 	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
 	if err != nil {
 		return err
 	}
-	watches, err := agent.NewWatches(networkClient)
+	n.reach(kubelet.Endpoint())
+	watches, err := agent.NewWatches(n.network)
 	if err != nil {
+		return err
+	}
+	if err := watches.FollowServers(n.servers); err != nil {
 		return err
 	}
 	var policies *policy.Policy
 	var judge cni.Judge // nil: every connection is allowed
 	if s.policy != nil {
-		clusterWide, err := dynamic.NewForConfig(networkClient)
+		clusterWide, err := dynamic.NewForConfig(n.network)
 		if err != nil {
 			return fmt.Errorf("make a client for cluster-wide policies: %w", err)
 		}
@@ -177,14 +252,14 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 
 	hRuntime := group.Add(runtime.New(s.runtime, log))
 	group.Add(runtime.NewImages(s.runtime, log), hRuntime)
-	hWatches := group.Add(watches, hAPI)
+	hWatches := group.Add(watches, n.api)
 	group.Add(ways, hWatches)
-	beforeKubelet := []lifecycle.Handle{hAPI, hRuntime}
+	beforeKubelet := []lifecycle.Handle{n.api, hRuntime}
 	var hPods lifecycle.Handle // used by policies, which there are only with it
 	if s.backend.Mode != backend.None {
 		hPods = group.Add(pods)
 		beforeKubelet = append(beforeKubelet, hPods)
-		group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), hAPI, hPods)
+		group.Add(agent.NewRegistration(s.agent.Client, s.nodeName, pods.SetPodCIDRs, component(log, "registration")), n.api, hPods)
 	}
 	var rules []trace.Part
 	if policies != nil {
@@ -202,7 +277,7 @@ func wireNode(group *lifecycle.Group, s settings, asked *control.Server, hAPI li
 	if s.backend.Mode != backend.None {
 		rules = append(rules, pods.Rules()) // after services, which translate first
 	}
-	answerTrace(asked, explain.New(s.nodeName, s.nodeIPs, watches.Informers(), rules...))
+	answerTrace(n.asked, explain.New(s.nodeName, s.nodeIPs, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
 		if err != nil {

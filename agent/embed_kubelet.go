@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -281,7 +282,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 		VolumePlugins:       plugins,
 		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.cfg.Volumes},
 		TLSOptions:          tls,
-		OnHeartbeatFailure:  func() {}, // upstream drops its connections; in memory there are none
+		OnHeartbeatFailure:  func() {}, // upstream drops its connections; which server is called is decided below the client
 	}
 	if d.KubeClient, err = kubernetes.NewForConfig(k.cfg.Client); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)
@@ -344,6 +345,18 @@ func (k *Kubelet) Check(ctx context.Context) error {
 		return err
 	}
 	return k.nodeReady(ctx, c)
+}
+
+// Endpoint is where the kubelet listens, for this process itself.
+func (k *Kubelet) Endpoint() netip.AddrPort {
+	a, err := netip.ParseAddr(k.server.Address)
+	switch {
+	case err != nil || a == netip.IPv4Unspecified():
+		a = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	case a == netip.IPv6Unspecified():
+		a = netip.IPv6Loopback()
+	}
+	return netip.AddrPortFrom(a, uint16(k.server.Port))
 }
 
 // StopTimeout implements lifecycle.StopTimeouter: containers go on running, so

@@ -40,21 +40,33 @@ type bookContent struct {
 	Others  []Peer `json:"others,omitempty"`
 }
 
-// openBook reads the book of the store in dir; a new one has a loopback address and nothing else in it.
+// errBookDamaged means that the book cannot be read. A store that exists can do without: it has a copy.
+var errBookDamaged = errors.New("the members' addresses are damaged")
+
+// newBook has a loopback address for this member and nothing else in it.
+func newBook(dir, name string) *book {
+	return &book{path: filepath.Join(dir, bookFile), content: bookContent{Self: Peer{Name: name, URL: newVirtualURL()}}}
+}
+
+// openBook reads the book of the store in dir, or makes a new one.
 func openBook(dir, name string) (*book, error) {
-	b := &book{path: filepath.Join(dir, bookFile)}
+	b := newBook(dir, name)
 	data, err := os.ReadFile(b.path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		b.content.Self = Peer{Name: name, URL: newVirtualURL()}
-	case err != nil:
-		return nil, err
-	default:
-		if err := json.Unmarshal(data, &b.content); err != nil {
-			return nil, fmt.Errorf("%s is damaged: %w; it can be removed if the store has one member, else ask for a new admission", b.path, err)
-		}
-		b.content.Self.Name = name
+	if errors.Is(err, os.ErrNotExist) {
+		return b, nil
 	}
+	if err != nil {
+		return nil, err
+	}
+	var c bookContent
+	if err := json.Unmarshal(data, &c); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", errBookDamaged, b.path, err)
+	}
+	if !c.Self.address().IsValid() {
+		return nil, fmt.Errorf("%w: %s: %q is no address on loopback", errBookDamaged, b.path, c.Self.URL)
+	}
+	b.content = c
+	b.content.Self.Name = name
 	return b, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/kubernetes"
 )
 
 // pool is the members that clients use; a member that is stopped or killed stays in it.
@@ -270,6 +271,46 @@ func TestJoinIsResumed(t *testing.T) {
 	put(t, b, "/a", "1")
 }
 
+// Whoever comes late gets a copy of the database, because the log does not go back far enough; so does a member
+// that was away for long.
+func TestCatchUpBySnapshot(t *testing.T) {
+	c := newTestCluster(t)
+	a := c.node("a")
+	a.cfg.Alone.SnapshotCount, a.cfg.Alone.SnapshotCatchUp = 100, 10
+	a.start()
+	fill(t, newClient(t, a.Store), "/a/", 500, strings.Repeat("x", 1000))
+	b, d := c.join(a, "b"), c.join(a, "d")
+	c.awaitVoters(a, "a", "b", "d")
+	count := func(n *testNode) int64 {
+		got, err := newClient(t, n.Store).Count(t.Context(), "/a/", kubernetes.CountOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	if got := count(b); got != 500 {
+		t.Errorf("b has %d of 500 keys", got)
+	}
+	c.lan.isolate("d", true)
+	c.await("d is cut off", func() error {
+		if d.Check(t.Context()) == nil {
+			return errors.New("it is well")
+		}
+		return nil
+	})
+	fill(t, newClient(t, a.Store), "/a/b", 500, "y")
+	c.lan.isolate("d", false)
+	c.await("d is back", func() error { return d.Check(t.Context()) })
+	if got := count(d); got != 1000 {
+		t.Errorf("d has %d of 1000 keys", got)
+	}
+	watch := watchOn(t, d)
+	put(t, a, "/w/1", "1")
+	if resp := <-watch; resp.Err() != nil || len(resp.Events) != 1 {
+		t.Errorf("a new watch got %+v", resp)
+	}
+}
+
 // Stores that were created without an address on loopback, and without a port, grow all the same.
 func TestStoreOfBeforeGrows(t *testing.T) {
 	c := newTestCluster(t)
@@ -310,10 +351,15 @@ func TestBookIsLost(t *testing.T) {
 		n.stop()
 		n.cfg.Join = nil
 	}
-	// Without any, all at once.
-	for _, n := range nodes {
-		if err := os.Remove(filepath.Join(n.cfg.Dir, bookFile)); err != nil {
-			t.Fatal(err)
+	// Gone or damaged, all at once.
+	for i, n := range nodes {
+		file := filepath.Join(n.cfg.Dir, bookFile)
+		damage := os.Remove(file)
+		if i == 0 {
+			damage = os.WriteFile(file, []byte("{"), 0o600)
+		}
+		if damage != nil {
+			t.Fatal(damage)
 		}
 		n.launch()
 	}

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,8 @@ type testNode struct {
 	name string
 	cfg  Config
 	port *testPort
+
+	current atomic.Pointer[Store] // for goroutines besides the test's own
 
 	cancel context.CancelFunc
 	ready  chan struct{}
@@ -73,6 +76,7 @@ func (c *testCluster) node(name string) *testNode {
 func (n *testNode) launch() {
 	n.Store = New(n.cfg, testLog(n.c.tb).With("node", n.name))
 	n.net = n.port
+	n.current.Store(n.Store)
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan struct{})

@@ -5,7 +5,10 @@
 // directory and serves until its context ends, [Store.NewClient] gives a client of it, and [Store.Install]
 // makes the API server in this process take all of its etcd clients from there.
 //
-// It is not a general key-value library, it is not for nodes, and it has no network port. What Kubernetes
+// It begins alone and grows to several members, one on each server, by [Store.Admit]; [Store.Leadership] says who
+// runs what must run once. Alone it listens nowhere, with others on one port for them.
+//
+// It is not a general key-value library, it is not for nodes, and it serves no clients on a port. What Kubernetes
 // requires of its storage (conflicts, watches, paging, encryption) is Kubernetes' own etcd3 package above it,
 // unchanged; raft, the write-ahead log and the revisions are etcd's below it, unchanged. What is here is the
 // joint between them, and what keeps the store healthy with nobody looking.

@@ -75,10 +75,7 @@ func record(pick func(client int) *testNode, clients, keys int) *history {
 }
 
 func (h *history) once(client, n int, node *testNode, key string) {
-	if node == nil {
-		return
-	}
-	c, err := node.NewClient()
+	c, err := node.current.Load().NewClient()
 	if err != nil {
 		return // it was not asked
 	}

@@ -310,7 +310,7 @@ func (s *Store) removeMember(ctx context.Context, server *etcdserver.EtcdServer,
 		return err
 	}
 	s.log.Info("member of the datastore removed", "name", name, "member", m.ID.String())
-	return nil
+	return s.adopt(server)
 }
 
 // removeSelf returns when this member is removed. The others may decide it and then have nothing to do with this

@@ -154,7 +154,7 @@ func TestRollingRestart(t *testing.T) {
 }
 
 func writeTo(t *testing.T, n *testNode, value int) error {
-	c, err := n.NewClient()
+	c, err := n.current.Load().NewClient()
 	if err != nil {
 		return err
 	}
@@ -244,6 +244,7 @@ func TestMemberMoves(t *testing.T) {
 	nodes := c.grow("a", "b", "c")
 	for i, n := range nodes { // the leader, too
 		to := netip.AddrFrom4([4]byte{198, 51, 100, byte(1 + i)})
+		began := time.Now()
 		n.move(to)
 		c.await("it has moved", func() error {
 			if err := n.Check(t.Context()); err != nil {
@@ -262,6 +263,7 @@ func TestMemberMoves(t *testing.T) {
 			}
 			return nil
 		})
+		t.Logf("%s was in touch again after %v", n.name, time.Since(began).Round(time.Millisecond))
 	}
 	put(t, nodes[0], "/a", "1")
 

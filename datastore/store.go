@@ -84,7 +84,7 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 	}
 	began := time.Now()
 
-	known, err := openBook(s.cfg.Dir, s.cfg.MemberName)
+	known, err := s.openBook()
 	if err != nil {
 		return err
 	}
@@ -139,6 +139,24 @@ func (s *Store) Run(ctx context.Context, ready func()) (err error) {
 
 	err = s.serve(ctx, server, t)
 	return errors.Join(err, s.close(server, g))
+}
+
+// openBook opens the book of addresses. A damaged one is given up if the store is there, which has a copy; before
+// that a member that joins has nothing else.
+func (s *Store) openBook() (*book, error) {
+	b, err := openBook(s.cfg.Dir, s.cfg.MemberName)
+	if !errors.Is(err, errBookDamaged) {
+		return b, err
+	}
+	holds, holdsErr := HoldsStore(s.cfg.Dir)
+	if holdsErr != nil {
+		return nil, errors.Join(err, holdsErr)
+	}
+	if !holds && s.cfg.Join == nil {
+		return nil, fmt.Errorf("%w; remove the file, and let this server join anew if there are others", err)
+	}
+	s.log.Warn("begin another book of the members' addresses", "err", err)
+	return newBook(s.cfg.Dir, s.cfg.MemberName), nil
 }
 
 // place makes the book and the mesh known, and writes into the book where this machine is.
@@ -315,11 +333,15 @@ func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go campaign(ctx, server)
+	takesPart := make(chan struct{})
+	go awaitPart(ctx, server, takesPart)
 	waiting := time.NewTimer(waitingTime)
 	defer waiting.Stop()
 	for {
 		select {
 		case <-server.ReadyNotify():
+			return nil
+		case <-takesPart:
 			return nil
 		case <-ctx.Done():
 			return nil
@@ -334,6 +356,38 @@ func (s *Store) await(ctx context.Context, server *etcdserver.EtcdServer) error 
 		}
 	}
 }
+
+// awaitPart closes takesPart when the member has a vote and has read what a majority has agreed on, or never.
+// etcd calls a member ready when it has announced its name through the log; a first announcement that is lost,
+// as that of a new member is whose leader's snapshot comes at the same moment, is repeated only after seven
+// seconds, and nobody waits for it.
+func awaitPart(ctx context.Context, server *etcdserver.EtcdServer, takesPart chan<- struct{}) {
+	tick := time.NewTicker(partInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if len(server.Cluster().Members()) < 2 || server.Leader() == types.ID(raft.None) || server.IsLearner() {
+			continue
+		}
+		try, cancel := context.WithTimeout(ctx, partWithin)
+		err := server.LinearizableReadNotify(try)
+		cancel()
+		if err == nil {
+			close(takesPart)
+			return
+		}
+	}
+}
+
+// partInterval is how often a member looks whether it takes part, and partWithin how long it waits for an answer.
+const (
+	partInterval = 50 * time.Millisecond
+	partWithin   = time.Second
+)
 
 // serve returns nil when ctx has ended, and an error if the store ended first.
 func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *transport) error {

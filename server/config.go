@@ -25,6 +25,7 @@ type Config struct {
 
 	ClusterCIDRs  []netip.Prefix // of pods: one, or one of each family
 	ServiceCIDRs  []netip.Prefix // of services: one, or one of each family
+	ForeignPods   bool           // another network plug-in gives pods their addresses, of ranges of its own
 	ClusterDomain string
 	ClusterDNS    []netip.Addr // addresses of the resolver, kept for it; none means: no resolver of ours
 
@@ -32,7 +33,8 @@ type Config struct {
 
 	Kubeconfig     string // where the administrator's kubeconfig is written
 	KubeconfigMode uint32
-	Token          token.Secret // an administrator's own, with which machines may join; empty: none
+	Token          token.Secret // an administrator's own, with which agents may join; empty: none
+	ServerToken    token.Secret // likewise servers
 
 	Cluster joining.Cluster // what joining machines are told
 
@@ -70,10 +72,16 @@ func (c Config) Validate() error {
 	if !c.AdvertiseAddress.IsValid() {
 		errs = append(errs, errors.New("no address to advertise; give one with --node-ip"))
 	}
-	if c.Token != "" {
-		if err := token.CheckPreshared(c.Token); err != nil {
-			errs = append(errs, fmt.Errorf("--token: %w", err))
+	for flag, secret := range map[string]token.Secret{"--token": c.Token, "--server-token": c.ServerToken} {
+		if secret == "" {
+			continue
 		}
+		if err := token.CheckPreshared(secret); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", flag, err))
+		}
+	}
+	if c.Token != "" && c.Token == c.ServerToken {
+		errs = append(errs, errors.New("--token and --server-token are the same; an agent that knows the servers' secret can become one, so choose another"))
 	}
 	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
 	for _, p := range c.ClusterCIDRs {

@@ -25,8 +25,10 @@ import (
 	"kedge/datastore"
 	"kedge/internal/componentflags"
 	"kedge/internal/pki"
+	"kedge/internal/tunnel"
 	"kedge/server/join"
 	"kedge/server/loopback"
+	"kedge/server/tunnels"
 )
 
 // ErrPortTaken is wrapped when the API's port is in use.
@@ -39,13 +41,14 @@ type APIServer struct {
 	id       *Identity
 	loopback *loopback.Loopback
 	joins    *join.Service
+	hub      *tunnels.Hub
 	opts     *options.ServerRunOptions
 }
 
 // NewAPIServer parses the component's flags and keeps the rest. The store's
-// client factory must be installed before Run. joins answers on the same port.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service) (*APIServer, error) {
-	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, opts: options.NewServerRunOptions()}
+// client factory must be installed before Run. joins and hub answer on the same port.
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, hub *tunnels.Hub) (*APIServer, error) {
+	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, hub: hub, opts: options.NewServerRunOptions()}
 	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags().FlagSets {
 		fs.AddFlagSet(f)
@@ -76,7 +79,6 @@ func (s *APIServer) defaults() map[string]string {
 		"kubelet-certificate-authority":           s.id.KubeletCA.CertFile(),
 		"kubelet-client-certificate":              s.id.KubeletClient.CertFile,
 		"kubelet-client-key":                      s.id.KubeletClient.KeyFile,
-		"kubelet-preferred-address-types":         "InternalIP,ExternalIP,Hostname",
 		"profiling":                               "false",
 		"proxy-client-cert-file":                  s.id.ProxyClient.CertFile,
 		"proxy-client-key-file":                   s.id.ProxyClient.KeyFile,
@@ -243,7 +245,10 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
-		return s.joins.Handler(chainOf(api, c))
+		return s.nodesFirst(s.joins.Handler(chainOf(api, c)))
+	}
+	if err := throughTunnels(config, s.hub); err != nil {
+		return nil, err
 	}
 
 	complete, err := config.Complete()
@@ -275,6 +280,17 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 		}
 	}
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
+}
+
+// nodesFirst passes the requests of nodes for a tunnel to the hub, and all others on.
+func (s *APIServer) nodesFirst(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == tunnel.Path {
+			s.hub.ServeHTTP(w, r)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // waitReady returns nil when /readyz answers ok, or why it never will: ctx's error

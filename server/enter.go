@@ -215,7 +215,7 @@ func (e Entered) check(authority []byte) error {
 		}
 	}
 	for name := range e.Credentials {
-		if name != optional && !slices.Contains(files, name) {
+		if !slices.Contains(files, name) && !slices.Contains(optional, name) {
 			return fmt.Errorf("it has a file %q, which no server needs", name)
 		}
 	}

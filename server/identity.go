@@ -20,6 +20,7 @@ import (
 
 	"kedge/datastore"
 	"kedge/internal/atomicfile"
+	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
 )
@@ -40,12 +41,12 @@ type Identity struct {
 	ProxyClient    pki.Pair // the aggregator's when it calls extension API servers
 	Admin          pki.Pair // cluster-admin, for the kubeconfig
 	KubeletServing pki.Pair // the certificate of this machine's kubelet
+	NodeClient     pki.Pair // of this machine's node, with the kubelet's key, towards the other servers
 	Peer           pki.Pair // of this server's store, towards the others
 
 	ServiceAccountKey string // signs service account tokens
 	EncryptionConfig  string // names the key that encrypts secrets at rest
 	AuthnConfig       string // anonymous access to the health endpoints only
-	TokenFile         string // the join token, if an administrator has fixed one
 
 	URL string // of the API, for the kubeconfig
 }
@@ -57,6 +58,7 @@ const (
 	servingKubelet    = "serving-kubelet"
 	encryptionConfig  = "encryption-config.yaml"
 	tokenFile         = "token"
+	serverTokenFile   = "server-token"
 	peerCA            = "peer-ca"
 	peerLeaf          = "peer"
 )
@@ -79,7 +81,6 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 		ServiceAccountKey: filepath.Join(dir, serviceAccountKey),
 		EncryptionConfig:  filepath.Join(cfg.Dir, encryptionConfig),
 		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
-		TokenFile:         filepath.Join(cfg.Dir, tokenFile),
 		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
 	}
 	for i, ca := range []**pki.Authority{&id.ServerCA, &id.KubeletCA, &id.ClientCA, &id.ProxyCA, &id.PeerCA} {
@@ -100,8 +101,10 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	if _, err := atomicfile.WriteIfChanged(id.AuthnConfig, []byte(authnConfig), 0o600); err != nil {
 		return nil, err
 	}
-	if err := ensureToken(id.TokenFile, cfg.Token, id.ServerCA.Hash()); err != nil {
-		return nil, err
+	for name, secret := range map[string]token.Secret{tokenFile: cfg.Token, serverTokenFile: cfg.ServerToken} {
+		if err := ensureToken(filepath.Join(cfg.Dir, name), secret, id.ServerCA.Hash()); err != nil {
+			return nil, err
+		}
 	}
 	return id, id.writeKubeconfig(cfg)
 }
@@ -133,8 +136,8 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		into *pki.Pair
 	}{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
-		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: "system:node:" + cfg.NodeName, Organizations: []string{"system:nodes"},
-			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1)}, nodeIPs...), Server: true}, &id.KubeletServing},
+		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"},
+			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
 		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
@@ -146,7 +149,22 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 		}
 		*l.into = pair
 	}
-	return nil
+	return id.nodeClient(cfg, now)
+}
+
+// nodeClient makes the certificate with which this machine's node calls the other
+// servers, for the key that proves the node. It is signed anew at each start.
+func (id *Identity) nodeClient(cfg Config, now time.Time) error {
+	id.NodeClient = pki.Pair{CertFile: filepath.Join(cfg.tlsDir(), "client-node.crt"), KeyFile: id.KubeletServing.KeyFile, Renewed: true}
+	key, err := pki.EnsureKey(id.NodeClient.KeyFile)
+	if err != nil {
+		return err
+	}
+	chain, err := id.ClientCA.Sign(&key.PublicKey, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"}, Client: true}, pki.LeafLife, now)
+	if err != nil {
+		return fmt.Errorf("sign %s: %w", id.NodeClient.CertFile, err)
+	}
+	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
 }
 
 // kubeletClientUser is who the API server is when it calls a kubelet. It is
@@ -220,10 +238,17 @@ func Exists(dir string) bool {
 	return err == nil
 }
 
-// FixedToken returns the secret that the servers of the cluster share in dir, the
-// server's directory, and nothing where no administrator has fixed one.
-func FixedToken(dir string) (token.Secret, error) {
-	path := filepath.Join(dir, tokenFile)
+// FixedTokens returns the secrets that the servers of the cluster share in dir, the
+// server's directory: with which agents may join, and with which servers may. One that
+// no administrator has fixed is empty.
+func FixedTokens(dir string) (agents, servers token.Secret, err error) {
+	if agents, err = fixedToken(filepath.Join(dir, tokenFile)); err == nil {
+		servers, err = fixedToken(filepath.Join(dir, serverTokenFile))
+	}
+	return agents, servers, err
+}
+
+func fixedToken(path string) (token.Secret, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil

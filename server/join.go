@@ -8,9 +8,11 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"kedge/datastore"
+	"kedge/internal/token"
 	"kedge/server/directory"
 	"kedge/server/join"
 	"kedge/server/loopback"
+	"kedge/server/tunnels"
 )
 
 // NewServers makes what this server knows of the others.
@@ -35,9 +37,20 @@ func (s *Servers) NewEndpoints(id *Identity, log *slog.Logger) *directory.Endpoi
 func NewJoin(cfg Config, id *Identity, servers *Servers, log *slog.Logger) *join.Service {
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
-		Preshared: cfg.Token, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
+		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
 		OwnAddresses: cfg.NodeIPs, Life: join.Life, Servers: servers,
 	}, servers.api, log)
 	servers.nodes = s.Nodes()
 	return s
+}
+
+// NewHub makes the server's end of the nodes' tunnels.
+func NewHub(cfg Config, joins *join.Service, log *slog.Logger) *tunnels.Hub {
+	c := tunnels.Config{
+		Door: joins, Keys: joins.Nodes(), PodRanges: cfg.ClusterCIDRs, ServiceRanges: cfg.ServiceCIDRs, ForeignPods: cfg.ForeignPods,
+	}
+	if cfg.HasNode {
+		c.OwnNode = cfg.NodeName
+	}
+	return tunnels.New(c, log)
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -46,22 +47,22 @@ var (
 	_ directory.Members = (*Servers)(nil)
 )
 
-// sharedFiles are what every server has the same of, below its directory. The token is
-// only there where an administrator has fixed one.
-func sharedFiles() (files []string, optional string) {
+// sharedFiles are what every server has the same of, below its directory. The optional
+// ones are there only where an administrator has fixed secrets.
+func sharedFiles() (files, optional []string) {
 	for _, ca := range authorities {
 		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
 	}
-	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), tokenFile
+	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
 }
 
 // Credentials implements join.Servers.
 func (s *Servers) Credentials() (joining.Credentials, error) {
 	c := joining.Credentials{}
 	files, optional := sharedFiles()
-	for _, name := range append(files, optional) {
+	for _, name := range slices.Concat(files, optional) {
 		data, err := os.ReadFile(filepath.Join(s.dir, name))
-		if name == optional && errors.Is(err, fs.ErrNotExist) {
+		if slices.Contains(optional, name) && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {

@@ -19,6 +19,7 @@ import (
 	"net/http/httptrace"
 	"net/netip"
 	"net/url"
+	"slices"
 	"time"
 
 	"kedge/internal/pki"
@@ -65,7 +66,8 @@ func FetchCA(ctx context.Context, base string, t token.Token) (*x509.Certificate
 		return nil, err
 	}
 	if t.CAHash == "" {
-		if !hmac.Equal([]byte(Proof(t.Secret, ca)), []byte(got.Proof)) {
+		want := []byte(Proof(t.Secret, ca))
+		if !slices.ContainsFunc(got.Proofs, func(p string) bool { return hmac.Equal(want, []byte(p)) }) {
 			return nil, fmt.Errorf("%w: %s does not know the secret of --token; give both the same, or use a token that \"kedge token create\" has made", ErrWrongCA, base)
 		}
 		return ca, nil

@@ -24,6 +24,7 @@ import (
 
 	"kedge/internal/atomicfile"
 	"kedge/internal/pki"
+	"kedge/internal/servers"
 	"kedge/internal/token"
 )
 
@@ -39,6 +40,8 @@ type Config struct {
 	Server   string // URL of a server
 	Token    string // the text of one; empty where the machine has joined before
 	NodeName string
+	// Servers are further ones, that were heard of since the machine has joined.
+	Servers *servers.List
 }
 
 // Validate reports everything that is wrong with c, joined.
@@ -278,11 +281,15 @@ func (m *Member) renew(ctx context.Context) error {
 		return err
 	}
 	m.mu.Lock()
-	servers := slices.Concat([]string{m.cfg.Server, m.state.Server}, m.state.Cluster.Servers)
+	all := slices.Concat([]string{m.cfg.Server, m.state.Server}, m.state.Cluster.Servers)
 	m.mu.Unlock()
+	if m.cfg.Servers != nil {
+		known, _ := m.cfg.Servers.Known()
+		all = append(all, known...)
+	}
 	var errs []error
-	for i, server := range servers {
-		if server == "" || slices.Contains(servers[:i], server) {
+	for i, server := range all {
+		if server == "" || slices.Contains(all[:i], server) {
 			continue
 		}
 		a, local, err := Renew(ctx, server, m.ca, old)

@@ -20,8 +20,10 @@ const MaxBody = 64 << 10
 // CA is the authority of the API's certificate. Whoever asks is told, and believes
 // it only if the token says so.
 type CA struct {
-	Certificate string `json:"certificate"`     // PEM
-	Proof       string `json:"proof,omitempty"` // see [Proof]; only where a secret was fixed in advance
+	Certificate string `json:"certificate"` // PEM
+	// Proofs are one [Proof] for each secret that was fixed in advance: for agents,
+	// for servers.
+	Proofs []string `json:"proofs,omitempty"`
 }
 
 // Request is what a machine asks for when it joins.

@@ -24,6 +24,12 @@ type Checker interface {
 	Check(ctx context.Context) error
 }
 
+// Describer is implemented by components of which there is something to say that is
+// no problem, in a few words. It must return at once.
+type Describer interface {
+	Describe() string
+}
+
 // StopTimeouter is implemented by components that need another time to stop
 // than the group's default.
 type StopTimeouter interface {

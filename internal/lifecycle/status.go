@@ -18,6 +18,7 @@ type Status struct {
 	WaitedFor string    `json:"waitedFor,omitempty"` // the one of them that was ready last
 	Waited    Duration  `json:"waited"`              // from the group's start to its own
 	Took      Duration  `json:"took"`                // from its start to ready; 0 while it is not
+	Detail    string    `json:"detail,omitempty"`    // what a [Describer] says
 	Error     string    `json:"error,omitempty"`
 }
 
@@ -40,7 +41,7 @@ func (d Duration) String() string { return time.Duration(d).Round(time.Milliseco
 
 // Status returns the components in the order in which they were added. With a
 // context that is not nil it also asks each ready component that is a [Checker]
-// how it is, and reports what it says as Error.
+// how it is, and reports what it says as Error, and each [Describer].
 func (g *Group) Status(ctx context.Context) []Status {
 	g.mu.Lock()
 	out := make([]Status, 0, len(g.members))
@@ -69,8 +70,14 @@ func (g *Group) Status(ctx context.Context) []Status {
 		return out
 	}
 	for i, m := range g.members { // members do not change after Run
+		if out[i].State != Ready {
+			continue
+		}
+		if d, ok := m.c.(Describer); ok {
+			out[i].Detail = d.Describe()
+		}
 		c, ok := m.c.(Checker)
-		if !ok || out[i].State != Ready {
+		if !ok {
 			continue
 		}
 		if err := c.Check(ctx); err != nil {

@@ -104,7 +104,7 @@ func (r Root) Create(ctx context.Context, cfg Config, say func(string)) (_ *Clus
 	}
 	say(fmt.Sprintf("starting %s", nodesInWords(cfg)))
 	begin := time.Now()
-	if err := c.startAll(ctx, cfg, template); err != nil {
+	if err := c.startAll(cfg, template); err != nil {
 		return nil, err
 	}
 	if err := c.waitReady(ctx, cfg.Servers+cfg.Agents, begin, say); err != nil {
@@ -156,10 +156,8 @@ func (r Root) begin(cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	secret := make([]byte, 16)
-	rand.Read(secret)
 	c := &Cluster{root: r, record: record{
-		Name: cfg.Name, Created: time.Now().UTC().Truncate(time.Second), Subnet: subnet, Token: hex.EncodeToString(secret), Next: 2,
+		Name: cfg.Name, Created: time.Now().UTC().Truncate(time.Second), Subnet: subnet, Token: newSecret(), ServerToken: newSecret(), Next: 2,
 	}}
 	for _, path := range cfg.Images {
 		abs, err := filepath.Abs(path)
@@ -185,10 +183,9 @@ func (r Root) begin(cfg Config) (*Cluster, error) {
 	return c, nil
 }
 
-// startAll makes the machines and starts kedge on them: the first server and all
-// agents at once, for agents wait for their server by themselves, and then further
-// servers one by one, as the store grows.
-func (c *Cluster) startAll(ctx context.Context, cfg Config, template string) error {
+// startAll makes the machines and starts kedge on all of them at once: the others wait
+// for the first server by themselves.
+func (c *Cluster) startAll(cfg Config, template string) error {
 	var roles []Role
 	roles = append(roles, slices.Repeat([]Role{Server}, cfg.Servers)...)
 	roles = append(roles, slices.Repeat([]Role{Agent}, cfg.Agents)...)
@@ -205,41 +202,10 @@ func (c *Cluster) startAll(ctx context.Context, cfg Config, template string) err
 	errs := make([]error, len(nodes))
 	var all sync.WaitGroup
 	for i, m := range nodes {
-		if i == 0 || roles[i] == Agent {
-			all.Go(func() { errs[i] = c.prepareAndStart(ctx, m, roles[i], template) })
-		}
+		all.Go(func() { errs[i] = c.prepareAndStart(m, roles[i], template) })
 	}
 	all.Wait()
-	for _, m := range nodes[1:cfg.Servers] {
-		if err := errors.Join(errs...); err != nil {
-			return err
-		}
-		if err := c.prepareAndStart(ctx, m, Server, template); err != nil {
-			return err
-		}
-		if err := untilAllReady(ctx, m); err != nil {
-			return fmt.Errorf("%s is not ready: %w", m.Name(), err)
-		}
-	}
 	return errors.Join(errs...)
-}
-
-// joinToken is what a machine joins with. Agents share a secret that is fixed when the
-// cluster is made; a server needs a token of its own, from the first one.
-func (c *Cluster) joinToken(ctx context.Context, m *machines.Machine, role Role) (string, error) {
-	first := c.site.Machines()[0]
-	if role == Agent || m == first {
-		return c.record.Token, nil
-	}
-	if err := untilAllReady(ctx, first); err != nil {
-		return "", fmt.Errorf("%s is not ready: %w", first.Name(), err)
-	}
-	out, err := first.Output(ctx, "kedge", "token", "create", "--role=server", "--node-name="+m.Name())
-	fields := strings.Fields(out)
-	if err != nil || len(fields) == 0 {
-		return "", fmt.Errorf("make a token for %s: %w: %s", m.Name(), err, out)
-	}
-	return fields[len(fields)-1], nil // of the command that it prints
 }
 
 // Role is what a node runs.
@@ -283,11 +249,7 @@ const (
 	adminKubeconfig = "/etc/kedge/kedge.yaml"
 )
 
-func (c *Cluster) prepareAndStart(ctx context.Context, m *machines.Machine, role Role, template string) error {
-	token, err := c.joinToken(ctx, m, role)
-	if err != nil {
-		return err
-	}
+func (c *Cluster) prepareAndStart(m *machines.Machine, role Role, template string) error {
 	data := m.Disk(dataDir)
 	if err := clone(template, data); err != nil {
 		return fmt.Errorf("prepare %s: %w", m.Name(), err)
@@ -300,7 +262,7 @@ func (c *Cluster) prepareAndStart(ctx context.Context, m *machines.Machine, role
 	if err := os.MkdirAll(m.Disk(filepath.Dir(configFile)), 0o755); err != nil {
 		return err
 	}
-	if err := atomicfile.Write(m.Disk(configFile), []byte(c.settings(m, token)), 0o600); err != nil {
+	if err := atomicfile.Write(m.Disk(configFile), []byte(c.settings(m, role)), 0o600); err != nil {
 		return err
 	}
 	return start(m, role)
@@ -315,12 +277,25 @@ func start(m *machines.Machine, role Role) error {
 }
 
 // settings are the configuration file of a node.
-func (c *Cluster) settings(m *machines.Machine, token string) string {
-	text := fmt.Sprintf("node-ip: [%s]\ntoken: %s\n", m.Addrs()[0].Addr(), token)
-	if first := c.site.Machines()[0]; m != first {
-		text += fmt.Sprintf("server: https://%s:6443\n", first.Addrs()[0].Addr())
+func (c *Cluster) settings(m *machines.Machine, role Role) string {
+	text := fmt.Sprintf("node-ip: [%s]\n", m.Addrs()[0].Addr())
+	first := c.site.Machines()[0]
+	switch {
+	case m == first:
+		return text + fmt.Sprintf("token: %s\nserver-token: %s\n", c.record.Token, c.record.ServerToken)
+	case role == Server:
+		text += fmt.Sprintf("token: %s\n", c.record.ServerToken)
+	default:
+		text += fmt.Sprintf("token: %s\n", c.record.Token)
 	}
-	return text
+	return text + fmt.Sprintf("server: https://%s:6443\n", first.Addrs()[0].Addr())
+}
+
+// newSecret makes one that nobody guesses.
+func newSecret() string {
+	secret := make([]byte, 16)
+	rand.Read(secret) // never fails (crypto/rand)
+	return hex.EncodeToString(secret)
 }
 
 // addImage puts an archive into a node's images folder: by a link where it is on the

@@ -63,7 +63,7 @@ func (c *Cluster) AddNode(ctx context.Context, cfg Config, role Role, say func(s
 		if m, err = c.addMachine(role); err != nil {
 			return err
 		}
-		return errors.Join(c.save(), c.prepareAndStart(ctx, m, role, template))
+		return errors.Join(c.save(), c.prepareAndStart(m, role, template))
 	})
 	if err != nil {
 		return "", err

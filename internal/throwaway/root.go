@@ -34,13 +34,14 @@ const (
 
 // record is what cluster.json says.
 type record struct {
-	Name     string       `json:"name"`
-	Complete bool         `json:"complete"` // false: it goes when nobody holds its lock
-	Created  time.Time    `json:"created"`
-	Subnet   int          `json:"subnet"`          // see subnetOf
-	Token    string       `json:"token"`           // with which its machines join
-	Next     int          `json:"next"`            // address of the next machine
-	Names    map[Role]int `json:"names,omitempty"` // how many machines of each role there were
+	Name        string       `json:"name"`
+	Complete    bool         `json:"complete"` // false: it goes when nobody holds its lock
+	Created     time.Time    `json:"created"`
+	Subnet      int          `json:"subnet"`          // see subnetOf
+	Token       string       `json:"token"`           // with which its agents join
+	ServerToken string       `json:"serverToken"`     // with which its servers join
+	Next        int          `json:"next"`            // address of the next machine
+	Names       map[Role]int `json:"names,omitempty"` // how many machines of each role there were
 	// Kubeconfig is the user's file with a context of this cluster.
 	Kubeconfig string   `json:"kubeconfig,omitempty"`
 	Images     []string `json:"images,omitempty"` // archives that every node has

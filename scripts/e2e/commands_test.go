@@ -86,7 +86,7 @@ func (n *node) testStatus(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, table)
 	}
-	if !regexp.MustCompile(`^kedge \S+, node ` + n.name + `, process \d+, up \d+s, memory \d+ MiB \(\d+ MiB anonymous\)\n\nCOMPONENT +STATE +FOR +WAITED FOR +READY AFTER +PROBLEM\n`).MatchString(table) {
+	if !regexp.MustCompile(`^kedge \S+, node ` + n.name + `, process \d+, up \d+s, memory \d+ MiB \(\d+ MiB anonymous\)\n\nCOMPONENT +STATE +FOR +WAITED FOR +READY AFTER +DETAIL +PROBLEM\n`).MatchString(table) {
 		t.Errorf("the table begins\n%s", table)
 	}
 	out, err := n.run("status", "-o", "json", "--run-dir="+n.runDir())

@@ -123,11 +123,15 @@ func (n *node) serving(t *testing.T, namespace, service string) (bundle string) 
 // through the service, show that it is the aggregator, and say on whose behalf it asks.
 func TestAggregatedAPI(t *testing.T) {
 	t.Parallel()
-	n := shared(t)
+	shared(t).aggregatedAPI(t, "")
+}
+
+// aggregatedAPI is the test with further fields of the pod.
+func (n *node) aggregatedAPI(t *testing.T, more string) {
 	ns := n.namespace(t)
 	group := ns + ".aggregated.test"
 	bundle := n.serving(t, ns, "extension")
-	n.apply(t, ns, shellWith("extension", "exec probe api :8443 "+group+" /tls/tls.crt /tls/tls.key", "volumes: [{name: tls, secret: {secretName: serving}}],",
+	n.apply(t, ns, shellWith("extension", "exec probe api :8443 "+group+" /tls/tls.crt /tls/tls.key", more+"volumes: [{name: tls, secret: {secretName: serving}}],",
 		"volumeMounts: [{name: tls, mountPath: /tls}], readinessProbe: {tcpSocket: {port: 8443}, periodSeconds: 1},"))
 	n.waitPod(t, ns, "extension", false)
 	n.apply(t, ns, fmt.Sprintf(`{apiVersion: apiregistration.k8s.io/v1, kind: APIService, metadata: {name: v1.%s}, spec: {group: %s, version: v1, groupPriorityMinimum: 1000, versionPriority: 10, caBundle: %s, service: {name: extension, namespace: %s}}}`, group, group, bundle, ns))
@@ -153,12 +157,16 @@ func TestAggregatedAPI(t *testing.T) {
 // TestAdmissionWebhooks has upstream's test server in a pod that changes and refuses.
 func TestAdmissionWebhooks(t *testing.T) {
 	t.Parallel()
-	n := shared(t)
+	shared(t).admissionWebhooks(t, "")
+}
+
+// admissionWebhooks is the test with further fields of the pod.
+func (n *node) admissionWebhooks(t *testing.T, more string) {
 	ns := n.namespace(t)
 	bundle := n.serving(t, ns, "hook")
-	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: hook, labels: {app: hook}}, spec: {terminationGracePeriodSeconds: 1, volumes: [{name: tls, secret: {secretName: serving}}],
+	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: hook, labels: {app: hook}}, spec: {terminationGracePeriodSeconds: 1, %s volumes: [{name: tls, secret: {secretName: serving}}],
 		containers: [{name: main, image: %q, args: [webhook, --tls-cert-file=/tls/tls.crt, --tls-private-key-file=/tls/tls.key, --port=8443], volumeMounts: [{name: tls, mountPath: /tls}],
-			readinessProbe: {httpGet: {scheme: HTTPS, port: 8443, path: /readyz}, periodSeconds: 1}}]}}`, agnhost))
+			readinessProbe: {httpGet: {scheme: HTTPS, port: 8443, path: /readyz}, periodSeconds: 1}}]}}`, more, agnhost))
 	n.waitPod(t, ns, "hook", false)
 	hook := func(kind, path string) string {
 		return fmt.Sprintf(`{apiVersion: admissionregistration.k8s.io/v1, kind: %sWebhookConfiguration, metadata: {name: %s}, webhooks: [{name: configmaps.kedge.test, admissionReviewVersions: [v1], sideEffects: None, failurePolicy: Fail, timeoutSeconds: 5,

@@ -111,8 +111,21 @@ func (f *fleet) url() string { return fmt.Sprintf("https://192.0.2.1:%d", f.apiP
 func (f *fleet) newAgent(t *testing.T, flags ...string) *node {
 	t.Helper()
 	a := newNode("agent")
-	a.agent = true
 	f.on(t, a)
+	return f.asAgent(t, a, flags)
+}
+
+// newAgentAt is [fleet.newAgent] on a host that is there already, without a machine.
+func (f *fleet) newAgentAt(t *testing.T, at *netns.NS, flags ...string) *node {
+	t.Helper()
+	a := newNode("agent")
+	a.network = at
+	return f.asAgent(t, a, flags)
+}
+
+func (f *fleet) asAgent(t *testing.T, a *node, flags []string) *node {
+	t.Helper()
+	a.agent = true
 	a.flags = append([]string{"--server=" + f.url()}, flags...)
 	t.Cleanup(func() {
 		if t.Failed() {

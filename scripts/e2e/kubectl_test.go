@@ -27,7 +27,7 @@ func (n *node) startKubectl(t *testing.T, stdin io.Reader, stdout io.Writer, arg
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+n.kubeconfig, "KUBECACHEDIR="+filepath.Join(baseDir, "cache"))
 	cmd.Stdin, cmd.Stdout = stdin, stdout
 	cmd.WaitDelay = time.Second
-	if err := cmd.Start(); err != nil {
+	if err := n.inside(cmd.Start); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

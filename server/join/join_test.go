@@ -201,7 +201,7 @@ func TestServerDecidesWhatCertificatesSay(t *testing.T) {
 	}{
 		{c.cfg.ClientCA, m.ClientCertFile(), x509.ExtKeyUsageClientAuth, "system:node:edge-1", "system:nodes", 0, 0},
 		{c.cfg.ClientCA, m.NetworkCertFile(), x509.ExtKeyUsageClientAuth, "net:edge-1", "net", 0, 0},
-		{c.cfg.KubeletCA, m.ServingCertFile(), x509.ExtKeyUsageServerAuth, "system:node:edge-1", "system:nodes", 1, 1},
+		{c.cfg.KubeletCA, m.ServingCertFile(), x509.ExtKeyUsageServerAuth, "system:node:edge-1", "system:nodes", 1, 2},
 	} {
 		got := verify(t, w.ca, w.file, m.KeyFile(), w.usage)
 		if got.Subject.CommonName != w.name || len(got.Subject.Organization) != 1 || got.Subject.Organization[0] != w.org || len(got.DNSNames) != w.names || len(got.IPAddresses) != w.ips {
@@ -222,8 +222,8 @@ func TestServerDecidesWhatCertificatesSay(t *testing.T) {
 func TestOwnAddressesAreInNobodysCertificate(t *testing.T) {
 	c := newCluster(t, func(c *Config) { c.OwnAddresses = []netip.Addr{netip.MustParseAddr("127.0.0.1")} })
 	m := c.mustJoin(t, t.TempDir(), "a", c.token(t, Spec{}))
-	if got := verify(t, c.cfg.KubeletCA, m.ServingCertFile(), m.KeyFile(), x509.ExtKeyUsageServerAuth); len(got.IPAddresses) != 0 {
-		t.Errorf("the certificate names %v, which is the server's", got.IPAddresses)
+	if got := verify(t, c.cfg.KubeletCA, m.ServingCertFile(), m.KeyFile(), x509.ExtKeyUsageServerAuth); len(got.IPAddresses) != 1 || !got.IPAddresses[0].Equal(joining.NodeAddress("a").AsSlice()) {
+		t.Errorf("the certificate names %v, want the one that stands for the name and not the server's", got.IPAddresses)
 	}
 }
 
@@ -370,7 +370,7 @@ func TestSameKeyNeedsNoSecondUse(t *testing.T) {
 func TestSecretFixedInAdvance(t *testing.T) {
 	const secret = "a secret of our own, long enough"
 	fixed := token.Secret(strings.ReplaceAll(secret, " ", "-"))
-	c := newCluster(t, func(c *Config) { c.Preshared = fixed })
+	c := newCluster(t, func(c *Config) { c.Preshared = map[Role]token.Secret{Agent: fixed} })
 	c.mustJoin(t, t.TempDir(), "bare", string(fixed))
 	c.mustJoin(t, t.TempDir(), "full", token.Token{CAHash: c.CAHash(), ID: token.Preshared, Secret: fixed}.Reveal())
 
@@ -390,8 +390,8 @@ func TestSecretFixedInAdvance(t *testing.T) {
 }
 
 func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
-	fixed := token.Secret("a-secret-of-our-own-long-enough")
-	c := newCluster(t, func(c *Config) { c.Preshared = fixed })
+	fixed, forServers := token.Secret("a-secret-of-our-own-long-enough"), token.Secret("another-secret-of-our-own")
+	c := newCluster(t, func(c *Config) { c.Preshared = map[Role]token.Secret{Agent: fixed, Server: forServers} })
 	answer, credentials, err := c.server(t, t.TempDir(), "s2", c.token(t, Spec{Role: Server}))
 	if err != nil || string(credentials["tls/server-ca.key"]) != "a private key" || len(answer.Admission) == 0 || answer.Cluster.ClusterDomain != "cluster.local" {
 		t.Errorf("got %+v, %d credentials, %v", answer.Cluster, len(credentials), err)
@@ -406,7 +406,13 @@ func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
 	_, _, err = c.server(t, t.TempDir(), "s3", c.token(t, Spec{}))
 	wantRefusal(t, "a token for agents", err, ErrRole)
 	_, _, err = c.server(t, t.TempDir(), "s3", token.Token{CAHash: c.CAHash(), ID: token.Preshared, Secret: fixed}.Reveal())
-	wantRefusal(t, "the fixed secret", err, ErrRole)
+	wantRefusal(t, "the secret that is fixed for agents", err, ErrRole)
+	_, err = c.machine(t.TempDir(), "s3", string(forServers))
+	wantRefusal(t, "an agent with the secret that is fixed for servers", err, ErrRole)
+	if _, _, err := c.server(t, t.TempDir(), "fixed", string(forServers)); err != nil {
+		t.Errorf("a server with the secret that is fixed for servers: %v", err)
+	}
+	c.admitted = c.admitted[:1]
 
 	// Whoever is known as an agent is not known as a server.
 	dir, used := t.TempDir(), c.token(t, Spec{Role: Server})

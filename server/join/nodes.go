@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/apimachinery/pkg/watch"
 	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/util/retry"
 )
@@ -142,6 +146,47 @@ func (n *Nodes) put(ctx context.Context, name, fingerprint string, role Role) er
 		_, err = n.secrets.Update(ctx, s, metav1.UpdateOptions{})
 	}
 	return err
+}
+
+// Follow tells the fingerprints of all nodes' keys, by name, and tells them again
+// whenever they change, until ctx ends or the watch does.
+func (n *Nodes) Follow(ctx context.Context, tell func(map[string]string)) error {
+	ofNodes := fields.OneTermEqualSelector("type", string(nodeType)).String()
+	list, err := n.secrets.List(ctx, metav1.ListOptions{FieldSelector: ofNodes})
+	if err != nil {
+		return err
+	}
+	keys := map[string]string{}
+	for _, s := range list.Items {
+		if s.Type != nodeType {
+			continue
+		}
+		keys[strings.TrimPrefix(s.Name, nodePrefix)] = string(s.Data[keyFingerprint])
+	}
+	tell(maps.Clone(keys))
+	w, err := n.secrets.Watch(ctx, metav1.ListOptions{FieldSelector: ofNodes, ResourceVersion: list.ResourceVersion})
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, w.Stop)
+	defer stop()
+	defer w.Stop()
+	for e := range w.ResultChan() {
+		s, ok := e.Object.(*corev1.Secret)
+		if !ok {
+			return errors.New("the API ended the watch")
+		}
+		if s.Type != nodeType {
+			continue
+		}
+		name := strings.TrimPrefix(s.Name, nodePrefix)
+		keys[name] = string(s.Data[keyFingerprint])
+		if e.Type == watch.Deleted {
+			delete(keys, name)
+		}
+		tell(maps.Clone(keys))
+	}
+	return nil
 }
 
 // Allow lets the next key that joins with a token take the name.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,7 +35,8 @@ type Config struct {
 	ClientCA  *pki.Authority // signs what nodes call the API with
 	KubeletCA *pki.Authority // signs what kubelets serve with
 
-	Preshared token.Secret    // an administrator's own; empty: none
+	// Preshared are an administrator's own secrets, one for each role at most.
+	Preshared map[Role]token.Secret
 	Cluster   joining.Cluster // what nodes are told
 	// NetworkGroup is the group of the users as which the nodes' data paths read the API.
 	NetworkGroup string
@@ -116,7 +118,7 @@ func (s *Service) Handler(next http.Handler) http.Handler {
 		source := sourceOf(r)
 		if !s.limit.allow(source) {
 			w.Header().Set("Retry-After", "10")
-			tell(w, http.StatusTooManyRequests, "too many requests from this address; wait some seconds")
+			tell(w, http.StatusTooManyRequests, errTooMany.Error())
 			return
 		}
 		// The body first: a sender that dawdles must not take a slot from others.
@@ -158,8 +160,10 @@ func sourceOf(r *http.Request) netip.Addr {
 
 func (s *Service) answerCA(w http.ResponseWriter, _ *http.Request) {
 	answer := joining.CA{Certificate: string(s.cfg.ServerCA.PEM())}
-	if s.cfg.Preshared != "" {
-		answer.Proof = joining.Proof(s.cfg.Preshared, s.cfg.ServerCA.Cert)
+	for _, role := range []Role{Agent, Server} {
+		if secret := s.cfg.Preshared[role]; secret != "" {
+			answer.Proofs = append(answer.Proofs, joining.Proof(secret, s.cfg.ServerCA.Cert))
+		}
 	}
 	reply(w, http.StatusOK, answer)
 }
@@ -172,19 +176,29 @@ func answering[Answer any](s *Service, f func(*http.Request) (Answer, error)) ht
 			reply(w, http.StatusOK, answer)
 			return
 		}
-		status := statusOf(err)
-		if status == http.StatusInternalServerError {
-			s.log.Error("a machine was not answered", "path", r.URL.Path, "source", sourceOf(r), "err", err)
-			err = errors.New("the server could not answer; its log says why")
-		} else {
-			s.log.Warn("a machine was refused", "path", r.URL.Path, "source", sourceOf(r), "err", err)
-		}
-		tell(w, status, err.Error())
+		s.Refuse(w, r, err)
 	}
 }
 
-// errRequest is wrapped when a request cannot be understood.
-var errRequest = errors.New("the request is not one of kedge")
+// Refuse answers a request with why it is refused, and notes it. What is nobody's
+// business but the server's is only noted.
+func (s *Service) Refuse(w http.ResponseWriter, r *http.Request, err error) {
+	status := statusOf(err)
+	if status == http.StatusInternalServerError {
+		s.log.Error("a machine was not answered", "path", r.URL.Path, "source", sourceOf(r), "err", err)
+		err = errors.New("the server could not answer; its log says why")
+	} else if status != http.StatusTooManyRequests { // they would fill the log
+		s.log.Warn("a machine was refused", "path", r.URL.Path, "source", sourceOf(r), "err", err)
+	}
+	tell(w, status, err.Error())
+}
+
+// Why a request gets no answer, whatever it asks for.
+var (
+	errRequest     = errors.New("the request is not one of kedge")
+	errCertificate = errors.New("the certificate of the connection is none that the cluster has signed for a node, or it has expired")
+	errTooMany     = errors.New("too many requests from this address; wait some seconds")
+)
 
 // statusOf is the status of HTTP for why a machine was refused.
 func statusOf(err error) int {
@@ -193,9 +207,10 @@ func statusOf(err error) int {
 		errs   []error
 	}{
 		{http.StatusBadRequest, []error{errRequest, ErrBadName, pki.ErrRequest}},
-		{http.StatusUnauthorized, []error{ErrUnknownToken}},
+		{http.StatusUnauthorized, []error{ErrUnknownToken, errCertificate}},
 		{http.StatusForbidden, []error{ErrExpired, ErrUsedUp, ErrRole, ErrName, ErrUnknownNode}},
 		{http.StatusConflict, []error{ErrNameTaken}},
+		{http.StatusTooManyRequests, []error{errTooMany}},
 		{http.StatusServiceUnavailable, []error{errAdmission}},
 	} {
 		if slices.ContainsFunc(known.errs, func(e error) bool { return errors.Is(err, e) }) {
@@ -287,11 +302,8 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	secret := token.Secret(q.Secret)
 	preshared := q.TokenID == token.Preshared
 	if preshared {
-		if s.cfg.Preshared == "" || !secret.Matches(s.cfg.Preshared.Hash()) {
-			return nil, ErrUnknownToken
-		}
-		if role != Agent {
-			return nil, fmt.Errorf("%w: a secret that was fixed with --token lets agents in only; make a token for the server with \"kedge token create --role %s\"", ErrRole, role)
+		if err := s.checkPreshared(secret, role); err != nil {
+			return nil, err
 		}
 	} else if err := s.tokens.check(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
 		return nil, err
@@ -316,38 +328,97 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	return key, nil
 }
 
+// checkPreshared returns nil if the secret is the one that was fixed for the role.
+func (s *Service) checkPreshared(secret token.Secret, role Role) error {
+	is := func(r Role) bool {
+		fixed := s.cfg.Preshared[r]
+		return fixed != "" && secret.Matches(fixed.Hash())
+	}
+	switch {
+	case is(role):
+		return nil
+	case role == Server && is(Agent):
+		return fmt.Errorf("%w: the secret that is fixed with --token lets agents in only; make a token with \"kedge token create --role server\", or fix a secret for servers with --server-token", ErrRole)
+	case role == Agent && is(Server):
+		return fmt.Errorf("%w: the secret that is fixed with --server-token lets servers in only", ErrRole)
+	}
+	return ErrUnknownToken
+}
+
 // renew signs again for a node that proves its key by the connection itself. Who
 // has signed the certificate that carries the key, and until when, does not matter.
 func (s *Service) renew(r *http.Request) (joining.Answer, error) {
+	name, key, err := s.holder(r)
+	if err != nil {
+		return joining.Answer{}, err
+	}
+	return s.sign(name, key, sourceOf(r))
+}
+
+// holder is the node whose key the connection of a request proves.
+func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, err error) {
 	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
-		return joining.Answer{}, fmt.Errorf("%w: the connection has no certificate of a node", errRequest)
+		return "", nil, fmt.Errorf("%w: the connection has no certificate of a node", errRequest)
 	}
 	c := r.TLS.PeerCertificates[0]
 	name, ok := strings.CutPrefix(c.Subject.CommonName, joining.NodeUser(""))
 	key, isEC := c.PublicKey.(*ecdsa.PublicKey)
 	if !ok || !isEC {
-		return joining.Answer{}, fmt.Errorf("%w: the certificate of the connection is not a node's", errRequest)
+		return "", nil, fmt.Errorf("%w: the certificate of the connection is not a node's", errRequest)
 	}
 	fingerprint, err := pki.Fingerprint(key)
 	if err != nil {
-		return joining.Answer{}, err
+		return "", nil, err
 	}
 	known, err := s.nodes.has(r.Context(), name, fingerprint, Agent)
 	if err != nil {
-		return joining.Answer{}, err
+		return "", nil, err
 	}
 	if !known {
-		return joining.Answer{}, fmt.Errorf("%w with this key: %q; stop kedge here, remove its data directory, and join with a token", ErrUnknownNode, name)
+		return "", nil, fmt.Errorf("%w with this key: %q; stop kedge here, remove its data directory, and join with a token", ErrUnknownNode, name)
 	}
-	return s.sign(name, key, sourceOf(r))
+	return name, key, nil
+}
+
+// Identify returns the node that a request comes from, and its key's fingerprint, if
+// the cluster has signed the certificate of the connection for it, that has not
+// expired, and the key is the node's. Machines that fail in this share the allowance
+// that those have who join, so that no source can keep the server busy by trying.
+func (s *Service) Identify(r *http.Request) (node, key string, err error) {
+	node, key, err = s.identify(r)
+	if err != nil && !s.limit.allow(sourceOf(r)) {
+		err = errTooMany
+	}
+	return node, key, err
+}
+
+func (s *Service) identify(r *http.Request) (node, key string, err error) {
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		roots := x509.NewCertPool()
+		roots.AddCert(s.cfg.ClientCA.Cert)
+		c := r.TLS.PeerCertificates[0]
+		_, err := c.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		if err != nil || !slices.Contains(c.Subject.Organization, nodesGroup) {
+			return "", "", errCertificate
+		}
+	}
+	node, public, err := s.holder(r)
+	if err != nil {
+		return "", "", err
+	}
+	key, err = pki.Fingerprint(public)
+	return node, key, err
 }
 
 // sign makes a node's certificates. The address is the one that the node was seen
 // with: what it says of itself counts for nothing.
 func (s *Service) sign(name string, key *ecdsa.PublicKey, source netip.Addr) (joining.Answer, error) {
-	serving := pki.Leaf{CommonName: joining.NodeUser(name), Organizations: []string{nodesGroup}, DNSNames: []string{name}, Server: true}
+	serving := pki.Leaf{
+		CommonName: joining.NodeUser(name), Organizations: []string{nodesGroup}, Server: true,
+		DNSNames: []string{name}, IPs: []net.IP{joining.NodeAddress(name).AsSlice()},
+	}
 	if source.IsValid() && !slices.Contains(s.cfg.OwnAddresses, source) {
-		serving.IPs = []net.IP{source.AsSlice()}
+		serving.IPs = append(serving.IPs, source.AsSlice())
 	}
 	a := joining.Answer{Clients: string(s.cfg.ClientCA.PEM()), Cluster: s.Cluster()}
 	for _, c := range []struct {
