@@ -139,6 +139,10 @@ bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAG
 	@go build -o build/bench/bench ./scripts/bench
 	@build/bench/bench $(BENCHFLAGS)
 
+.PHONY: bench-up
+bench-up: build build-e2e ## measure throwaway clusters; BENCHFLAGS="-n 5", or "-stress 50" to wear them; needs root
+	go run ./scripts/bench/up $(BENCHFLAGS)
+
 .PHONY: bench-dns-programs
 bench-dns-programs: deps ## build kedge's resolver alone, and CoreDNS, a module of its own
 	@mkdir -p build/bench

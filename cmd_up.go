@@ -194,15 +194,12 @@ func throwawayPossible(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	// Ports, routes and folders are those of the machines, not of this one.
-	var lacks []string
+	// Ports, routes and folders are those of the machines, not of this one. The first
+	// finding is the cause of most others.
 	for _, r := range results {
 		if r.Level == preflight.Error && slices.Contains([]string{"privileges", "namespaces", "cgroups", "links", "nftables"}, r.Check) {
-			lacks = append(lacks, fmt.Sprintf("%s: %s; %s", r.Check, r.Message, r.Remedy))
+			return fmt.Errorf("this machine cannot have clusters on it: %s; %s", r.Message, r.Remedy)
 		}
-	}
-	if len(lacks) > 0 {
-		return fmt.Errorf("this machine cannot have clusters on it:\n  %s", strings.Join(lacks, "\n  "))
 	}
 	return nil
 }

@@ -346,10 +346,7 @@ func (s *Site) Remove() error {
 func Remove(dir string) error {
 	r, err := load(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%s has no record of a site; remove it by hand if it is of no use: %w", dir, err)
-		}
-		return nil // made by a process that came no further
+		return removeUnrecorded(dir)
 	}
 	if err != nil {
 		return err
@@ -372,6 +369,27 @@ func Remove(dir string) error {
 		}
 	}
 	return removeTree(dir)
+}
+
+// removeUnrecorded removes the folder of a site whose record was never complete, or is
+// gone already: there is nothing in it but what the writing of the record leaves.
+func removeUnrecorded(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.Contains(e.Name(), recordName) {
+			return fmt.Errorf("%s has no record of a site; remove it by hand if it is of no use", dir)
+		}
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return os.Remove(dir)
 }
 
 // removeTree removes files, and refuses to do so where something is mounted: it

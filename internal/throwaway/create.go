@@ -103,10 +103,11 @@ func (r Root) Create(ctx context.Context, cfg Config, say func(string)) (_ *Clus
 		return nil, err
 	}
 	say(fmt.Sprintf("starting %s", nodesInWords(cfg)))
+	begin := time.Now()
 	if err := c.startAll(cfg, template); err != nil {
 		return nil, err
 	}
-	if err := c.waitReady(ctx, cfg.Servers+cfg.Agents, say); err != nil {
+	if err := c.waitReady(ctx, cfg.Servers+cfg.Agents, begin, say); err != nil {
 		return nil, err
 	}
 	if len(objects) > 0 {
@@ -182,8 +183,8 @@ func (r Root) begin(cfg Config) (*Cluster, error) {
 	return c, nil
 }
 
-// startAll makes the machines and starts kedge on all of them at once: agents wait
-// for their server by themselves.
+// startAll makes the machines and starts kedge on all of them at once: the others wait
+// for the first server by themselves.
 func (c *Cluster) startAll(cfg Config, template string) error {
 	var roles []Role
 	roles = append(roles, slices.Repeat([]Role{Server}, cfg.Servers)...)

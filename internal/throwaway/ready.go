@@ -21,8 +21,8 @@ const clusterDNS = "10.43.0.10:53"
 const often = 50 * time.Millisecond
 
 // waitReady returns when all nodes are Ready and every machine's DNS answers.
-func (c *Cluster) waitReady(ctx context.Context, nodes int, say func(string)) error {
-	begin := time.Now()
+// They are said to be so with the time since begin.
+func (c *Cluster) waitReady(ctx context.Context, nodes int, begin time.Time, say func(string)) error {
 	if err := c.waitKubeconfig(ctx); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -74,23 +75,46 @@ func (r Root) dir(name string) string { return filepath.Join(string(r), name) }
 // lock takes the lock of a file below the root, and waits for it. The lock ends with
 // the process, or with release.
 func (r Root) lock(name string) (release func(), err error) {
-	f, err := r.open(name)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
-	}
-	return func() { f.Close() }, nil
+	return r.flock(name, unix.LOCK_EX)
 }
 
-func (r Root) open(name string) (*os.File, error) {
+// errBusy is returned by tryLock when somebody has the lock.
+var errBusy = errors.New("somebody is at it")
+
+func (r Root) tryLock(name string) (release func(), err error) {
+	release, err = r.flock(name, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errBusy
+	}
+	return release, err
+}
+
+func (r Root) flock(name string, how int) (release func(), err error) {
 	path := r.dir(name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	return os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	for {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Flock(int(f.Fd()), how); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		// Whoever had it before may have removed the file; then the lock is of nothing.
+		ours, err := f.Stat()
+		if err == nil {
+			if there, gone := os.Stat(path); gone == nil && os.SameFile(ours, there) {
+				return func() { f.Close() }, nil
+			}
+		}
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
 }
 
 // clusterLock is the file whose lock is held by whoever makes, changes or removes a
@@ -176,7 +200,13 @@ func (r Root) Sweep() error {
 	var errs []error
 	for _, e := range entries {
 		name := e.Name()
-		if !e.IsDir() || name == templateDir || CheckName(name) != nil {
+		if !e.IsDir() { // a lock, perhaps, of a cluster that never came to be
+			name = strings.TrimSuffix(strings.TrimPrefix(name, "."), "."+lockName)
+			if e.Name() != clusterLock(name) {
+				continue
+			}
+		}
+		if name == templateDir || CheckName(name) != nil {
 			continue
 		}
 		c, err := r.read(name)
@@ -189,20 +219,18 @@ func (r Root) Sweep() error {
 		}
 		errs = append(errs, r.sweepOne(name))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, r.sweepTemplates())...)
 }
 
 func (r Root) sweepOne(name string) error {
-	f, err := r.open(clusterLock(name))
+	release, err := r.tryLock(clusterLock(name))
+	if errors.Is(err, errBusy) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		return nil // somebody is at it
-	} else if err != nil {
-		return err
-	}
+	defer release()
 	if c, err := r.read(name); err == nil && c.record.Complete {
 		return nil // it has just become so
 	}

@@ -28,6 +28,9 @@ import (
 // whatever else tells a node from others are not among them.
 var templateParts = []string{"program", "runtime", "containerd"}
 
+// makingSuffix is of the folder of a template's machine.
+const makingSuffix = ".making"
+
 // key names the template for an executable and a set of archives.
 func (cfg Config) key() (string, error) {
 	sum := sha256.New()
@@ -51,7 +54,7 @@ func (r Root) template(ctx context.Context, cfg Config, say func(string)) (strin
 		return "", err
 	}
 	dir := filepath.Join(string(r), templateDir, key)
-	release, err := r.lock(filepath.Join(templateDir, "lock"))
+	release, err := r.lock(filepath.Join(templateDir, lockName))
 	if err != nil {
 		return "", err
 	}
@@ -60,7 +63,7 @@ func (r Root) template(ctx context.Context, cfg Config, say func(string)) (strin
 		return dir, nil
 	}
 	say("preparing a template of a node, once for this kedge and these images")
-	making := dir + ".making"
+	making := dir + makingSuffix
 	if err := machines.Remove(making); err != nil { // of a call that was killed
 		return "", err
 	}
@@ -258,22 +261,52 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// RemoveTemplates removes all templates; the next cluster makes its own.
-func (r Root) RemoveTemplates() error {
-	release, err := r.lock(filepath.Join(templateDir, "lock"))
+// sweepTemplates removes templates that were never completed.
+func (r Root) sweepTemplates() error {
+	half, err := r.halfTemplates()
+	if err != nil || len(half) == 0 {
+		return err
+	}
+	release, err := r.tryLock(filepath.Join(templateDir, lockName))
+	if errors.Is(err, errBusy) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	defer release()
-	dir := filepath.Join(string(r), templateDir)
-	making, err := filepath.Glob(filepath.Join(dir, "*.making"))
+	if half, err = r.halfTemplates(); err != nil { // those of now, with the lock
+		return err
+	}
+	return removeHalf(half)
+}
+
+// halfTemplates are the folders of templates in the making.
+func (r Root) halfTemplates() ([]string, error) {
+	return filepath.Glob(filepath.Join(string(r), templateDir, "*"+makingSuffix))
+}
+
+func removeHalf(half []string) error {
+	var errs []error
+	for _, dir := range half {
+		errs = append(errs, machines.Remove(dir))
+	}
+	return errors.Join(errs...)
+}
+
+// RemoveTemplates removes all templates; the next cluster makes its own.
+func (r Root) RemoveTemplates() error {
+	release, err := r.lock(filepath.Join(templateDir, lockName))
 	if err != nil {
 		return err
 	}
-	for _, m := range making {
-		if err := machines.Remove(m); err != nil {
-			return err
-		}
+	defer release()
+	half, err := r.halfTemplates()
+	if err == nil {
+		err = removeHalf(half)
 	}
-	return os.RemoveAll(dir)
+	if err != nil {
+		return err
+	}
+	return os.RemoveAll(filepath.Join(string(r), templateDir))
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -20,34 +21,41 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"kedge/internal/machines"
 	"kedge/internal/netns"
 	"kedge/internal/testhost"
 )
 
-// fleet is a server and the switch to which its agents are joined too.
+// fleet is a server on a machine of its own and the switch to which its agents'
+// machines are joined too.
 type fleet struct {
 	*node
-	lan    *testhost.LAN
+	site   *machines.Site
+	lan    *testhost.LAN // the site's
 	gate   netip.Addr
 	joined byte // hosts so far: the last byte of the latest one's address
 }
 
-// newFleet starts a server on a host of its own.
+// newFleet starts a server.
 func newFleet(t *testing.T, flags ...string) *fleet {
 	t.Helper()
 	testhost.RequireRoot(t)
-	lan, err := testhost.NewLAN()
+	dir, err := os.MkdirTemp(baseDir, "fleet")
+	if err != nil {
+		t.Fatal(err)
+	}
+	site, err := machines.Create(machines.Config{Dir: filepath.Join(dir, "site"), Program: binary(), Keeper: binary(), Tethered: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := lan.Close(); err != nil {
+		if err := errors.Join(site.Remove(), os.RemoveAll(dir)); err != nil {
 			t.Error(err)
 		}
 	})
-	f := &fleet{node: own(t), lan: lan, gate: netip.MustParseAddr("192.0.2.254")}
+	f := &fleet{node: own(t), site: site, lan: site.LAN(), gate: netip.MustParseAddr("192.0.2.254")}
 	f.flags = flags // not the ranges that own has chosen: this machine is its own
-	f.network = f.host(t)
+	f.on(t, f.node)
 	if err := prepareImages(f.dataDir()); err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +65,29 @@ func newFleet(t *testing.T, flags ...string) *fleet {
 	return f
 }
 
-// host joins one more machine to the switch and returns its network.
+// on gives a node a machine of its own.
+func (f *fleet) on(t *testing.T, n *node) {
+	t.Helper()
+	f.joined++
+	m, err := f.site.Add(n.name, []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, f.joined}), 24)}, f.gate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.PowerOn(); err != nil {
+		t.Fatal(err)
+	}
+	h, err := m.Host()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.network, err = netns.Open(h.Path()); err != nil {
+		t.Fatal(err)
+	}
+	n.machine = m
+	n.kubeconfig = m.Disk("/etc/kedge/kedge.yaml")
+}
+
+// host joins a host without a machine to the switch and returns its network.
 func (f *fleet) host(t *testing.T) *netns.NS {
 	t.Helper()
 	f.joined++
@@ -77,17 +107,25 @@ func (f *fleet) host(t *testing.T) *netns.NS {
 
 func (f *fleet) url() string { return fmt.Sprintf("https://192.0.2.1:%d", f.apiPort) }
 
-// newAgent makes an agent on a host of its own, not yet started.
+// newAgent makes an agent, not yet started.
 func (f *fleet) newAgent(t *testing.T, flags ...string) *node {
 	t.Helper()
-	return f.newAgentAt(t, f.host(t), flags...)
+	a := newNode("agent")
+	f.on(t, a)
+	return f.asAgent(t, a, flags)
 }
 
-// newAgentAt is [fleet.newAgent] on a host that is there already.
+// newAgentAt is [fleet.newAgent] on a host that is there already, without a machine.
 func (f *fleet) newAgentAt(t *testing.T, at *netns.NS, flags ...string) *node {
 	t.Helper()
 	a := newNode("agent")
-	a.agent, a.network = true, at
+	a.network = at
+	return f.asAgent(t, a, flags)
+}
+
+func (f *fleet) asAgent(t *testing.T, a *node, flags []string) *node {
+	t.Helper()
+	a.agent = true
 	a.flags = append([]string{"--server=" + f.url()}, flags...)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -27,6 +27,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"kedge/internal/machines"
 	"kedge/internal/netns"
 )
 
@@ -35,11 +36,12 @@ type node struct {
 	name       string
 	dir        string // everything of it is below
 	flags      []string
-	env        []string  // in place of the test's own environment, when not nil
-	world      *world    // in place of the machine as it is, when not nil
-	network    *netns.NS // in place of the machine's own, when not nil
-	program    string    // in place of binary(), when not empty
-	agent      bool      // "kedge agent" in place of "kedge server": no API and no clients
+	env        []string          // in place of the test's own environment, when not nil
+	world      *world            // in place of the machine as it is, when not nil
+	network    *netns.NS         // in place of the machine's own, when not nil
+	machine    *machines.Machine // on which it runs, with directories of its own; nil for this one
+	program    string            // in place of binary(), when not empty
+	agent      bool              // "kedge agent" in place of "kedge server": no API and no clients
 	apiPort    int
 	kubeconfig string
 
@@ -185,12 +187,36 @@ func newNode(name string) *node {
 	return n
 }
 
-func (n *node) dataDir() string { return filepath.Join(n.dir, "data") }
-func (n *node) runDir() string  { return filepath.Join(n.dir, "run") }
 func (n *node) logFile() string { return filepath.Join(n.dir, "log") }
+
+// dataDir is where the test finds what the node finds in its data directory.
+func (n *node) dataDir() string {
+	if n.machine != nil {
+		return n.machine.Disk("/var/lib/kedge")
+	}
+	return filepath.Join(n.dir, "data")
+}
+
+func (n *node) runDir() string {
+	if n.machine == nil {
+		return filepath.Join(n.dir, "run")
+	}
+	dir, err := n.machine.Live("/run/kedge")
+	if err != nil {
+		return "/nonexistent" // the machine is off
+	}
+	return dir
+}
 
 // args are the flags that make this node independent of all others.
 func (n *node) args() []string {
+	if n.machine != nil { // everything is where it usually is
+		args := []string{"--node-name=" + n.name, fmt.Sprint("--kubelet-port=", n.apiPort+1)}
+		if !n.agent {
+			args = append(args, fmt.Sprint("--https-listen-port=", n.apiPort))
+		}
+		return append(args, n.flags...)
+	}
 	if n.agent {
 		return append([]string{
 			"--config=" + filepath.Join(n.dir, "config.yaml"), "--data-dir=" + n.dataDir(), "--run-dir=" + n.runDir(),
@@ -224,14 +250,14 @@ func (n *node) launch() error {
 	if n.agent {
 		role = "agent"
 	}
-	cmd := n.world.command(n.env, append([]string{role}, n.args()...)...)
+	cmd := n.kedgeCommand(append([]string{role}, n.args()...)...)
 	if n.program != "" {
 		cmd.Path = n.program
 	}
 	cmd.Stdout, cmd.Stderr = log, log
 	// The node must not end with the test's terminal, nor its signals reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := n.inside(cmd.Start); err != nil {
+	if err := n.begin(cmd); err != nil {
 		return err
 	}
 	n.cmd, n.done = cmd, make(chan struct{})
@@ -315,6 +341,9 @@ func (n *node) destroy() error {
 	if n.network != nil {
 		errs = append(errs, n.network.Close())
 	}
+	if n.machine != nil {
+		errs = append(errs, n.machine.Remove())
+	}
 	errs = append(errs, n.leftovers(), os.RemoveAll(n.dir))
 	return errors.Join(errs...)
 }
@@ -350,10 +379,29 @@ func (n *node) leftovers() error {
 // command runs another kedge command with this node's flags.
 func (n *node) command(name string, more ...string) (string, error) {
 	var out bytes.Buffer
-	cmd := n.world.command(n.env, append(append([]string{name}, n.args()...), more...)...)
+	cmd := n.kedgeCommand(append(append([]string{name}, n.args()...), more...)...)
 	cmd.Stdout, cmd.Stderr = &out, &out
-	err := n.inside(cmd.Run)
+	err := n.begin(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
 	return out.String(), err
+}
+
+// kedgeCommand prepares kedge to be run where the node is, by begin.
+func (n *node) kedgeCommand(args ...string) *exec.Cmd {
+	if n.machine != nil {
+		return n.machine.Command(context.Background(), append([]string{"kedge"}, args...)...)
+	}
+	return n.world.command(n.env, args...)
+}
+
+// begin starts a prepared command.
+func (n *node) begin(cmd *exec.Cmd) error {
+	if n.machine != nil {
+		return n.machine.Start(cmd)
+	}
+	return n.inside(cmd.Start)
 }
 
 // tail is the end of the node's log.
