@@ -310,6 +310,9 @@ func (s *Store) removeMember(ctx context.Context, server *etcdserver.EtcdServer,
 		return err
 	}
 	s.log.Info("member of the datastore removed", "name", name, "member", m.ID.String())
+	if m.ID == server.MemberID() {
+		return nil // and soon there is nothing left to look after
+	}
 	return s.adopt(server)
 }
 
@@ -326,7 +329,12 @@ func (s *Store) removeSelf(ctx context.Context, server *etcdserver.EtcdServer) e
 	for {
 		select {
 		case err := <-done:
-			if err != nil && s.mesh.isRemoved() {
+			select {
+			case <-server.StoppingNotify(): // nobody stops it as long as we are inside the gate, but it itself
+				return nil
+			default:
+			}
+			if s.mesh.isRemoved() {
 				return nil
 			}
 			return err
