@@ -297,7 +297,7 @@ func TestTunnelsToAllServers(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
 	second := newNode("second")
-	second.network = f.host(t)
+	second.apiPort, second.network = f.apiPort, f.host(t) // one port for all servers
 	fields := strings.Fields(f.kedge(t, "token", "create", "--role=server"))
 	second.flags = []string{"--server=" + f.url(), "--token=" + fields[len(fields)-1]}
 	t.Cleanup(func() {
