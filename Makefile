@@ -68,7 +68,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 go test -race $(UNIT)
 
 .PHONY: test
-test: bench-dns-programs check build test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-datastore test-upstream-storage e2e ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
@@ -93,6 +93,10 @@ endif
 .PHONY: build-conformance
 build-conformance: deps payload ## build Kubernetes' own end-to-end suite and its images
 	@scripts/build-conformance.sh
+
+.PHONY: test-datastore
+test-datastore: ## the datastore's members under faults, which takes minutes; some need root
+	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
 
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore

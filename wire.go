@@ -70,6 +70,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	answerJoin(asked, joins)
 	answerServers(asked, others)
 	hStore := group.Add(store)
+	group.Add(&leading{now: store.Leadership, log: component(log, "leadership")}, hStore)
 	hAPI := group.Add(api, hStore)
 	group.Add(hub, hAPI)
 	hList := group.Add(others.Directory(), hAPI)
