@@ -257,6 +257,7 @@ func (s *settings) node(p *flagParser) {
 	b := &s.backend
 	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
 	b.Mode = p.backend(s.cluster.Backend)
+	b.KeyFile = filepath.Join(s.runDir, "network", "wireguard.key")
 	n.NodeIPs, n.Overhead = b.NodeIPs, b.Overhead()
 
 	r := &s.runtime

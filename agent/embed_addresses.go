@@ -22,7 +22,8 @@ func (c Config) OthersAddresses() bool {
 
 // registering is a client with which a node begins with the addresses that
 // [NodeAddresses] keeps, and ready for pods: the kubelet, which believes that a cloud's
-// controller will come, begins without addresses and with a taint.
+// controller will come, begins without addresses and with a taint. It is a pointer, since
+// the kubelet looks whether it is nil.
 type registering struct {
 	kubernetes.Interface
 	internal func() []netip.Addr
@@ -30,11 +31,11 @@ type registering struct {
 }
 
 // CoreV1 implements kubernetes.Interface.
-func (r registering) CoreV1() v1core.CoreV1Interface { return registeringCore{r.Interface.CoreV1(), r} }
+func (r *registering) CoreV1() v1core.CoreV1Interface { return registeringCore{r.Interface.CoreV1(), r} }
 
 type registeringCore struct {
 	v1core.CoreV1Interface
-	r registering
+	r *registering
 }
 
 // Nodes implements v1core.NodesGetter.
@@ -44,7 +45,7 @@ func (c registeringCore) Nodes() v1core.NodeInterface {
 
 type registeringNodes struct {
 	v1core.NodeInterface
-	r registering
+	r *registering
 }
 
 // Create implements v1core.NodeInterface.

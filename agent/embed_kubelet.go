@@ -297,7 +297,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)
 	}
 	if !k.cfg.OthersAddresses() {
-		d.KubeClient = registering{d.KubeClient, k.cfg.Addresses, k.cfg.ExternalIPs}
+		d.KubeClient = &registering{d.KubeClient, k.cfg.Addresses, k.cfg.ExternalIPs}
 	}
 	if d.EventClient, err = v1core.NewForConfig(k.cfg.Client); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)

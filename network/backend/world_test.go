@@ -71,6 +71,7 @@ func nodeMain() error {
 	}
 	b := backend.DefaultConfig()
 	b.NodeName, b.NodeIPs, b.Mode, b.Interface = cfg.Name, cfg.Addrs, backend.Mode(cfg.Mode), cfg.Interface
+	b.KeyFile = filepath.Join(cfg.Dir, "run", "wireguard.key")
 	n := network.DefaultConfig()
 	n.NodeName, n.DataDir, n.RunDir = cfg.Name, filepath.Join(cfg.Dir, "data"), filepath.Join(cfg.Dir, "run")
 	n.PodCIDRs, n.ClusterCIDRs, n.NodeIPs, n.Overhead = cfg.Ranges, cfg.Cluster, cfg.Addrs, b.Overhead()
