@@ -29,6 +29,9 @@ const (
 	first    = 2 * time.Second
 	firstFor = 5 * time.Minute
 	later    = 30 * time.Second
+	// movedFor is how long a server that has moved calls in any case: that its nodes'
+	// sessions are dead it sees later than they do.
+	movedFor = 30 * time.Second
 	// lookEvery is how often an agent looks whether it has to listen.
 	lookEvery = time.Second
 	// rejoinEvery is how often it listens on links that are new.
@@ -80,23 +83,26 @@ func (c *Caller) Moved() {
 func (c *Caller) Run(ctx context.Context, ready func()) error {
 	ready()
 	since := time.Now()
+	var moved time.Time
 	for missed := false; ; {
 		wait := first
-		if missing := c.missing(); missing && missed { // for a moment nodes may be on their way
+		missing := c.missing()
+		if missing && missed || time.Since(moved) < movedFor { // for a moment nodes may be on their way
 			if err := c.call(ctx); err != nil && ctx.Err() == nil {
 				c.log.Debug("nodes that are missing were not called", "err", err)
 			}
 			if time.Since(since) > firstFor {
 				wait = later
 			}
-		} else if missed = missing; !missing {
+		}
+		if missed = missing; !missing {
 			since = time.Now()
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.wake:
-			since = time.Now()
+			since, moved = time.Now(), time.Now()
 		case <-time.After(wait):
 		}
 	}

@@ -50,7 +50,15 @@ type Pool struct {
 	mu      sync.Mutex // guards what follows
 	servers map[string]*server
 	current string // the URL of the one in use; empty at first
-	open    map[*tracked]struct{}
+
+	open opened
+}
+
+// opened are the connections that are open. It has a lock of its own: connections are
+// closed by whoever holds the pool's, too.
+type opened struct {
+	mu    sync.Mutex // guards what follows
+	conns map[*tracked]struct{}
 }
 
 // server is what is known of one.
@@ -71,7 +79,7 @@ func New(list *List, caFile string, times Times, log *slog.Logger) (*Pool, error
 	if err != nil {
 		return nil, fmt.Errorf("read the authority of the servers: %w", err)
 	}
-	p := &Pool{list: list, roots: x509.NewCertPool(), times: times, log: log, servers: map[string]*server{}, open: map[*tracked]struct{}{}}
+	p := &Pool{list: list, roots: x509.NewCertPool(), times: times, log: log, servers: map[string]*server{}, open: opened{conns: map[*tracked]struct{}{}}}
 	if !p.roots.AppendCertsFromPEM(ca) {
 		return nil, fmt.Errorf("read the authority of the servers: there is no certificate in %s", caFile)
 	}
@@ -380,10 +388,10 @@ func (p *Pool) dialTCP(ctx context.Context, url string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &tracked{inner, p}
-	p.mu.Lock()
-	p.open[c] = struct{}{}
-	p.mu.Unlock()
+	c := &tracked{inner, &p.open}
+	p.open.mu.Lock()
+	p.open.conns[c] = struct{}{}
+	p.open.mu.Unlock()
 	return c, nil
 }
 
@@ -391,14 +399,14 @@ func (p *Pool) dialTCP(ctx context.Context, url string) (net.Conn, error) {
 // made from.
 type tracked struct {
 	net.Conn
-	pool *Pool
+	in *opened
 }
 
 // Close implements net.Conn.
 func (c *tracked) Close() error {
-	c.pool.mu.Lock()
-	delete(c.pool.open, c)
-	c.pool.mu.Unlock()
+	c.in.mu.Lock()
+	delete(c.in.conns, c)
+	c.in.mu.Unlock()
 	return c.Conn.Close()
 }
 
@@ -406,13 +414,15 @@ func (c *tracked) Close() error {
 // and asks all servers anew. Nothing would come over these connections, and nobody would
 // say so.
 func (p *Pool) Moved(has func(netip.Addr) bool) {
-	p.mu.Lock()
 	var dead []*tracked
-	for c := range p.open {
+	p.open.mu.Lock()
+	for c := range p.open.conns {
 		if a, ok := c.LocalAddr().(*net.TCPAddr); ok && !has(a.AddrPort().Addr().Unmap().WithZone("")) {
 			dead = append(dead, c)
 		}
 	}
+	p.open.mu.Unlock()
+	p.mu.Lock()
 	for _, s := range p.servers {
 		s.probed = time.Time{}
 	}

@@ -150,11 +150,16 @@ func (b *Backend) loop(ctx context.Context, ready func()) {
 		if !sleep(ctx, roundPause) {
 			return
 		}
+		var otherKey <-chan time.Time
+		if b.secret != nil {
+			otherKey = time.After(b.secret.due())
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-regular.C:
 		case <-again:
+		case <-otherKey:
 		case <-b.wake:
 			if !sleep(ctx, settle) {
 				return

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Mode is a way in which packets travel between the pods of two nodes. The names
@@ -50,6 +51,7 @@ const (
 	defaultUDPPort   = 8285
 
 	defaultWireGuardPort = 51820
+	defaultKeyLife       = 24 * time.Hour
 )
 
 // Config is what the backend of a node is told once.
@@ -69,11 +71,14 @@ type Config struct {
 
 	WireGuardPort int    // UDP port of WireGuard
 	KeyFile       string // where this node's key for WireGuard is; it need not survive a reboot
+	// KeyLife is how long a node has the same key for WireGuard. Sessions have keys of their
+	// own, which WireGuard changes every two minutes: this is about the one that proves the node.
+	KeyLife time.Duration
 }
 
 // DefaultConfig returns the settings that do not depend on the node.
 func DefaultConfig() Config {
-	return Config{Mode: VXLAN, VNI: defaultVNI, VXLANPort: defaultVXLANPort, UDPPort: defaultUDPPort, WireGuardPort: defaultWireGuardPort}
+	return Config{Mode: VXLAN, VNI: defaultVNI, VXLANPort: defaultVXLANPort, UDPPort: defaultUDPPort, WireGuardPort: defaultWireGuardPort, KeyLife: defaultKeyLife}
 }
 
 // Validate reports everything that is wrong with c.

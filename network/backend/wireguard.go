@@ -31,15 +31,10 @@ func planWireGuard(cfg Config, own node, peers []node, mtu int) (plan, error) {
 	return p, err
 }
 
-const (
-	// keyLife is how long a node has the same key. Each session has keys of its own, which
-	// WireGuard changes every two minutes: this is about the key that proves the node.
-	keyLife = 24 * time.Hour
-	// keepAlive is how often a node that has nothing to say says that it is there, so that
-	// routers on the way let the peer's packets in. The first time is at once: after a
-	// change of keys it is what makes two nodes meet again.
-	keepAlive = 25 * time.Second
-)
+// keepAlive is how often a node that has nothing to say says that it is there, so that
+// routers on the way let the peer's packets in. The first time is at once: after a
+// change of keys it is what makes two nodes meet again.
+const keepAlive = 25 * time.Second
 
 // wireGuard is the node's key and its interface's peers.
 //
@@ -84,7 +79,7 @@ type wgPeer struct {
 
 // newWireGuard reads the key that an earlier process has left.
 func newWireGuard(cfg Config, change func(), log *slog.Logger) (*wireGuard, error) {
-	w := &wireGuard{port: cfg.WireGuardPort, file: cfg.KeyFile, log: log, now: time.Now, life: keyLife, change: change}
+	w := &wireGuard{port: cfg.WireGuardPort, file: cfg.KeyFile, log: log, now: time.Now, life: cfg.KeyLife, change: change}
 	text, err := os.ReadFile(w.file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return w, nil
@@ -112,6 +107,9 @@ func (w *wireGuard) publish() (string, error) {
 	}
 	return w.key.PublicKey().String(), nil
 }
+
+// due is how long the key is good for.
+func (w *wireGuard) due() time.Duration { return max(time.Second, w.life-w.now().Sub(w.since)) }
 
 // published notes that the API has taken the key.
 func (w *wireGuard) published() error {
