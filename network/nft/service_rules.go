@@ -32,7 +32,7 @@ var (
 //	    to a cluster IP that the node answers itself: leave.
 //	    to an address and port of a service: what its class says.
 //	    to a node port at one of the chosen addresses: what its class says.
-//	    to another port of a cluster IP: refuse.
+//	    to another port of a cluster IP, or of a load balancer's of a pool: refuse.
 //	    to a service range otherwise: drop, or it might come back from a router.
 //	postrouting
 //	    from a pod to itself through a service: the gateway's address, or the pod
@@ -73,7 +73,7 @@ func (c ServiceConfig) chains() []chain {
 					rule{loadProtocol(word0), loadPort(word0 + 1)}, f.follow(kindNodePorts))
 			}
 		}
-		services.add("other ports of cluster IPs", f.is(), rule{f.load(f.daddr, word0), f.in(word0, kindClusterIPs)}, jumpTo(chainClusterIP))
+		services.add("other ports of the services' own addresses", f.is(), rule{f.load(f.daddr, word0), f.in(word0, kindClusterIPs)}, jumpTo(chainClusterIP))
 	}
 	unused.add("the node answers it itself", toThisNode(), leave())
 	unused.add("the service has no such port", jumpTo(chainRefuse))

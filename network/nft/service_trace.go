@@ -138,7 +138,7 @@ func (w *walk) destination() error {
 		return err
 	}
 	if ours && p.To.Place != trace.Node {
-		s := w.add(chainServices, "other ports of cluster IPs", w.f.set(kindClusterIPs).name()+": "+to.String(), "a cluster IP, but not a port that its service has")
+		s := w.add(chainServices, "other ports of the services' own addresses", w.f.set(kindClusterIPs).name()+": "+to.String(), "an address that only services have, and none of them has the port")
 		s.Problem += problem
 		w.end(chainClusterIP, "the service has no such port", "", "refused: "+refusalText(p.Protocol))
 		return nil
