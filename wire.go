@@ -47,7 +47,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	}
 	joins := server.NewJoin(s.server, id, others, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins, hub)
+	api, err := server.NewAPIServer(s.server, id, lb, joins, hub, store)
 	if err != nil {
 		return err
 	}
