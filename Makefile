@@ -68,7 +68,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 go test -race $(UNIT)
 
 .PHONY: test
-test: bench-dns-programs check build test-datastore test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-datastore test-upstream-storage e2e conformance-fast ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
@@ -84,11 +84,22 @@ build-e2e: ## build the programs of the end-to-end tests' images
 .PHONY: e2e
 ifdef FOCUS
 e2e: build build-conformance ## end-to-end tests with real containers; FOCUS=REGEXP: upstream's that match; needs root
-	go run ./scripts/upstream -focus '$(FOCUS)' $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+	go run ./scripts/upstream -servers 1 -agents 0 -resume=false $(UPSTREAM)
 else
 e2e: build build-e2e
 	go test -count=1 -timeout 30m ./scripts/e2e
 endif
+
+# What both ways to run upstream's suite can be told.
+UPSTREAM = $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+
+.PHONY: conformance
+conformance: build build-conformance ## upstream's conformance suite on a cluster of its own; FOCUS=, SKIP=, PARALLEL=4, SERVERS=1, AGENTS=2, RESUME=1; needs root
+	go run ./scripts/upstream $(UPSTREAM) -servers $(or $(SERVERS),1) -agents $(or $(AGENTS),2) -resume=$(or $(RESUME),1)
+
+.PHONY: conformance-fast
+conformance-fast: build build-conformance ## some of it, of every area: scripts/upstream/fast.txt
+	go run ./scripts/upstream -list scripts/upstream/fast.txt -resume=false
 
 .PHONY: build-conformance
 build-conformance: deps payload ## build Kubernetes' own end-to-end suite and its images

@@ -12,6 +12,7 @@ import (
 	"kedge/agent"
 	"kedge/datastore"
 	"kedge/dns"
+	"kedge/internal/hostaddr"
 	"kedge/internal/joining"
 	"kedge/internal/logging"
 	"kedge/internal/preflight"
@@ -34,6 +35,8 @@ type settings struct {
 	dataDir, runDir string
 	nodeName        string
 	nodeIPs         []netip.Addr
+	findIPs         func() ([]netip.Addr, error) // nil where the administrator has fixed them
+	fixedAPI        bool                         // likewise where others reach the API
 	disableAgent    bool
 	agentOnly       bool            // no control plane: datastore and server say nothing
 	cluster         joining.Cluster // what all nodes have in common
@@ -70,7 +73,7 @@ func compose(c *cli.Context, others *server.Entered) (settings, error) {
 		p.sameCluster(others.Cluster)
 		s.cluster, s.datastore.Join = others.Cluster, others.Admission
 	}
-	s.nodeIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
+	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
 	s.controlPlane(p)
 	s.node(p)
 	return s, s.finish(p)
@@ -82,18 +85,24 @@ func composeAgent(c *cli.Context, cluster joining.Cluster, address netip.Addr) (
 	p := &flagParser{c: c}
 	s := basics(p)
 	s.agentOnly, s.cluster = true, cluster
-	s.nodeIPs = p.nodeIPs(cluster.ClusterCIDRs)
-	if address.IsValid() && !c.IsSet("node-ip") {
-		// Where the route to the server and the default route differ, the others
-		// reach this machine by the former.
-		for i, a := range s.nodeIPs {
-			if a.Is4() == address.Is4() {
-				s.nodeIPs[i] = address
-			}
-		}
+	s.nodeIPs, s.findIPs = p.nodeIPs(cluster.ClusterCIDRs)
+	if s.findIPs != nil && hostaddr.Has(address) { // it may have moved since
+		s.nodeIPs = prefer(s.nodeIPs, address)
 	}
 	s.node(p)
 	return s, s.finish(p)
+}
+
+// prefer replaces the address of its family. Where the route to the servers and the
+// default route differ, the others reach this machine by the former.
+func prefer(addrs []netip.Addr, towardsServers netip.Addr) []netip.Addr {
+	addrs = slices.Clone(addrs)
+	for i, a := range addrs {
+		if a.Is4() == towardsServers.Is4() {
+			addrs[i] = towardsServers
+		}
+	}
+	return addrs
 }
 
 // composeAny is for commands about the node that this machine has or may get.
@@ -204,6 +213,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.BindAddress = p.addr("bind-address")
 	sv.HTTPSPort = p.c.Int("https-listen-port")
 	sv.AdvertiseAddress = p.addr("advertise-address")
+	s.fixedAPI = sv.AdvertiseAddress.IsValid()
 	if !sv.AdvertiseAddress.IsValid() && len(s.nodeIPs) > 0 {
 		sv.AdvertiseAddress = s.nodeIPs[0]
 	}
@@ -247,6 +257,7 @@ func (s *settings) node(p *flagParser) {
 	b := &s.backend
 	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
 	b.Mode = p.backend(s.cluster.Backend)
+	b.KeyFile = filepath.Join(s.runDir, "network", "wireguard.key")
 	n.NodeIPs, n.Overhead = b.NodeIPs, b.Overhead()
 
 	r := &s.runtime
@@ -262,7 +273,7 @@ func (s *settings) node(p *flagParser) {
 
 	a := &s.agent
 	a.DataDir, a.RunDir = s.dataDir, s.runDir
-	a.NodeName, a.NodeIPs = s.nodeName, s.nodeIPs
+	a.NodeName, a.NodeIPs, a.ExternalIPs = s.nodeName, s.nodeIPs, p.addrs("node-external-ip")
 	a.NodeLabels = splitList(p.c.StringSlice("node-label"))
 	a.NodeTaints = splitList(p.c.StringSlice("node-taint"))
 	a.ClusterDNS, a.ClusterDomain = s.cluster.ClusterDNS, s.cluster.ClusterDomain

@@ -66,6 +66,7 @@ func serverFlags() []cli.Flag {
 		list(catNode, "node-label", "`KEY=VALUE` to register the node with (can be repeated)"),
 		list(catNode, "node-taint", "`KEY=VALUE:EFFECT` to register the node with (can be repeated)"),
 		list(catNode, "node-ip", "`ADDRESS` of the node, at most one IPv4 and one IPv6 (default: that of the default route)"),
+		list(catNode, "node-external-ip", "`ADDRESS` by which others reach the node from outside of its network, at most one IPv4 and one IPv6"),
 		str(catNode, "resolv-conf", "", "`FILE` with the name servers for names outside of the cluster, and for pods with dnsPolicy Default (default: the host's)"),
 		&cli.IntFlag{Name: "kubelet-port", Category: catNode, Value: 10250, Usage: "`PORT` of the kubelet", EnvVars: env("kubelet-port")},
 		str(catNode, "snapshotter", "", "How image layers are stacked: overlayfs or native (default: overlayfs where it works)"),

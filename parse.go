@@ -145,21 +145,24 @@ func (p *flagParser) mode(flag string) uint32 {
 	return uint32(m)
 }
 
-// nodeIPs are the flag's, or the machine's own of the families that pods have.
-func (p *flagParser) nodeIPs(pods []netip.Prefix) []netip.Addr {
+// nodeIPs are the flag's, or the machine's own of the families that pods have, which it
+// can be asked for again: they may change.
+func (p *flagParser) nodeIPs(pods []netip.Prefix) (now []netip.Addr, find func() ([]netip.Addr, error)) {
 	if given := p.addrs("node-ip"); len(given) > 0 {
-		return given
+		return given, nil
 	}
 	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
 	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
+	find = func() ([]netip.Addr, error) { return hostaddr.Find(ipv4, ipv6) }
 	if name := p.c.String("flannel-iface"); name != "" {
-		found, err := backend.AddressesOf(name)
-		p.fail(err)
-		return slices.DeleteFunc(found, func(a netip.Addr) bool { return a.Is4() && !ipv4 || a.Is6() && !ipv6 })
+		find = func() ([]netip.Addr, error) {
+			found, err := backend.AddressesOf(name)
+			return slices.DeleteFunc(found, func(a netip.Addr) bool { return a.Is4() && !ipv4 || a.Is6() && !ipv6 }), err
+		}
 	}
-	found, err := hostaddr.Find(ipv4, ipv6)
+	now, err := find()
 	p.fail(err)
-	return found
+	return now, find
 }
 
 // Parts that --disable leaves out.

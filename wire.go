@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"time"
@@ -17,7 +19,9 @@ import (
 	"kedge/datastore"
 	"kedge/datastore/hook"
 	"kedge/dns"
+	"kedge/internal/calls"
 	"kedge/internal/control"
+	"kedge/internal/hostaddr"
 	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
 	"kedge/internal/logging"
@@ -45,7 +49,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	if err != nil {
 		return err
 	}
-	joins := server.NewJoin(s.server, id, others, component(log, "join"))
+	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
+	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
 	api, err := server.NewAPIServer(s.server, id, lb, joins, hub, store)
 	if err != nil {
@@ -67,6 +72,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 
 	asked := control.NewServer(s.runDir, reporter(group, s.nodeName))
 	group.Add(asked)
+	group.Add(moves)
 	answerJoin(asked, joins)
 	answerServers(asked, others)
 	hStore := group.Add(store)
@@ -74,6 +80,18 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hAPI := group.Add(api, hStore)
 	group.Add(hub, hAPI)
 	hList := group.Add(others.Directory(), hAPI)
+	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
+	group.Add(caller, hAPI)
+	moves.Tell("the API's and the kubelet's certificates", func(addrs []netip.Addr) error {
+		return id.Moved(s.movedTo(addrs), time.Now())
+	})
+	moves.Tell("the store", func(addrs []netip.Addr) error { store.SetAddresses(addrs); return nil })
+	moves.Tell("the list of servers", func(addrs []netip.Addr) error {
+		sv := s.movedTo(addrs)
+		others.Directory().SetAPI(netip.AddrPortFrom(sv.AdvertiseAddress, uint16(sv.HTTPSPort)))
+		caller.Moved()
+		return nil
+	})
 	for _, part := range once {
 		group.Add(lifecycle.While(part.name, leads, stopWithin, part.build), hAPI, hList)
 	}
@@ -87,13 +105,23 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	s.agent.ClientCA = id.ClientCA.CertFile()
 	s.agent.Volumes = volumes
 	return wireServersNode(group, s, node{
-		asked: asked, api: hAPI, network: lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup),
-	}, hub, id, log)
+		asked: asked, api: hAPI, moves: moves, network: lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup),
+	}, hub, others, id, log)
+}
+
+// movedTo are the server's settings on a machine that has other addresses.
+func (s settings) movedTo(addrs []netip.Addr) server.Config {
+	sv := s.server
+	sv.NodeIPs = addrs
+	if !s.fixedAPI {
+		sv.AdvertiseAddress = addrs[0]
+	}
+	return sv
 }
 
 // wireServersNode is the node's half of a server. Its API is in memory; the other
 // servers reach it as they reach any node.
-func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, id *server.Identity, log *slog.Logger) error {
+func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, others *server.Servers, id *server.Identity, log *slog.Logger) error {
 	list, err := servers.Load(filepath.Join(s.server.Dir, serversFile))
 	if err != nil {
 		return err
@@ -107,9 +135,11 @@ func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hu
 		hub.SetKubelet(listens)
 		c := uplink.Config{
 			Cert: &servers.Certificate{CertFile: id.NodeClient.CertFile, KeyFile: id.NodeClient.KeyFile}, Kubelet: listens,
-			Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), Own: s.cluster.Servers[0],
+			Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), Own: func() string { return others.URLs()[0] },
 		}
-		group.Add(uplink.New(c, list, pool, component(log, "tunnel")), n.api)
+		up := uplink.New(c, list, pool, component(log, "tunnel"))
+		group.Add(up, n.api)
+		n.moves.Tell("the tunnels", func([]netip.Addr) error { pool.Moved(hostaddr.Has); up.Moved(); return nil })
 	}
 	return wireNode(group, s, n, log)
 }
@@ -173,6 +203,12 @@ func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, list *serv
 	}
 	hMember := group.Add(m)
 	hPool := group.Add(pool)
+	moves := hostaddr.NewFollower(s.nodeIPs, s.towards(pool), component(log, "addresses"))
+	group.Add(moves)
+	group.Add(calls.NewListener(m.ServerCA(), func() bool { return pool.Check(context.Background()) != nil }, list.Ports, func(url string) {
+		list.Hint(url)
+		moves.Look() // which address leads there may be another
+	}, component(log, "calls")))
 	certificate := func(file string) *servers.Certificate {
 		return &servers.Certificate{CertFile: file, KeyFile: m.KeyFile()}
 	}
@@ -181,13 +217,39 @@ func wireAgent(group *lifecycle.Group, s settings, m *joining.Member, list *serv
 	s.agent.ServingCert, s.agent.ServingKey = m.ServingCertFile(), m.KeyFile()
 	s.agent.ClientCA = m.ClientCAFile()
 	return wireNode(group, s, node{
-		asked: asked, api: hMember, network: overTLS(pool, certificate(m.NetworkCertFile()), "network"),
+		asked: asked, api: hMember, moves: moves, network: overTLS(pool, certificate(m.NetworkCertFile()), "network"),
 		reach: func(listens netip.AddrPort) {
 			c := uplink.Config{Cert: kubelet, Kubelet: listens, Ranges: slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)}
-			group.Add(uplink.New(c, list, pool, component(log, "tunnel")), hMember, hPool)
+			up := uplink.New(c, list, pool, component(log, "tunnel"))
+			group.Add(up, hMember, hPool)
+			moves.Tell("the ways to the servers", func([]netip.Addr) error {
+				pool.Moved(hostaddr.Has)
+				up.Moved()
+				m.Moved()
+				return nil
+			})
 		},
 		servers: remember(list, log),
 	}, log)
+}
+
+// towards returns how the addresses of an agent are found: that from which it reaches the
+// server in use goes before that of the default route.
+func (s settings) towards(pool *servers.Pool) func() ([]netip.Addr, error) {
+	if s.findIPs == nil {
+		return nil
+	}
+	return func() ([]netip.Addr, error) {
+		found, err := s.findIPs()
+		if u, bad := url.Parse(pool.Current()); bad == nil {
+			if far, bad := netip.ParseAddr(u.Hostname()); bad == nil {
+				if a, ok := hostaddr.Towards(far); ok {
+					found = prefer(found, a)
+				}
+			}
+		}
+		return found, err
+	}
 }
 
 // overTLS is how an agent calls the API as the holder of a certificate.
@@ -209,6 +271,7 @@ type node struct {
 	asked   *control.Server
 	api     lifecycle.Handle // after which the API can be called
 	network *rest.Config     // how the data path reads the API
+	moves   *hostaddr.Follower
 	// reach is told where the kubelet will listen, so that the API server can call it.
 	reach func(kubelet netip.AddrPort)
 	// servers is told the URLs of all servers, whenever they change.
@@ -217,6 +280,7 @@ type node struct {
 
 // wireNode is the node's half.
 func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) error {
+	s.agent.Addresses = n.moves.Get
 	kubelet, err := agent.NewKubelet(s.agent, component(log, "kubelet"))
 	if err != nil {
 		return err
@@ -254,6 +318,10 @@ func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) erro
 	hRuntime := group.Add(runtime.New(s.runtime, log))
 	group.Add(runtime.NewImages(s.runtime, log), hRuntime)
 	hWatches := group.Add(watches, n.api)
+	if err := wireAddresses(group, s, n, watches, hWatches, log); err != nil {
+		return err
+	}
+	n.moves.Tell("the pods' network", pods.SetNodeIPs)
 	group.Add(ways, hWatches)
 	beforeKubelet := []lifecycle.Handle{n.api, hRuntime}
 	var hPods lifecycle.Handle // used by policies, which there are only with it
@@ -273,12 +341,13 @@ func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) erro
 			return err
 		}
 		group.Add(services, hWatches)
+		n.moves.Tell("services", func(addrs []netip.Addr) error { services.SetNodeIPs(addrs); return nil })
 		rules = append(rules, services.Rules())
 	}
 	if s.backend.Mode != backend.None {
 		rules = append(rules, pods.Rules()) // after services, which translate first
 	}
-	answerTrace(n.asked, explain.New(s.nodeName, s.nodeIPs, watches.Informers(), rules...))
+	answerTrace(n.asked, explain.New(s.nodeName, n.moves.Get, watches.Informers(), rules...))
 	if s.dns != nil {
 		resolver, err := dns.New(*s.dns, watches.Informers(), watches.Client(), component(log, "dns"))
 		if err != nil {
@@ -294,6 +363,20 @@ func wireNode(group *lifecycle.Group, s settings, n node, log *slog.Logger) erro
 		group.Add(announcer, hWatches)
 	}
 	group.Add(kubelet, beforeKubelet...)
+	return nil
+}
+
+// wireAddresses has the node's object follow the machine's addresses.
+func wireAddresses(group *lifecycle.Group, s settings, n node, watches *agent.Watches, hWatches lifecycle.Handle, log *slog.Logger) error {
+	if s.agent.OthersAddresses() {
+		return nil
+	}
+	said, err := agent.NewNodeAddresses(s.agent.Client, watches, s.nodeName, n.moves.Get, s.agent.ExternalIPs, component(log, "nodeaddresses"))
+	if err != nil {
+		return err
+	}
+	group.Add(said, hWatches)
+	n.moves.Tell("the node's object", func([]netip.Addr) error { said.Look(); return nil })
 	return nil
 }
 

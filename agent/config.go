@@ -15,10 +15,14 @@ type Config struct {
 	DataDir string // the kubelet's directory and logs are below it
 	RunDir  string
 
-	NodeName   string
-	NodeIPs    []netip.Addr // one, or one of each family
-	NodeLabels []string     // KEY=VALUE, set at registration
-	NodeTaints []string     // KEY=VALUE:EFFECT, set at registration
+	NodeName string
+	NodeIPs  []netip.Addr // at first: one, or one of each family
+	// Addresses are the node's at any time, and ExternalIPs those that it has elsewhere:
+	// what is behind a router does not see them.
+	Addresses   func() []netip.Addr
+	ExternalIPs []netip.Addr
+	NodeLabels  []string // KEY=VALUE, set at registration
+	NodeTaints  []string // KEY=VALUE:EFFECT, set at registration
 
 	ClusterDNS    []netip.Addr
 	ClusterDomain string
@@ -59,6 +63,9 @@ func (c Config) Validate() error {
 	}
 	if c.NodeName == "" {
 		errs = append(errs, errors.New("the node has no name; give one with --node-name"))
+	}
+	if c.OthersAddresses() && len(c.ExternalIPs) > 0 {
+		errs = append(errs, errors.New("--node-external-ip and --kubelet-arg=node-ip or cloud-provider exclude each other: leave one out"))
 	}
 	if len(c.NodeIPs) == 0 {
 		errs = append(errs, errors.New("the node has no address; give one with --node-ip"))

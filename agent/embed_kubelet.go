@@ -112,11 +112,20 @@ func (k *Kubelet) defaults() error {
 	// The kubelet would run without an API if this were empty. Its clients are
 	// given to it, so the file is never read.
 	f.KubeConfig = filepath.Join(dir, "unused")
-	var ips []string
-	for _, ip := range k.cfg.NodeIPs {
-		ips = append(ips, ip.String())
+	if k.cfg.OthersAddresses() {
+		var ips []string
+		for _, ip := range k.cfg.NodeIPs {
+			ips = append(ips, ip.String())
+		}
+		f.NodeIP = strings.Join(ips, ",")
+	} else {
+		// The kubelet reads its addresses once, and a cloud's controller may change them
+		// when it likes: NodeAddresses is in its place.
+		f.CloudProvider = "external"
+		if len(k.cfg.NodeIPs) > 0 && k.cfg.NodeIPs[0].Is6() {
+			f.NodeIP = "::" // so that pods' addresses of this family come first
+		}
 	}
-	f.NodeIP = strings.Join(ips, ",")
 	f.NodeLabels = map[string]string{}
 	for _, l := range k.cfg.NodeLabels {
 		key, value, ok := strings.Cut(l, "=")
@@ -286,6 +295,9 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 	}
 	if d.KubeClient, err = kubernetes.NewForConfig(k.cfg.Client); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)
+	}
+	if !k.cfg.OthersAddresses() {
+		d.KubeClient = &registering{d.KubeClient, k.cfg.Addresses, k.cfg.ExternalIPs}
 	}
 	if d.EventClient, err = v1core.NewForConfig(k.cfg.Client); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)

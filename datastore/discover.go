@@ -10,12 +10,9 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"syscall"
 	"time"
 
-	"golang.org/x/net/ipv4"
-	"golang.org/x/net/ipv6"
-	"golang.org/x/sys/unix"
+	"kedge/internal/linkcast"
 )
 
 // When all machines have moved at once, no address in the book is right any more. So a member without a leader
@@ -32,13 +29,6 @@ const (
 	callEvery = 2 * time.Second
 	// discoverEvery is how often it is looked whether that is necessary.
 	discoverEvery = time.Second
-	// maxLinks bounds the links that are called on. The kernel lets a socket be in 20 groups.
-	maxLinks = 16
-)
-
-var (
-	group4 = netip.MustParseAddr("239.255.75.71") // for sites, RFC 2365
-	group6 = netip.MustParseAddr("ff02::6b:6564:6765")
 )
 
 // A call is callMagic, the cluster's tag, and the ID and port of the caller.
@@ -77,8 +67,7 @@ func (m *mesh) anyMissing() bool {
 func (m *mesh) discoverOnce() error {
 	ctx, cancel := context.WithCancel(m.ctx)
 	defer cancel()
-	lc := net.ListenConfig{Control: shareAddress}
-	conn, err := lc.ListenPacket(ctx, "udp", fmt.Sprintf(":%d", m.cfg.Port))
+	conn, err := linkcast.Open(ctx, m.cfg.Port)
 	if err != nil {
 		return err
 	}
@@ -95,8 +84,8 @@ func (m *mesh) discoverOnce() error {
 	m.log.Debug("looking for members on the links")
 	for ctx.Err() == nil && m.anyMissing() {
 		// Links come and go, the more so when machines move.
-		links := multicastLinks()
-		join(conn, links)
+		links := linkcast.Links()
+		linkcast.Join(conn, links)
 		if m.leaderless() {
 			m.call(conn, links, tag)
 		}
@@ -150,62 +139,7 @@ func (m *mesh) call(conn net.PacketConn, links []net.Interface, tag []byte) {
 			}
 		}
 	}
-	c4, c6 := ipv4.NewPacketConn(conn), ipv6.NewPacketConn(conn)
-	for _, link := range links {
-		for _, port := range ports {
-			// A link may have no address of a family; then there is nobody to call on it.
-			if err := c4.SetMulticastInterface(&link); err == nil {
-				_, _ = conn.WriteTo(packet, net.UDPAddrFromAddrPort(netip.AddrPortFrom(group4, port)))
-			}
-			if err := c6.SetMulticastInterface(&link); err == nil {
-				_, _ = conn.WriteTo(packet, net.UDPAddrFromAddrPort(netip.AddrPortFrom(group6.WithZone(link.Name), port)))
-			}
-		}
+	for _, port := range ports {
+		linkcast.Send(conn, links, packet, port)
 	}
-}
-
-// join joins the groups on the links. To join again is an error that does not matter.
-func join(conn net.PacketConn, links []net.Interface) {
-	c4, c6 := ipv4.NewPacketConn(conn), ipv6.NewPacketConn(conn)
-	for _, link := range links {
-		_ = c4.JoinGroup(&link, net.UDPAddrFromAddrPort(netip.AddrPortFrom(group4, 0)))
-		_ = c6.JoinGroup(&link, net.UDPAddrFromAddrPort(netip.AddrPortFrom(group6, 0)))
-	}
-}
-
-// multicastLinks are the links on which other machines may be: those with an address out of a network, and not just
-// of their own, as the links to pods have. The oldest come first, which are the machine's own.
-func multicastLinks() []net.Interface {
-	all, err := net.Interfaces()
-	if err != nil {
-		return nil
-	}
-	slices.SortFunc(all, func(a, b net.Interface) int { return a.Index - b.Index })
-	links := slices.DeleteFunc(all, func(l net.Interface) bool {
-		return l.Flags&net.FlagUp == 0 || l.Flags&net.FlagMulticast == 0 || l.Flags&net.FlagLoopback != 0 || !hasNetwork(l)
-	})
-	return links[:min(len(links), maxLinks)]
-}
-
-func hasNetwork(l net.Interface) bool {
-	addrs, err := l.Addrs()
-	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		n, ok := a.(*net.IPNet)
-		if !ok {
-			return false
-		}
-		ones, bits := n.Mask.Size()
-		return ones < bits && n.IP.IsGlobalUnicast()
-	})
-}
-
-// shareAddress lets members of one machine hear the same calls.
-func shareAddress(_, _ string, c syscall.RawConn) error {
-	var err error
-	if e := c.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-	}); e != nil {
-		return e
-	}
-	return err
 }

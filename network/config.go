@@ -23,7 +23,7 @@ type Config struct {
 	// MTU of pods' interfaces; 0 for the most that fits both the way out and, less
 	// Overhead, the way to other nodes.
 	MTU      int
-	NodeIPs  []netip.Addr // of this node towards others; may be empty where there are none
+	NodeIPs  []netip.Addr // of this node towards others at first; may be empty where there are none
 	Overhead int          // bytes that the way to other nodes adds to each packet
 
 	Plugin string // executable that cni/bin/kedge-cni leads to; empty for the running one

@@ -18,7 +18,7 @@ import (
 const fallbackMTU = 1500
 
 // mtu returns what pods get: as configured, or the most that fits the way out and the
-// way to other nodes.
+// way to other nodes. Caller holds mu.
 func (n *Network) mtu() (int, error) {
 	if n.cfg.MTU != 0 {
 		return n.cfg.MTU, nil
@@ -36,7 +36,7 @@ func (n *Network) mtu() (int, error) {
 	if least == 0 {
 		least = fallbackMTU
 	}
-	between, err := mtuOfAddr(n.cfg.NodeIPs)
+	between, err := mtuOfAddr(n.nodeIPs)
 	if err != nil {
 		return 0, err
 	}

@@ -39,6 +39,7 @@ type Network struct {
 	mu       sync.Mutex // guards what follows
 	podCIDRs []netip.Prefix
 	nodes    []netip.Addr // others that have a route to our pods
+	nodeIPs  []netip.Addr // of this node
 	plugin   *cni.Plugin  // while running
 	failure  error        // why the last repair failed
 
@@ -52,8 +53,8 @@ func New(cfg Config, judge cni.Judge, log *slog.Logger) *Network {
 		cfg: cfg, log: log.With("component", "network"),
 		table:    nft.NewPodTable(cfg.NodeName),
 		judge:    judge,
-		podCIDRs: slices.Clone(cfg.PodCIDRs),
-		wake:     make(chan struct{}, 1),
+		podCIDRs: slices.Clone(cfg.PodCIDRs), nodeIPs: cfg.NodeIPs,
+		wake: make(chan struct{}, 1),
 	}
 }
 
@@ -101,6 +102,23 @@ func (n *Network) SetNodes(addrs []netip.Addr) error {
 	}
 	if err := n.applyRules(n.plugin.HostPorts()); err != nil {
 		n.nodes = before // so that the same call may be tried again
+		return err
+	}
+	return nil
+}
+
+// SetNodeIPs says which addresses this node has towards others from now on. Pods that come
+// later get the MTU of the interface that has them.
+func (n *Network) SetNodeIPs(addrs []netip.Addr) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	before := n.nodeIPs
+	n.nodeIPs = addrs
+	if n.plugin == nil || len(n.podCIDRs) == 0 || slices.Equal(before, addrs) {
+		return nil
+	}
+	if err := n.configure(); err != nil {
+		n.nodeIPs = before // so that the same call may be tried again
 		return err
 	}
 	return nil

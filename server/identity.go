@@ -109,8 +109,16 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	return id, id.writeKubeconfig(cfg)
 }
 
-// leaves makes the leaf certificates.
-func (id *Identity) leaves(cfg Config, now time.Time) error {
+// leafOf is a certificate to be made.
+type leafOf struct {
+	ca   *pki.Authority
+	name string
+	leaf pki.Leaf
+	into *pki.Pair
+}
+
+// serving are the certificates with this machine's addresses in them.
+func (id *Identity) serving(cfg Config) []leafOf {
 	names := []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc",
 		"kubernetes.default.svc." + cfg.ClusterDomain, cfg.NodeName}
 	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback, cfg.APIServiceIP().AsSlice(), cfg.AdvertiseAddress.AsSlice()}
@@ -129,20 +137,32 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 	slices.Sort(names)
 	names = slices.Compact(names)
 	ips = slices.CompactFunc(slices.SortedFunc(slices.Values(ips), func(a, b net.IP) int { return strings.Compare(a.String(), b.String()) }), net.IP.Equal)
-	for _, l := range []struct {
-		ca   *pki.Authority
-		name string
-		leaf pki.Leaf
-		into *pki.Pair
-	}{
+	return []leafOf{
 		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
 		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"},
 			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
+	}
+}
+
+// Moved makes the certificates anew that name this machine's addresses. Whoever serves
+// with them reads the files again.
+func (id *Identity) Moved(cfg Config, now time.Time) error {
+	for _, l := range id.serving(cfg) {
+		if _, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leaves makes the leaf certificates.
+func (id *Identity) leaves(cfg Config, now time.Time) error {
+	for _, l := range append(id.serving(cfg), []leafOf{
 		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
 		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
 		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},
-	} {
+	}...) {
 		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
 		if err != nil {
 			return err

@@ -34,11 +34,12 @@ func (s *Servers) NewEndpoints(id *Identity, log *slog.Logger) *directory.Endpoi
 }
 
 // NewJoin makes what lets machines into the cluster. It answers once the API does.
-func NewJoin(cfg Config, id *Identity, servers *Servers, log *slog.Logger) *join.Service {
+// addresses are the machine's own, at any time.
+func NewJoin(cfg Config, id *Identity, servers *Servers, addresses func() []netip.Addr, log *slog.Logger) *join.Service {
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
 		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
-		OwnAddresses: cfg.NodeIPs, Life: join.Life, Servers: servers,
+		OwnAddresses: addresses, Life: join.Life, Servers: servers,
 	}, servers.api, log)
 	servers.nodes = s.Nodes()
 	return s

@@ -28,8 +28,8 @@ type Config struct {
 	Kubelet netip.AddrPort       // where this process' kubelet listens
 	Ranges  []netip.Prefix       // of the cluster's pods and services: what servers may reach besides
 	// Own is the URL of the server in this process, which needs no tunnel to its own
-	// node. Empty on an agent.
-	Own string
+	// node. Nil on an agent.
+	Own func() string
 }
 
 // Uplink is the component that keeps a session to each server. Its name is tunnel,
@@ -39,6 +39,7 @@ type Uplink struct {
 	pool *servers.Pool
 	list *servers.List
 	log  *slog.Logger
+	move chan struct{} // asks for new sessions; holds one request
 
 	mu    sync.Mutex        // guards what follows, and what the pointers lead to
 	state map[string]*state // by URL
@@ -54,7 +55,7 @@ func (s *state) up() bool { return s != nil && s.tried && s.err == nil }
 
 // New makes the component. list is followed: servers come and go.
 func New(cfg Config, list *servers.List, pool *servers.Pool, log *slog.Logger) *Uplink {
-	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, state: map[string]*state{}}
+	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, move: make(chan struct{}, 1), state: map[string]*state{}}
 }
 
 var errNoTunnel = errors.New("no tunnel to any server, which can neither show logs nor run commands here")
@@ -101,7 +102,7 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 	defer tick.Stop()
 	for waited := false; ; {
 		known, changed := u.list.Known()
-		known = slices.DeleteFunc(known, func(url string) bool { return url == u.cfg.Own })
+		known = slices.DeleteFunc(known, func(url string) bool { return u.cfg.Own != nil && url == u.cfg.Own() })
 		for url := range running {
 			if !slices.Contains(known, url) && !slices.Contains(u.list.Fallback(), url) {
 				stop(url)
@@ -124,9 +125,22 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+		case <-u.move:
+			for url := range running {
+				stop(url)
+			}
 		case <-tick.C:
 			waited = true
 		}
+	}
+}
+
+// Moved makes new sessions in place of all that there are, at once: this machine has
+// other addresses.
+func (u *Uplink) Moved() {
+	select {
+	case u.move <- struct{}{}:
+	default: // asked for already
 	}
 }
 
@@ -221,7 +235,7 @@ func (u *Uplink) Describe() string {
 func (u *Uplink) Check(context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.cfg.Own != "" && len(u.state) == 0 {
+	if u.cfg.Own != nil && len(u.state) == 0 {
 		return nil // a server that is alone
 	}
 	var bad []string

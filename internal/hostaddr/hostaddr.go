@@ -1,7 +1,8 @@
 // Package hostaddr finds the addresses by which a machine is reached, when its
-// administrator has not named them.
+// administrator has not named them, and follows them when they change.
 //
-// It sends nothing. Only package main imports it.
+// It sends nothing, and does not know who uses the addresses. Only package main
+// imports it.
 package hostaddr
 
 import (
@@ -76,6 +77,35 @@ func find(ipv4 bool) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
+}
+
+// Towards returns the address from which this machine sends to another one; false where
+// it has no way there.
+func Towards(far netip.Addr) (netip.Addr, bool) {
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(far, 9)))
+	if err != nil {
+		return netip.Addr{}, false
+	}
+	defer c.Close()
+	u, ok := c.LocalAddr().(*net.UDPAddr)
+	if !ok {
+		return netip.Addr{}, false
+	}
+	a := u.AddrPort().Addr().Unmap().WithZone("")
+	return a, usable(a)
+}
+
+// Has reports whether an interface of this machine has the address.
+func Has(a netip.Addr) bool {
+	addrs, err := net.InterfaceAddrs()
+	return err == nil && slices.ContainsFunc(addrs, func(addr net.Addr) bool {
+		n, ok := addr.(*net.IPNet)
+		if !ok {
+			return false
+		}
+		have, ok := netip.AddrFromSlice(n.IP)
+		return ok && have.Unmap() == a
+	})
 }
 
 func usable(a netip.Addr) bool { return a.IsGlobalUnicast() && !a.IsLoopback() }

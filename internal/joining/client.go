@@ -39,8 +39,12 @@ type Refused struct {
 // Error implements error.
 func (r *Refused) Error() string { return r.Message }
 
-// answerWithin is how long a server may take for one answer.
-const answerWithin = 15 * time.Second
+// answerWithin is how long a server may take for one answer, and connectWithin to take
+// the connection: where it was before it moved, nobody may answer at all.
+const (
+	answerWithin  = 15 * time.Second
+	connectWithin = 3 * time.Second
+)
 
 // Proof shows that whoever made it knows the secret, and binds it to one authority.
 // It can be tried against guesses, which is why a secret must not be short.
@@ -148,7 +152,8 @@ func ask(ctx context.Context, c *tls.Config, method, base, path string, body, in
 	}
 	req.Header.Set("Content-Type", "application/json")
 	// No proxy: what the environment names is for the internet.
-	transport := &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true}
+	dialer := &net.Dialer{Timeout: connectWithin}
+	transport := &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true, DialContext: dialer.DialContext}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	resp, err := client.Do(req)

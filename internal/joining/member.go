@@ -73,6 +73,8 @@ type Member struct {
 	key *ecdsa.PrivateKey
 	ca  *x509.Certificate // the API's authority
 	now func() time.Time
+	// soon asks for a renewal; it holds one request.
+	soon chan struct{}
 
 	mu     sync.Mutex // guards what follows
 	state  state
@@ -115,6 +117,9 @@ func (m *Member) ServingCertFile() string { return m.path(servingFile) }
 
 // ServerCAFile is the path of the API's authority.
 func (m *Member) ServerCAFile() string { return m.path(serverCA) }
+
+// ServerCA is the certificate of the API's authority, as DER.
+func (m *Member) ServerCA() []byte { return m.ca.Raw }
 
 // ClientCAFile is the path of the authority of those who may call the kubelet.
 func (m *Member) ClientCAFile() string { return m.path(clientCA) }
@@ -171,7 +176,7 @@ func Prepare(ctx context.Context, cfg Config, log *slog.Logger) (*Member, error)
 	if err := atomicfile.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("prepare the agent's directory: %w", err)
 	}
-	m := &Member{cfg: cfg, log: log, now: time.Now}
+	m := &Member{cfg: cfg, log: log, now: time.Now, soon: make(chan struct{}, 1)}
 	var err error
 	if m.key, err = pki.EnsureKey(m.KeyFile()); err != nil {
 		return nil, err
@@ -284,8 +289,7 @@ func (m *Member) renew(ctx context.Context) error {
 	all := slices.Concat([]string{m.cfg.Server, m.state.Server}, m.state.Cluster.Servers)
 	m.mu.Unlock()
 	if m.cfg.Servers != nil {
-		known, _ := m.cfg.Servers.Known()
-		all = append(all, known...)
+		all = append(all, m.cfg.Servers.All()...)
 	}
 	var errs []error
 	for i, server := range all {

@@ -30,6 +30,8 @@ func (m *Member) Run(ctx context.Context, ready func()) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-m.soon:
+			wait = firstRetry
 		case <-time.After(max(next, firstRetry)):
 		}
 		err := m.renew(ctx)
@@ -44,6 +46,17 @@ func (m *Member) Run(ctx context.Context, ready func()) error {
 		default:
 			m.log.Info("this node's certificates were renewed", "server", m.Server())
 		}
+	}
+}
+
+// Moved renews the certificates now: the addresses in them are not the machine's any more.
+func (m *Member) Moved() {
+	m.mu.Lock()
+	m.signed = time.Time{} // it is tried until it has worked
+	m.mu.Unlock()
+	select {
+	case m.soon <- struct{}{}:
+	default:
 	}
 }
 

@@ -2,7 +2,7 @@
 // addresses, routes, packet filters (netlink(7), multicast groups).
 //
 // It knows no message; who opens a watch says which of them concern it. Packages
-// below network, and dns, may import it.
+// below network, dns and internal/hostaddr may import it.
 package netwatch
 
 import (

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 
 	"kedge/internal/atomicfile"
@@ -29,8 +30,12 @@ type List struct {
 
 	mu      sync.Mutex // guards what follows
 	urls    []string
+	hints   []string // where servers may be, the latest last
 	changed chan struct{}
 }
+
+// maxHints is how many hints are kept: anybody may give them.
+const maxHints = 4
 
 // Load reads the list that is kept at path, which need not exist. fallback are the
 // URLs with which the administrator has named servers: the last resort, which may
@@ -90,7 +95,7 @@ func (l *List) Set(urls []string) error {
 	if slices.Equal(urls, l.urls) {
 		return nil
 	}
-	l.urls = urls
+	l.urls, l.hints = urls, nil
 	close(l.changed)
 	l.changed = make(chan struct{})
 	data, err := json.Marshal(urls)
@@ -104,20 +109,54 @@ func (l *List) Set(urls []string) error {
 }
 
 // Known are the servers that the API has named, and a channel that is closed when
-// there are others.
+// there are others, or another hint.
 func (l *List) Known() (urls []string, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.urls), l.changed
 }
 
-// Fallback are the servers that the administrator has named.
-func (l *List) Fallback() []string { return slices.Clone(l.fallback) }
+// Hint says that there may be a server at a URL. It is tried when no other works, and
+// forgotten when the API names others than before.
+func (l *List) Hint(server string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if valid([]string{server}) != nil || slices.Contains(slices.Concat(l.urls, l.fallback, l.hints), server) {
+		return
+	}
+	l.hints = append(l.hints, server)
+	l.hints = l.hints[max(0, len(l.hints)-maxHints):]
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// Ports are those that the servers are known to listen on.
+func (l *List) Ports() []uint16 {
+	var out []uint16
+	for _, u := range l.All() {
+		address, err := hostPort(u)
+		if err != nil {
+			continue // it was refused when it came
+		}
+		_, text, err := net.SplitHostPort(address)
+		if n, bad := strconv.ParseUint(text, 10, 16); err == nil && bad == nil && !slices.Contains(out, uint16(n)) {
+			out = append(out, uint16(n))
+		}
+	}
+	return out
+}
+
+// Fallback are the servers that the administrator has named, and then the hints.
+func (l *List) Fallback() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Concat(l.fallback, l.hints)
+}
 
 // All are the known servers and then the last resort, each once.
 func (l *List) All() []string {
 	all, _ := l.Known()
-	for _, u := range l.fallback {
+	for _, u := range l.Fallback() {
 		if u != "" && !slices.Contains(all, u) {
 			all = append(all, u)
 		}

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -49,6 +50,15 @@ type Pool struct {
 	mu      sync.Mutex // guards what follows
 	servers map[string]*server
 	current string // the URL of the one in use; empty at first
+
+	open opened
+}
+
+// opened are the connections that are open. It has a lock of its own: connections are
+// closed by whoever holds the pool's, too.
+type opened struct {
+	mu    sync.Mutex // guards what follows
+	conns map[*tracked]struct{}
 }
 
 // server is what is known of one.
@@ -69,7 +79,7 @@ func New(list *List, caFile string, times Times, log *slog.Logger) (*Pool, error
 	if err != nil {
 		return nil, fmt.Errorf("read the authority of the servers: %w", err)
 	}
-	p := &Pool{list: list, roots: x509.NewCertPool(), times: times, log: log, servers: map[string]*server{}}
+	p := &Pool{list: list, roots: x509.NewCertPool(), times: times, log: log, servers: map[string]*server{}, open: opened{conns: map[*tracked]struct{}{}}}
 	if !p.roots.AppendCertsFromPEM(ca) {
 		return nil, fmt.Errorf("read the authority of the servers: there is no certificate in %s", caFile)
 	}
@@ -374,7 +384,52 @@ func (p *Pool) dialTCP(ctx context.Context, url string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return (&net.Dialer{Timeout: p.times.Dial}).DialContext(ctx, "tcp", address)
+	inner, err := (&net.Dialer{Timeout: p.times.Dial}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	c := &tracked{inner, &p.open}
+	p.open.mu.Lock()
+	p.open.conns[c] = struct{}{}
+	p.open.mu.Unlock()
+	return c, nil
+}
+
+// tracked is a connection that is closed when this machine loses the address that it was
+// made from.
+type tracked struct {
+	net.Conn
+	in *opened
+}
+
+// Close implements net.Conn.
+func (c *tracked) Close() error {
+	c.in.mu.Lock()
+	delete(c.in.conns, c)
+	c.in.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// Moved closes the connections from addresses that this machine does not have any more,
+// and asks all servers anew. Nothing would come over these connections, and nobody would
+// say so.
+func (p *Pool) Moved(has func(netip.Addr) bool) {
+	var dead []*tracked
+	p.open.mu.Lock()
+	for c := range p.open.conns {
+		if a, ok := c.LocalAddr().(*net.TCPAddr); ok && !has(a.AddrPort().Addr().Unmap().WithZone("")) {
+			dead = append(dead, c)
+		}
+	}
+	p.open.mu.Unlock()
+	p.mu.Lock()
+	for _, s := range p.servers {
+		s.probed = time.Time{}
+	}
+	p.mu.Unlock()
+	for _, c := range dead {
+		c.Close()
+	}
 }
 
 // DialTLS connects to the server at a URL and no other. cert is who this machine is;

@@ -40,6 +40,7 @@ type Backend struct {
 	annotate func(ctx context.Context, key, value string) error
 	setPeers func([]netip.Addr) error
 	tunnel   *userTunnel // in mode UDP only
+	secret   *wireGuard  // in mode WireGuard only
 
 	wake chan struct{} // asks for a round; holds one request
 
@@ -60,6 +61,11 @@ func New(cfg Config, watches informers.SharedInformerFactory, annotate func(ctx 
 		b.tunnel = newUserTunnel(cfg.UDPPort, log)
 	}
 	var err error
+	if cfg.Mode == WireGuard {
+		if b.secret, err = newWireGuard(cfg, b.soon, log); err != nil {
+			return nil, err
+		}
+	}
 	b.informed, err = watches.Core().V1().Nodes().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(any) { b.soon() },
 		DeleteFunc: func(any) { b.soon() },
@@ -117,6 +123,9 @@ func (b *Backend) Run(ctx context.Context, ready func()) error {
 		})
 	}
 	b.loop(inner, ready)
+	if b.secret != nil {
+		b.secret.drop()
+	}
 	parts.Wait()
 	if ctx.Err() != nil {
 		return nil
@@ -141,11 +150,16 @@ func (b *Backend) loop(ctx context.Context, ready func()) {
 		if !sleep(ctx, roundPause) {
 			return
 		}
+		var otherKey <-chan time.Time
+		if b.secret != nil {
+			otherKey = time.After(b.secret.due())
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-regular.C:
 		case <-again:
+		case <-otherKey:
 		case <-b.wake:
 			if !sleep(ctx, settle) {
 				return
@@ -195,6 +209,13 @@ func (b *Backend) round(ctx context.Context) error {
 	errs = append(errs, b.setPeers(p.peers), apply(marks(b.cfg.NodeName), *p))
 	if b.tunnel != nil {
 		b.tunnel.set(*own, peers, len(p.links) > 0)
+	}
+	if b.secret != nil {
+		link := ""
+		if len(p.links) > 0 {
+			link = p.links[0].name
+		}
+		errs = append(errs, b.secret.set(ctx, link, *own, peers))
 	}
 	return errors.Join(errs...)
 }
@@ -262,15 +283,24 @@ func (b *Backend) announce(ctx context.Context, own *node) error {
 	if b.cfg.Interface != "" {
 		said.Addresses = own.tunnel
 	}
+	if b.secret != nil {
+		key, err := b.secret.publish()
+		if err != nil {
+			return err
+		}
+		said.Key = key
+	}
 	o, err := b.nodes.Get(b.cfg.NodeName)
 	if err != nil {
 		return fmt.Errorf("read this node: %w", err)
 	}
-	if o.Annotations[Annotation] == said.String() {
-		return nil
+	if o.Annotations[Annotation] != said.String() {
+		if err := b.annotate(ctx, Annotation, said.String()); err != nil {
+			return fmt.Errorf("tell the other nodes how this one is reached: %w", err)
+		}
 	}
-	if err := b.annotate(ctx, Annotation, said.String()); err != nil {
-		return fmt.Errorf("tell the other nodes how this one is reached: %w", err)
+	if b.secret != nil {
+		return b.secret.published()
 	}
 	return nil
 }
@@ -290,7 +320,7 @@ func (b *Backend) plan(own node, peers []node) (*plan, error) {
 	switch b.cfg.Mode {
 	case HostGW:
 		p, err = planHostGW(own, peers, onLink)
-	case VXLAN, UDP:
+	case VXLAN, UDP, WireGuard:
 		if len(peers) == 0 {
 			break
 		}
@@ -298,9 +328,12 @@ func (b *Backend) plan(own node, peers []node) (*plan, error) {
 		if lost != nil {
 			return nil, lost
 		}
-		if b.cfg.Mode == VXLAN {
+		switch b.cfg.Mode {
+		case VXLAN:
 			p, err = planVXLAN(b.cfg, own, peers, link.Attrs().MTU)
-		} else {
+		case WireGuard:
+			p, err = planWireGuard(b.cfg, own, peers, link.Attrs().MTU)
+		default:
 			p, err = planUDP(b.cfg, own, peers, link.Attrs().MTU)
 		}
 	}

@@ -45,6 +45,9 @@ func TestPodsOfTwoNodesMeet(t *testing.T) {
 		{backend.UDP, families{"4", "4"}, 28},
 		{backend.UDP, families{"46", "46"}, 28},
 		{backend.UDP, families{"6", "6"}, 48},
+		{backend.WireGuard, families{"4", "4"}, 60},
+		{backend.WireGuard, families{"46", "46"}, 60},
+		{backend.WireGuard, families{"6", "46"}, 80},
 	}
 	for _, test := range tests {
 		t.Run(fmt.Sprintf("%s/nodes%s/pods%s", test.mode, test.f.nodes, test.f.pods), func(t *testing.T) {
@@ -185,7 +188,7 @@ func (c *cluster) stream(from, to *pod) (lost func() int) {
 }
 
 func eachMode(t *testing.T, f func(t *testing.T, mode backend.Mode)) {
-	for _, mode := range []backend.Mode{backend.VXLAN, backend.HostGW, backend.UDP} {
+	for _, mode := range []backend.Mode{backend.VXLAN, backend.HostGW, backend.WireGuard, backend.UDP} {
 		t.Run(string(mode), func(t *testing.T) { f(t, mode) })
 	}
 }

@@ -20,7 +20,7 @@ type way struct {
 }
 
 func eachWay(b *testing.B, f func(b *testing.B, c *cluster, w way)) {
-	for _, mode := range []backend.Mode{"cable", backend.HostGW, backend.VXLAN, backend.UDP} {
+	for _, mode := range []backend.Mode{"cable", backend.HostGW, backend.VXLAN, backend.WireGuard, backend.UDP} {
 		b.Run(string(mode), func(b *testing.B) {
 			if mode == "cable" {
 				c := newCluster(b, backend.HostGW)

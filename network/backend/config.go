@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Mode is a way in which packets travel between the pods of two nodes. The names
@@ -18,12 +20,20 @@ const (
 	HostGW Mode = "host-gw" // as they are; the nodes must be on one link
 	UDP    Mode = "udp"     // in UDP, by kedge; slow, for kernels without VXLAN
 	None   Mode = "none"    // somebody else's business
+
+	WireGuard Mode = "wireguard" // encrypted in UDP, by the kernel, or by kedge where it cannot
 )
 
-var modes = []Mode{VXLAN, HostGW, UDP, None}
+// nativeWireGuard is what WireGuard is called by k3s.
+const nativeWireGuard = "wireguard-native"
+
+var modes = []Mode{VXLAN, HostGW, WireGuard, UDP, None}
 
 // ParseMode reads a mode as users write it.
 func ParseMode(s string) (Mode, error) {
+	if s == nativeWireGuard {
+		return WireGuard, nil
+	}
 	if m := Mode(s); slices.Contains(modes, m) {
 		return m, nil
 	}
@@ -39,6 +49,9 @@ const (
 	defaultVNI       = 1
 	defaultVXLANPort = 8472
 	defaultUDPPort   = 8285
+
+	defaultWireGuardPort = 51820
+	defaultKeyLife       = 24 * time.Hour
 )
 
 // Config is what the backend of a node is told once.
@@ -55,11 +68,17 @@ type Config struct {
 	VNI       int // VXLAN network identifier
 	VXLANPort int // UDP port of VXLAN
 	UDPPort   int // of mode UDP
+
+	WireGuardPort int    // UDP port of WireGuard
+	KeyFile       string // where this node's key for WireGuard is; it need not survive a reboot
+	// KeyLife is how long a node has the same key for WireGuard. Sessions have keys of their
+	// own, which WireGuard changes every two minutes: this is about the one that proves the node.
+	KeyLife time.Duration
 }
 
 // DefaultConfig returns the settings that do not depend on the node.
 func DefaultConfig() Config {
-	return Config{Mode: VXLAN, VNI: defaultVNI, VXLANPort: defaultVXLANPort, UDPPort: defaultUDPPort}
+	return Config{Mode: VXLAN, VNI: defaultVNI, VXLANPort: defaultVXLANPort, UDPPort: defaultUDPPort, WireGuardPort: defaultWireGuardPort, KeyLife: defaultKeyLife}
 }
 
 // Validate reports everything that is wrong with c.
@@ -74,10 +93,13 @@ func (c Config) Validate() error {
 	if c.VNI < 1 || c.VNI >= 1<<24 {
 		errs = append(errs, fmt.Errorf("VXLAN network identifier %d is not between 1 and 16777215", c.VNI))
 	}
-	for _, port := range []int{c.VXLANPort, c.UDPPort} {
+	for _, port := range []int{c.VXLANPort, c.UDPPort, c.WireGuardPort} {
 		if port < 1 || port > 65535 {
 			errs = append(errs, fmt.Errorf("UDP port %d of the pod network is not between 1 and 65535", port))
 		}
+	}
+	if c.Mode == WireGuard && !filepath.IsAbs(c.KeyFile) {
+		errs = append(errs, fmt.Errorf("file of the key for WireGuard %q is not an absolute path", c.KeyFile))
 	}
 	return errors.Join(errs...)
 }
@@ -92,7 +114,8 @@ func (c Config) Overhead() int {
 func (c Config) overhead(ipv6 bool) int {
 	const (
 		ipv4Header, ipv6Header, udpHeader = 20, 40, 8
-		vxlanHeaders                      = 8 + 14 // its own and the pods' Ethernet
+		vxlanHeaders                      = 8 + 14  // its own and the pods' Ethernet
+		wireGuardHeaders                  = 16 + 16 // its own and what proves the packet
 	)
 	outer := ipv4Header
 	if ipv6 {
@@ -103,6 +126,8 @@ func (c Config) overhead(ipv6 bool) int {
 		return outer + udpHeader + vxlanHeaders
 	case UDP:
 		return outer + udpHeader
+	case WireGuard:
+		return outer + udpHeader + wireGuardHeaders
 	}
 	return 0
 }

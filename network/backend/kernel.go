@@ -88,7 +88,7 @@ func ensureDevice(d device) (int, error) {
 // changed.
 func (d device) is(link netlink.Link) bool {
 	if d.vxlan == nil {
-		return link.Type() == "tuntap" || link.Type() == "tun"
+		return link.Type() == "tuntap" || link.Type() == "tun" || d.wireguard && link.Type() == wireGuardType
 	}
 	v, ok := link.(*netlink.Vxlan)
 	return ok && v.VxlanId == d.vxlan.vni && v.Port == d.vxlan.port && v.HardwareAddr.String() == d.vxlan.mac && !v.Learning
@@ -98,9 +98,15 @@ func (d device) create() (netlink.Link, error) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = d.name, d.mtu
 	var link netlink.Link
-	if d.vxlan == nil {
-		link = &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_ONE_QUEUE}
-	} else {
+	switch {
+	case d.wireguard:
+		if err := createWireGuard(attrs); err != nil {
+			return nil, fmt.Errorf("add interface %s: %w", d.name, err)
+		}
+		return netlink.LinkByName(d.name)
+	case d.vxlan == nil:
+		link = tunDevice(attrs)
+	default:
 		mac, err := net.ParseMAC(d.vxlan.mac)
 		if err != nil {
 			return nil, err
@@ -124,6 +130,10 @@ func (d device) create() (netlink.Link, error) {
 		return nil, fmt.Errorf("add interface %s: %w", d.name, err)
 	}
 	return netlink.LinkByName(d.name)
+}
+
+func tunDevice(attrs netlink.LinkAttrs) netlink.Link {
+	return &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_ONE_QUEUE}
 }
 
 func (d device) syncAddrs(link netlink.Link) error {

@@ -28,6 +28,8 @@ type announcement struct {
 	Mode Mode `json:"mode"`
 	// Addresses are where to send to, if not the node's internal addresses.
 	Addresses []netip.Addr `json:"addresses,omitempty"`
+	// Key is the node's public key for WireGuard.
+	Key string `json:"key,omitempty"`
 }
 
 func (a announcement) String() string {
@@ -45,6 +47,7 @@ type node struct {
 	addrs  []netip.Addr   // its own
 	tunnel []netip.Addr   // where packets for its pods are sent to
 	mode   Mode           // empty until the node has said it
+	key    string         // its public key for WireGuard
 	here   []netip.Addr   // of this node: which of addrs the machine really has
 }
 
@@ -73,7 +76,7 @@ func readNode(o *corev1.Node) (node, error) {
 		if err := json.Unmarshal([]byte(v), &said); err != nil {
 			return n, fmt.Errorf("node %s: annotation %s: %w", o.Name, Annotation, err)
 		}
-		n.mode = said.Mode
+		n.mode, n.key = said.Mode, said.Key
 		if len(said.Addresses) > 0 {
 			n.tunnel = said.Addresses
 		}
@@ -138,7 +141,8 @@ type device struct {
 	name       string
 	mtu        int
 	addrs      []netip.Addr
-	vxlan      *vxlan // nil for a TUN device
+	vxlan      *vxlan // nil for others
+	wireguard  bool   // the kernel's, or a TUN device
 	neighbours map[netip.Addr]string
 	forward    map[string]netip.Addr // hardware address to node address
 }

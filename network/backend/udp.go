@@ -140,7 +140,7 @@ func (t *userTunnel) run(ctx context.Context, link string, changed func()) error
 			return nil
 		case <-t.open:
 		}
-		f, err := attachTUN(link)
+		f, err := attachTUN(link, 0)
 		if err != nil {
 			t.log.Warn("the tunnel's interface cannot be used", "error", err)
 			continue
@@ -221,8 +221,8 @@ func ends(packet []byte) (src, dst netip.Addr, ok bool) {
 	return src, dst, false
 }
 
-// attachTUN opens an interface that ensureDevice has made.
-func attachTUN(name string) (*os.File, error) {
+// attachTUN opens an interface that ensureDevice has made, with further flags of it.
+func attachTUN(name string, flags uint16) (*os.File, error) {
 	// Otherwise the kernel would make one that goes with this process.
 	if _, err := netlink.LinkByName(name); err != nil {
 		return nil, fmt.Errorf("find %s: %w", name, err)
@@ -233,7 +233,7 @@ func attachTUN(name string) (*os.File, error) {
 	}
 	req, err := unix.NewIfreq(name)
 	if err == nil {
-		req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | flags)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
 	}
 	if err != nil {

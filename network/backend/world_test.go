@@ -45,6 +45,7 @@ type nodeConfig struct {
 	Addrs                      []netip.Addr
 	Cluster                    []netip.Prefix
 	Ranges                     []netip.Prefix
+	KeyLife                    time.Duration
 }
 
 // update is a line that a node's process prints.
@@ -71,6 +72,10 @@ func nodeMain() error {
 	}
 	b := backend.DefaultConfig()
 	b.NodeName, b.NodeIPs, b.Mode, b.Interface = cfg.Name, cfg.Addrs, backend.Mode(cfg.Mode), cfg.Interface
+	if cfg.KeyLife != 0 {
+		b.KeyLife = cfg.KeyLife
+	}
+	b.KeyFile = filepath.Join(cfg.Dir, "run", "wireguard.key")
 	n := network.DefaultConfig()
 	n.NodeName, n.DataDir, n.RunDir = cfg.Name, filepath.Join(cfg.Dir, "data"), filepath.Join(cfg.Dir, "run")
 	n.PodCIDRs, n.ClusterCIDRs, n.NodeIPs, n.Overhead = cfg.Ranges, cfg.Cluster, cfg.Addrs, b.Overhead()

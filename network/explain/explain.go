@@ -21,14 +21,14 @@ import (
 // Explainer answers questions about one node.
 type Explainer struct {
 	nodeName string
-	nodeIPs  []netip.Addr
+	nodeIPs  func() []netip.Addr
 	services listers.ServiceLister
 	pods     listers.PodLister
 	parts    []trace.Part
 }
 
 // New makes an explainer of parts, which are asked in their order.
-func New(nodeName string, nodeIPs []netip.Addr, shared informers.SharedInformerFactory, parts ...trace.Part) *Explainer {
+func New(nodeName string, nodeIPs func() []netip.Addr, shared informers.SharedInformerFactory, parts ...trace.Part) *Explainer {
 	return &Explainer{
 		nodeName: nodeName, nodeIPs: nodeIPs, parts: parts,
 		services: shared.Core().V1().Services().Lister(), pods: shared.Core().V1().Pods().Lister(),
@@ -101,10 +101,10 @@ func (e *Explainer) destination(q Question) (to netip.AddrPort, protocol, what s
 		to, err = number(t.addr)
 		return to, protocol, "address", err
 	case "node":
-		if len(e.nodeIPs) == 0 {
+		if len(e.nodeIPs()) == 0 {
 			return to, "", "", fmt.Errorf("the node has no address")
 		}
-		to, err = number(e.nodeIPs[0])
+		to, err = number(e.nodeIPs()[0])
 		return to, protocol, "node " + e.nodeName, err
 	}
 	if t.kind != "pod" {
@@ -166,7 +166,7 @@ func (e *Explainer) source(q Question, is6 bool) (netip.Addr, string, error) {
 		}
 		return t.addr, "address " + t.addr.String(), nil
 	case "node":
-		for _, a := range e.nodeIPs {
+		for _, a := range e.nodeIPs() {
 			if a.Is6() == is6 {
 				return a, fmt.Sprintf("node %s, %s", e.nodeName, a), nil
 			}
@@ -204,7 +204,7 @@ func (e *Explainer) resolve(a netip.Addr) (trace.Place, string) {
 		}
 		return place, p.Namespace + "/" + p.Name
 	}
-	if slices.Contains(e.nodeIPs, a) || isLocal(a) {
+	if slices.Contains(e.nodeIPs(), a) || isLocal(a) {
 		return trace.Node, ""
 	}
 	return trace.Outside, ""

@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -82,6 +83,15 @@ func (t *ServiceTable) Apply(changes map[string]Service) error {
 		}
 	}
 	return nil
+}
+
+// SetNodePortsOn says at which addresses of the node node ports answer from now on. The
+// next Apply writes it.
+func (t *ServiceTable) SetNodePortsOn(ranges []netip.Prefix) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.cfg.NodePortsOn = ranges
+	t.inStep = false
 }
 
 // Repair compares the kernel with what should be, mends the difference and says

@@ -15,7 +15,7 @@ type Config struct {
 	ForeignPrefix string         // how those of all nodes of this machine begin
 	ClusterRanges []netip.Prefix // of all pods of the cluster
 	ServiceRanges []netip.Prefix // of cluster IPs; services of other families are ignored
-	NodeIPs       []netip.Addr   // of the node, at most one a family
+	NodeIPs       []netip.Addr   // of the node at first, at most one a family
 
 	// NodePortsOn are the ranges of node addresses at which node ports answer;
 	// none for NodeIPs. Loopback addresses never do: the kernel does not route
@@ -62,13 +62,13 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// nodePortsOn are the addresses at which node ports answer.
-func (c Config) nodePortsOn() []netip.Prefix {
+// nodePortsOn are the addresses at which node ports answer on a node with these.
+func (c Config) nodePortsOn(nodeIPs []netip.Addr) []netip.Prefix {
 	if len(c.NodePortsOn) > 0 {
 		return c.NodePortsOn
 	}
 	var out []netip.Prefix
-	for _, a := range c.NodeIPs {
+	for _, a := range nodeIPs {
 		out = append(out, netip.PrefixFrom(a, a.BitLen()))
 	}
 	return out
@@ -78,6 +78,6 @@ func (c Config) rules() nft.ServiceConfig {
 	return nft.ServiceConfig{
 		LinkPrefix: c.LinkPrefix, ForeignPrefix: c.ForeignPrefix,
 		ClusterRanges: c.ClusterRanges, ServiceRanges: c.ServiceRanges,
-		NodePortsOn: c.nodePortsOn(), Own: c.Own, Scheduler: c.Scheduler,
+		NodePortsOn: c.nodePortsOn(c.NodeIPs), Own: c.Own, Scheduler: c.Scheduler,
 	}
 }

@@ -38,6 +38,7 @@ type tracker struct {
 	ports     map[types.NamespacedName][]upstream.ServicePortName
 	checks    map[types.NamespacedName]uint16 // health-check node ports
 	health    healthcheck.ServiceHealthServer
+	answerAt  func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer // makes health
 	listening bool
 }
 
@@ -48,19 +49,36 @@ func newTracker(family corev1.IPFamily, cfg Config, recorder events.EventRecorde
 		ports:  map[types.NamespacedName][]upstream.ServicePortName{},
 		checks: map[types.NamespacedName]uint16{},
 	}
-	for _, a := range cfg.NodeIPs {
-		if familyOf(a) == family {
-			t.nodeIP = a
-		}
-	}
 	t.serviceChanges = upstream.NewServiceChangeTracker(family, nil, t.portsChanged)
 	t.endpointChanges = upstream.NewEndpointsChangeTracker(family, cfg.NodeName, nil, nil)
-	var ranges []string
-	for _, p := range cfg.nodePortsOn() {
-		ranges = append(ranges, p.String())
+	t.answerAt = func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer {
+		var ranges []string
+		for _, p := range cfg.nodePortsOn(nodeIPs) {
+			ranges = append(ranges, p.String())
+		}
+		return healthcheck.NewServiceHealthServer(cfg.NodeName, recorder, proxyutil.NewNodePortAddresses(family, ranges), healthFunc(healthy), family)
 	}
-	t.health = healthcheck.NewServiceHealthServer(cfg.NodeName, recorder, proxyutil.NewNodePortAddresses(family, ranges), healthFunc(healthy), family)
+	t.health = t.answerAt(cfg.NodeIPs)
+	t.nodeIP = ofFamily(cfg.NodeIPs, family)
 	return t
+}
+
+// setNodeIPs says which addresses the node has. Health checks are answered there after the
+// next update; the error is that they are still answered where they were.
+func (t *tracker) setNodeIPs(addrs []netip.Addr) error {
+	t.nodeIP = ofFamily(addrs, t.family)
+	err := t.health.SyncServices(nil)
+	t.health = t.answerAt(addrs)
+	return err
+}
+
+func ofFamily(addrs []netip.Addr, family corev1.IPFamily) netip.Addr {
+	for _, a := range addrs {
+		if familyOf(a) == family {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // healthFunc tells the health checks of services whether this proxy works.

@@ -49,6 +49,8 @@ type Proxy struct {
 	look chan struct{} // asks for a comparison with the kernel; holds one request
 
 	mu      sync.Mutex // guards what follows
+	nodeIPs []netip.Addr
+	moved   bool // nodeIPs changed since the last update
 	labels  map[string]string
 	relabel bool  // labels changed since the last update
 	failure error // why the last update or comparison failed
@@ -58,7 +60,7 @@ type Proxy struct {
 func New(cfg Config, shared informers.SharedInformerFactory, client kubernetes.Interface, log *slog.Logger) (*Proxy, error) {
 	registerMetrics()
 	p := &Proxy{
-		cfg: cfg, log: log,
+		cfg: cfg, log: log, nodeIPs: cfg.NodeIPs,
 		table:       nft.NewServiceTable(cfg.NodeName, cfg.rules()),
 		broadcaster: events.NewBroadcaster(&events.EventSinkImpl{Interface: client.EventsV1()}),
 		flows:       newFlows(log),
@@ -121,7 +123,7 @@ func (p *Proxy) Run(ctx context.Context, ready func()) error {
 			return nil
 		}
 	}
-	p.noted(ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs), "processes of the node may not reach services")
+	p.noted(ensureRoutes(p.cfg.ServiceRanges, p.addresses()), "processes of the node may not reach services")
 	if err := p.broadcaster.StartRecordingToSinkWithContext(ctx); err != nil {
 		return fmt.Errorf("record events of services: %w", err)
 	}
@@ -203,6 +205,16 @@ func (p *Proxy) Check(context.Context) error {
 func (p *Proxy) update() error {
 	began := time.Now()
 	labels, full := p.takeLabels()
+	nodeIPs, moved := p.takeAddresses()
+	if moved {
+		for _, t := range p.trackers {
+			if err := t.setNodeIPs(nodeIPs); err != nil {
+				p.log.Warn("health checks of services could not be closed", "err", err)
+			}
+		}
+		p.table.SetNodePortsOn(p.cfg.nodePortsOn(nodeIPs))
+		full = true
+	}
 	c := &p.pending
 	for _, t := range p.trackers {
 		t.update(c)
@@ -230,7 +242,7 @@ func (p *Proxy) update() error {
 		errs = append(errs, t.answerHealthChecks())
 		if c.flows {
 			for name := range c.services {
-				t.checkFlows(p.flows, name, p.cfg.NodeIPs)
+				t.checkFlows(p.flows, name, nodeIPs)
 			}
 		}
 	}
@@ -247,10 +259,38 @@ func (p *Proxy) takeLabels() (labels map[string]string, changed bool) {
 	return labels, changed
 }
 
+// SetNodeIPs says which addresses the node has from now on.
+func (p *Proxy) SetNodeIPs(addrs []netip.Addr) {
+	p.mu.Lock()
+	changed := !slices.Equal(p.nodeIPs, addrs)
+	if changed {
+		p.nodeIPs, p.moved = addrs, true
+	}
+	p.mu.Unlock()
+	if changed {
+		p.soon()
+		ask(p.look) // for the route to services, which may have gone with the address
+	}
+}
+
+func (p *Proxy) addresses() []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nodeIPs
+}
+
+func (p *Proxy) takeAddresses() (addrs []netip.Addr, changed bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	addrs, changed = p.nodeIPs, p.moved
+	p.moved = false
+	return addrs, changed
+}
+
 // repair compares rules and routes with the kernel's.
 func (p *Proxy) repair() {
 	n, err := p.table.Repair()
-	if p.noted(errors.Join(err, ensureRoutes(p.cfg.ServiceRanges, p.cfg.NodeIPs)), "rules of services, or the way to them, could not be repaired") && n > 0 {
+	if p.noted(errors.Join(err, ensureRoutes(p.cfg.ServiceRanges, p.addresses())), "rules of services, or the way to them, could not be repaired") && n > 0 {
 		p.log.Warn("rules repaired: somebody removed or changed them", "table", p.table.Name(), "differences", n)
 	}
 }

@@ -220,7 +220,9 @@ func TestServerDecidesWhatCertificatesSay(t *testing.T) {
 }
 
 func TestOwnAddressesAreInNobodysCertificate(t *testing.T) {
-	c := newCluster(t, func(c *Config) { c.OwnAddresses = []netip.Addr{netip.MustParseAddr("127.0.0.1")} })
+	c := newCluster(t, func(c *Config) {
+		c.OwnAddresses = func() []netip.Addr { return []netip.Addr{netip.MustParseAddr("127.0.0.1")} }
+	})
 	m := c.mustJoin(t, t.TempDir(), "a", c.token(t, Spec{}))
 	if got := verify(t, c.cfg.KubeletCA, m.ServingCertFile(), m.KeyFile(), x509.ExtKeyUsageServerAuth); len(got.IPAddresses) != 1 || !got.IPAddresses[0].Equal(joining.NodeAddress("a").AsSlice()) {
 		t.Errorf("the certificate names %v, want the one that stands for the name and not the server's", got.IPAddresses)

@@ -40,8 +40,9 @@ type Config struct {
 	Cluster   joining.Cluster // what nodes are told
 	// NetworkGroup is the group of the users as which the nodes' data paths read the API.
 	NetworkGroup string
-	// OwnAddresses are the servers', which no other node's certificate may name.
-	OwnAddresses []netip.Addr
+	// OwnAddresses are this server's, which no other node's certificate may name; nil for
+	// none.
+	OwnAddresses func() []netip.Addr
 	// Servers lets servers in.
 	Servers Servers
 	Life    time.Duration // of what is signed; see [Life]
@@ -77,6 +78,9 @@ const (
 // New makes the service. client acts for the server itself.
 func New(cfg Config, client kubernetes.Interface, log *slog.Logger) *Service {
 	secrets := client.CoreV1().Secrets(metav1.NamespaceSystem)
+	if cfg.OwnAddresses == nil {
+		cfg.OwnAddresses = func() []netip.Addr { return nil }
+	}
 	return &Service{
 		cfg: cfg, log: log, now: time.Now,
 		tokens: &Tokens{secrets: secrets, now: time.Now},
@@ -417,7 +421,7 @@ func (s *Service) sign(name string, key *ecdsa.PublicKey, source netip.Addr) (jo
 		CommonName: joining.NodeUser(name), Organizations: []string{nodesGroup}, Server: true,
 		DNSNames: []string{name}, IPs: []net.IP{joining.NodeAddress(name).AsSlice()},
 	}
-	if source.IsValid() && !slices.Contains(s.cfg.OwnAddresses, source) {
+	if source.IsValid() && !slices.Contains(s.cfg.OwnAddresses(), source) {
 		serving.IPs = append(serving.IPs, source.AsSlice())
 	}
 	a := joining.Answer{Clients: string(s.cfg.ClientCA.PEM()), Cluster: s.Cluster()}

@@ -242,6 +242,18 @@ func (h *Hub) Connected() []string {
 	return out
 }
 
+// Missing reports whether the cluster has nodes without a session, this process' own
+// aside.
+func (h *Hub) Missing() bool {
+	h.mu.Lock()
+	nodes := h.nodes
+	h.mu.Unlock()
+	if nodes == nil {
+		return false
+	}
+	return slices.ContainsFunc(nodes.Names(), func(name string) bool { return name != h.cfg.OwnNode && !h.connected(name) })
+}
+
 // Describe implements lifecycle.Describer.
 func (h *Hub) Describe() string {
 	h.mu.Lock()
