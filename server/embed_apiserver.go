@@ -15,6 +15,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"k8s.io/apiserver/pkg/authentication/request/union"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -252,7 +254,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
-		return s.nodesFirst(s.joins.Handler(chainOf(s.cut.Handler(api, c.Serializer, loopback.Is), c)))
+		return s.nodesFirst(s.joins.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c)))
 	}
 	if err := throughTunnels(config, s.hub); err != nil {
 		return nil, err
@@ -287,6 +289,13 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 		}
 	}
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
+}
+
+// ownRequest reports whether a request is this process's: kedge's own, or one of the API
+// server to itself, which takes the way over the port with a secret of its own.
+func ownRequest(r *http.Request) bool {
+	who, ok := request.UserFrom(r.Context())
+	return loopback.Is(r) || ok && who.GetName() == user.APIServerUser
 }
 
 // nodesFirst passes the requests of nodes for a tunnel to the hub, and all others on.

@@ -478,13 +478,8 @@ func TestFaults(t *testing.T) {
 		t.Logf("it was ready after %s", since(begin))
 		f.voting(t, s)
 		writes.check(t, "a server is switched off and on", f.ns, s)
-		// Its pod is started anew, as the same pod.
-		eventually(t, 60*time.Second, func() error {
-			if out, err := f.all[0].tryKubectl(nil, "exec", "-n", f.ns, s.name, "--", "echo", "here"); err != nil || out != "here\n" {
-				return fmt.Errorf("exec: %q, %v", out, err)
-			}
-			return nil
-		})
+		f.apply(t, f.ns, shell("after-the-boot", "exec sleep 36000", "nodeName: "+s.name+","))
+		f.all[0].waitPod(t, f.ns, "after-the-boot", false)
 	})
 
 	t.Run("a server dies for good and is replaced", func(t *testing.T) {

@@ -118,16 +118,17 @@ func keepWriting(t *testing.T, ns string, servers ...*node) *ledger {
 	go func() {
 		defer close(l.done)
 		last := time.Now()
+		use := 0 // goes to the next when one fails, and stays
 		for i := 0; ; i++ {
 			name := fmt.Sprint("entry-", i)
-			for try := 0; ; try++ {
+			for ; ; use++ {
 				select {
 				case <-l.stop:
 					return
 				default:
 				}
-				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-				_, err := clients[try%len(clients)].CoreV1().ConfigMaps(ns).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				_, err := clients[use%len(clients)].CoreV1().ConfigMaps(ns).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
 				cancel()
 				if err == nil || strings.Contains(err.Error(), "already exists") {
 					break
