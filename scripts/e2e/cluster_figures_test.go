@@ -36,9 +36,7 @@ func TestClusterFigures(t *testing.T) {
 			time.Sleep(10 * time.Millisecond)
 		}
 		joins = append(joins, time.Since(begin))
-		if err := a.powerOff(); err != nil {
-			t.Fatal(err)
-		}
+		a.stop(t, syscall.SIGTERM, 20*time.Second)
 		f.kubectl(t, "delete", "node", a.name)
 	}
 	t.Logf("from the command to the node of an agent being Ready: %s", figures(joins))

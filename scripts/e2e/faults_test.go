@@ -56,8 +56,9 @@ func (f *fleet) onMachine(t *testing.T) *node {
 	return s
 }
 
-// faultFlags are for servers whose nodes are to be given up soon.
-var faultFlags = []string{"--kube-controller-manager-arg=node-monitor-grace-period=20s"}
+// faultFlags are for servers whose nodes are to be given up soon, and whose agents need
+// other certificates again and again, whatever else happens.
+var faultFlags = []string{"--kube-controller-manager-arg=node-monitor-grace-period=20s", "--agent-certificate-life=1m"}
 
 func newFaults(t *testing.T) *faults {
 	t.Helper()
@@ -510,6 +511,17 @@ func TestFaults(t *testing.T) {
 		writes.check(t, "a server dies for good", f.ns, dead)
 	})
 
+	t.Run("the agent's certificates were renewed", func(t *testing.T) {
+		eventually(t, time.Minute, func() error {
+			if got := len(f.agent.logLines(t, "this node's certificates were renewed")); got < 3 {
+				return fmt.Errorf("%d times", got)
+			}
+			return nil
+		})
+		eventually(t, 20*time.Second, func() error { return f.all[0].nodeIsReady(f.agent.name) })
+		f.stillRuns(t, f.ns, f.agent.name)
+	})
+
 	t.Run("a node dies and its pods move", func(t *testing.T) {
 		by := f.all[0]
 		by.apply(t, f.ns, fmt.Sprintf(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: mover}, spec: {selector: {matchLabels: {app: mover}},
@@ -542,6 +554,10 @@ func TestFaults(t *testing.T) {
 			return nil
 		})
 		t.Logf("the pod ran elsewhere %s after its node had died", since(begin))
+		if err := errors.Join(f.agent.powerOn(), f.agent.launch()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 60*time.Second, func() error { return by.nodeIsReady(f.agent.name) })
 	})
 }
 
