@@ -120,7 +120,7 @@ func keepWriting(t *testing.T, ns string, servers ...*node) *ledger {
 		defer close(l.done)
 		last := time.Now()
 		series := time.Now().UnixNano() // a ledger has names of its own
-		use := 0 // goes to the next when one fails, and stays
+		use := 0                        // goes to the next when one fails, and stays
 		for i := 0; ; i++ {
 			name := fmt.Sprintf("entry-%d-%d", series, i)
 			for ; ; use++ {
