@@ -149,6 +149,10 @@ bench-tunnel: build build-e2e ## measure logs, exec and port-forward through a n
 	go test ./internal/tunnel -run '^$$' -bench . -benchtime 2s -count 3
 	KEDGE_BENCH=1 go test ./scripts/e2e -count=1 -timeout 20m -v -run 'TestTunnelFigures$$'
 
+.PHONY: bench-cluster
+bench-cluster: build build-e2e ## measure joining, and what is lost of three servers when one is killed or restarted; needs root
+	KEDGE_BENCH=1 go test ./scripts/e2e -count=1 -timeout 40m -v -run 'TestClusterFigures$$'
+
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench

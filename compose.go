@@ -219,6 +219,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	}
 	s.cluster.Servers = []string{"https://" + netip.AddrPortFrom(sv.AdvertiseAddress, uint16(sv.HTTPSPort)).String()}
 	sv.Cluster = s.cluster
+	sv.AgentCertificateLife = p.c.Duration("agent-certificate-life")
 	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")

@@ -52,7 +52,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins, hub)
+	api, err := server.NewAPIServer(s.server, id, lb, joins, hub, store)
 	if err != nil {
 		return err
 	}
@@ -82,8 +82,10 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
 	group.Add(caller, hAPI)
+	renewal := server.NewRenewal(s.server, id, component(log, "certificates"))
+	group.Add(renewal)
 	moves.Tell("the API's and the kubelet's certificates", func(addrs []netip.Addr) error {
-		return id.Moved(s.movedTo(addrs), time.Now())
+		return renewal.Moved(s.movedTo(addrs), time.Now())
 	})
 	moves.Tell("the store", func(addrs []netip.Addr) error { store.SetAddresses(addrs); return nil })
 	moves.Tell("the list of servers", func(addrs []netip.Addr) error {
