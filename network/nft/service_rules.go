@@ -27,6 +27,7 @@ var (
 //
 //	prerouting, output
 //	    from a pod of another node on this machine: that node's rules decide.
+//	    from a pod of another node to an address of this one: a mark, for postrouting.
 //	    otherwise: services.
 //	services
 //	    to a cluster IP that the node answers itself: leave.
@@ -39,6 +40,9 @@ var (
 //	        would drop a packet from its own address.
 //	    to a pod of this machine, or to the machine itself: the client's address,
 //	        since the answer passes here anyway.
+//	    from a pod of another node through a node port, on to an endpoint elsewhere:
+//	        the node's address. The endpoint's answer to the pod's own would not pass
+//	        here, and the pod would not know who it is from.
 //	    from a pod: its address, to which every node has a route.
 //	    from elsewhere through a service to an endpoint elsewhere: the node's.
 //
@@ -57,6 +61,11 @@ func (c ServiceConfig) chains() []chain {
 
 	pre.add("pods of another node on this machine",
 		linkStartsWith(expr.MetaKeyIIFNAME, c.ForeignPrefix), linkOther(expr.MetaKeyIIFNAME, c.LinkPrefix), leave())
+	for _, p := range c.ClusterRanges {
+		f := familyOf(p.Addr())
+		pre.add("pods of other nodes at this node's address: "+p.String(), f.is(), linkOther(expr.MetaKeyIIFNAME, c.LinkPrefix),
+			f.addrIn(f.saddr, p, expr.CmpOpEq), toThisNode(), setMark(markFromOtherNode))
+	}
 	pre.add("services", jump(chainServices))
 	out.add("services", jump(chainServices))
 
@@ -90,6 +99,7 @@ func (c ServiceConfig) chains() []chain {
 	post.add("to a pod of this machine", linkStartsWith(expr.MetaKeyOIFNAME, c.ForeignPrefix), leave())
 	post.add("not through a service", untranslated(), leave())
 	post.add("to the machine itself", toThisNode(), leave())
+	post.add("from a pod of another node", marked(markFromOtherNode), masquerade())
 	for _, p := range c.ClusterRanges {
 		f := familyOf(p.Addr())
 		post.add("from a pod: "+p.String(), f.is(), f.addrIn(f.saddr, p, expr.CmpOpEq), leave())
@@ -99,6 +109,11 @@ func (c ServiceConfig) chains() []chain {
 	}
 	return []chain{pre, out, post, services, unused, refuse}
 }
+
+// markFromOtherNode is a bit of the mark of a connection's first packet, from the
+// prerouting chain to the postrouting chain of this node: there the kernel no longer
+// says where a packet came in.
+const markFromOtherNode = 1 << 21
 
 // refusal answers at once. TCP is reset because the kernel sends few ICMP
 // messages a second, and clients that get none wait.

@@ -353,7 +353,10 @@ func (w *walk) source() error {
 		rule, effect = "not through a service", effect+"it did not pass a service"
 	default:
 		for _, r := range w.table.cfg.ClusterRanges {
-			if r.Contains(from) {
+			switch {
+			case r.Contains(from) && p.From.Place == trace.Outside:
+				rule, effect = "from a pod of another node", "gets the node's source address, so that the answer comes back here"
+			case r.Contains(from):
 				rule, effect = "from a pod: "+r.String(), effect+"every node has a route to it"
 			}
 		}
