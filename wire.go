@@ -52,7 +52,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins, hub)
+	gate := joins.Gate(component(log, "gate"))
+	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub)
 	if err != nil {
 		return err
 	}
@@ -77,6 +78,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	answerServers(asked, others)
 	hStore := group.Add(store)
 	hAPI := group.Add(api, hStore)
+	group.Add(gate, hAPI)
 	group.Add(hub, hAPI)
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
