@@ -252,6 +252,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err := throughTunnels(config, s.hub); err != nil {
 		return nil, err
 	}
+	checkAddresses(config, s.cfg)
 
 	complete, err := config.Complete()
 	if err != nil {

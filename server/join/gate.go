@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -94,7 +95,7 @@ func (g *Gate) Handler(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		ctx, end := context.WithCancelCause(r.Context())
+		ctx, end := context.WithCancelCause(WithSource(r.Context(), sourceOf(r)))
 		defer end(nil)
 		p := &passing{node, key, end}
 		if err := g.enter(ctx, p); err != nil {
@@ -104,6 +105,21 @@ func (g *Gate) Handler(next http.Handler) http.Handler {
 		defer g.leave(p)
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// sourceKey is where the context of a request has the address that it comes from.
+type sourceKey struct{}
+
+// WithSource notes from where a node's request comes.
+func WithSource(ctx context.Context, source netip.Addr) context.Context {
+	return context.WithValue(ctx, sourceKey{}, source)
+}
+
+// Source returns the address from which a request comes that a node has made over the
+// network, and false for all others.
+func Source(ctx context.Context) (source netip.Addr, ok bool) {
+	source, ok = ctx.Value(sourceKey{}).(netip.Addr)
+	return source, ok
 }
 
 // claims returns the node as which the connection's certificate calls, if any, and the
