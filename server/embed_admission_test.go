@@ -7,6 +7,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/authentication/user"
 	v1listers "k8s.io/client-go/listers/core/v1"
@@ -56,7 +57,7 @@ func TestClaimedAddresses(t *testing.T) {
 		{"another node's, said by this process", context.Background(), user.NodesGroup, node(api.NodeInternalIP, "192.0.2.1"), nil, true},
 	} {
 		who := &user.DefaultInfo{Name: "system:node:node", Groups: []string{test.group}}
-		var old *api.Node
+		var old runtime.Object
 		operation := admission.Create
 		if test.old != nil {
 			old, operation = test.old, admission.Update
