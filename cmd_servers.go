@@ -73,7 +73,7 @@ func (s listedServer) state() string {
 	return "last seen " + time.Since(s.LastSeen).Round(time.Second).String() + " ago"
 }
 
-// answerServers makes a server answer those commands.
+// answerServers makes a server answer those commands, and "kedge node remove".
 func answerServers(asked *control.Server, servers *server.Servers) {
 	asked.Answer(serversPath, func(ctx context.Context, _ url.Values) (any, error) {
 		members, err := servers.Members(ctx)
@@ -95,6 +95,9 @@ func answerServers(asked *control.Server, servers *server.Servers) {
 			all = append(all, l)
 		}
 		return all, nil
+	})
+	asked.Obey(removeNodePath, func(ctx context.Context, v url.Values) (any, error) {
+		return struct{}{}, servers.RemoveNode(ctx, v.Get("name"))
 	})
 	asked.Obey(removeServerPath, func(ctx context.Context, v url.Values) (any, error) {
 		return struct{}{}, servers.Remove(ctx, v.Get("name"))

@@ -21,6 +21,7 @@ const (
 	createTokenPath = "/tokens/create"
 	removeTokenPath = "/tokens/remove"
 	allowNodePath   = "/nodes/allow"
+	removeNodePath  = "/nodes/remove"
 )
 
 // createdToken is the answer at createTokenPath.
@@ -82,6 +83,19 @@ func nodeCommand() *cli.Command {
 					return errors.New("name one node; \"kedge kubectl get nodes\" shows them")
 				}
 				return control.Tell(c.Context, c.String("run-dir"), allowNodePath, url.Values{"name": {c.Args().First()}}, &struct{}{})
+			},
+		}, {
+			Name:      "remove",
+			Usage:     "Remove an agent from the cluster for good: its node, and its key",
+			ArgsUsage: "NAME",
+			Description: "From now on its certificates are refused and its tunnels are closed; another machine can join under\n" +
+				"the name, or this one with its data directory emptied and a token.",
+			Flags: []cli.Flag{runDirFlag()},
+			Action: func(c *cli.Context) error {
+				if c.NArg() != 1 {
+					return errors.New("name one node; \"kedge kubectl get nodes\" shows them")
+				}
+				return control.Tell(c.Context, c.String("run-dir"), removeNodePath, url.Values{"name": {c.Args().First()}}, &struct{}{})
 			},
 		}}, throwawayNodeCommands()...),
 	}
@@ -160,7 +174,7 @@ func refuseJoin(asked *control.Server) {
 		return nil, errors.New("this machine is an agent; run the command on a server")
 	}
 	asked.Answer(tokensPath, elsewhere)
-	for _, path := range []string{createTokenPath, removeTokenPath, allowNodePath} {
+	for _, path := range []string{createTokenPath, removeTokenPath, allowNodePath, removeNodePath} {
 		asked.Obey(path, elsewhere)
 	}
 }

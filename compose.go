@@ -220,7 +220,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	s.cluster.Servers = []string{"https://" + netip.AddrPortFrom(sv.AdvertiseAddress, uint16(sv.HTTPSPort)).String()}
 	sv.Cluster = s.cluster
 	sv.AgentCertificateLife = p.c.Duration("agent-certificate-life")
-	sv.TLSSANs = splitList(p.c.StringSlice("tls-san"))
+	sv.TLSSANs = slices.Concat(splitList(p.c.StringSlice("tls-san")), splitList(p.c.StringSlice("node-external-ip")))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
 	sv.Token, sv.ServerToken = p.fixedTokens(dir)
@@ -259,6 +259,9 @@ func (s *settings) node(p *flagParser) {
 	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
 	b.Mode = p.backend(s.cluster.Backend)
 	b.KeyFile = filepath.Join(s.runDir, "network", "wireguard.key")
+	if s.cluster.External {
+		b.External = p.addrs("node-external-ip")
+	}
 	n.NodeIPs, n.Overhead = b.NodeIPs, b.Overhead()
 
 	r := &s.runtime

@@ -179,7 +179,7 @@ func (p *flagParser) cluster() joining.Cluster {
 	disabled, defaults := p.disabled(), server.DefaultConfig()
 	k := joining.Cluster{
 		ClusterCIDRs: p.prefixes("cluster-cidr"), ServiceCIDRs: p.prefixes("service-cidr"), ClusterDomain: p.c.String("cluster-domain"),
-		Pools: splitList(p.c.StringSlice("lb-pool")), Backend: p.c.String("flannel-backend"),
+		Pools: splitList(p.c.StringSlice("lb-pool")), Backend: p.c.String("flannel-backend"), External: p.c.Bool("flannel-external-ip"),
 		NoDNS: disabled[partDNS], NoBalancer: disabled[partBalancer],
 		NoProxy: p.c.Bool("disable-kube-proxy"), NoPolicy: p.c.Bool("disable-network-policy"),
 	}
@@ -203,7 +203,7 @@ func (p *flagParser) sameCluster(k joining.Cluster) {
 	}{
 		{"cluster-cidr", given.ClusterCIDRs, k.ClusterCIDRs}, {"service-cidr", given.ServiceCIDRs, k.ServiceCIDRs},
 		{"cluster-dns", given.ClusterDNS, k.ClusterDNS}, {"cluster-domain", given.ClusterDomain, k.ClusterDomain},
-		{"flannel-backend", given.Backend, k.Backend}, {"lb-pool", given.Pools, k.Pools},
+		{"flannel-backend", given.Backend, k.Backend}, {"lb-pool", given.Pools, k.Pools}, {"flannel-external-ip", given.External, k.External},
 		{"disable-kube-proxy", given.NoProxy, k.NoProxy}, {"disable-network-policy", given.NoPolicy, k.NoPolicy},
 	} {
 		if p.c.IsSet(f.flag) && fmt.Sprint(f.given) != fmt.Sprint(f.have) {

@@ -52,7 +52,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins, hub, store)
+	gate := joins.Gate(component(log, "gate"))
+	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub, store)
 	if err != nil {
 		return err
 	}
@@ -78,6 +79,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hStore := group.Add(store)
 	group.Add(&leading{now: store.Leadership, log: component(log, "leadership")}, hStore)
 	hAPI := group.Add(api, hStore)
+	group.Add(gate, hAPI)
 	group.Add(hub, hAPI)
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))

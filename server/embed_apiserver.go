@@ -44,15 +44,17 @@ type APIServer struct {
 	id       *Identity
 	loopback *loopback.Loopback
 	joins    *join.Service
+	gate     *join.Gate
 	hub      *tunnels.Hub
 	cut      *cutoff.CutOff
 	opts     *options.ServerRunOptions
 }
 
 // NewAPIServer parses the component's flags and keeps the rest. The store's
-// client factory must be installed before Run. joins and hub answer on the same port.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, hub *tunnels.Hub, store *datastore.Store) (*APIServer, error) {
-	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, hub: hub, opts: options.NewServerRunOptions()}
+// client factory must be installed before Run. joins and hub answer on the same
+// port, and gate comes before all else that does.
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, gate *join.Gate, hub *tunnels.Hub, store *datastore.Store) (*APIServer, error) {
+	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, gate: gate, hub: hub, opts: options.NewServerRunOptions()}
 	s.cut = cutoff.New(func() (bool, <-chan struct{}) {
 		now, changed := store.Leadership()
 		return now.Leader != "", changed
@@ -254,11 +256,12 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
-		return s.nodesFirst(s.joins.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c)))
+		return s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c))))
 	}
 	if err := throughTunnels(config, s.hub); err != nil {
 		return nil, err
 	}
+	checkAddresses(config, s.cfg)
 
 	complete, err := config.Complete()
 	if err != nil {

@@ -117,6 +117,33 @@ func (s *Servers) Remove(ctx context.Context, name string) error {
 	}
 }
 
+// errIsServer is wrapped when a node is to be removed that is a server's.
+var errIsServer = errors.New("that node is a server's")
+
+// RemoveNode takes an agent out of the cluster: its key, so that its tunnels end and its
+// certificates count no more, and then its node. It is idempotent.
+func (s *Servers) RemoveNode(ctx context.Context, name string) error {
+	all, _ := s.list.Servers()
+	if _, server := all[name]; server {
+		return fmt.Errorf("%w; remove it with \"kedge server remove %s\"", errIsServer, name)
+	}
+	known, err := s.nodes.Known(ctx, name)
+	if err != nil {
+		return err
+	}
+	if err := s.nodes.Forget(ctx, name); err != nil {
+		return err
+	}
+	err = s.api.CoreV1().Nodes().Delete(ctx, name, metav1.DeleteOptions{})
+	switch {
+	case apierrors.IsNotFound(err) && !known:
+		return fmt.Errorf("%w: %q; \"kedge kubectl get nodes\" shows them", join.ErrUnknownNode, name)
+	case err != nil && !apierrors.IsNotFound(err):
+		return fmt.Errorf("delete the node %s: %w", name, err)
+	}
+	return nil
+}
+
 const (
 	forgetWithin = 10 * time.Second
 	forgetAgain  = 200 * time.Millisecond

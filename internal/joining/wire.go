@@ -86,6 +86,9 @@ type Cluster struct {
 	Backend       string         `json:"backend"`           // how pods of different nodes meet, as --flannel-backend has it
 	Pools         []string       `json:"lbPools,omitempty"` // addresses for load balancers, as --lb-pool has them
 
+	// External says that nodes meet by the addresses that they have outside of their networks.
+	External bool `json:"flannelExternalIP,omitempty"`
+
 	NoDNS      bool `json:"noDNS,omitempty"`      // names are left to another resolver
 	NoBalancer bool `json:"noBalancer,omitempty"` // load balancers are left to another controller
 	NoProxy    bool `json:"noProxy,omitempty"`    // services are left to another proxy

@@ -280,7 +280,10 @@ func (b *Backend) read() (*node, []node, error) {
 // announce writes how this node is reached, unless its object says so already.
 func (b *Backend) announce(ctx context.Context, own *node) error {
 	said := announcement{Mode: b.cfg.Mode}
-	if b.cfg.Interface != "" {
+	switch {
+	case len(b.cfg.External) > 0:
+		said.Addresses = b.cfg.External
+	case b.cfg.Interface != "":
 		said.Addresses = own.tunnel
 	}
 	if b.secret != nil {

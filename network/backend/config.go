@@ -65,6 +65,10 @@ type Config struct {
 	// of the node's addresses.
 	Interface string
 
+	// External are the addresses that other nodes should send to where they are none of the
+	// machine's own; empty for those of the above.
+	External []netip.Addr
+
 	VNI       int // VXLAN network identifier
 	VXLANPort int // UDP port of VXLAN
 	UDPPort   int // of mode UDP

@@ -330,6 +330,11 @@ func TestAgents(t *testing.T) {
 				_, err := c.CoreV1().Nodes().Patch(ctx, agents[1].name, types.MergePatchType, []byte(`{"metadata":{"labels":{"a":"b"}}}`), metav1.PatchOptions{})
 				return err
 			},
+			"have another node's address": func(c *kubernetes.Clientset) error {
+				claim := fmt.Appendf(nil, `{"status":{"addresses":[{"type":"InternalIP","address":%q}]}}`, agents[1].machine.Addrs()[0].Addr())
+				_, err := c.CoreV1().Nodes().Patch(ctx, a.name, types.MergePatchType, claim, metav1.PatchOptions{}, "status")
+				return err
+			},
 			"call itself a server": func(c *kubernetes.Clientset) error {
 				_, err := c.CoreV1().Nodes().Patch(ctx, a.name, types.MergePatchType, patch, metav1.PatchOptions{})
 				return err

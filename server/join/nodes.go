@@ -113,6 +113,15 @@ func (n *Nodes) Set(ctx context.Context, name, fingerprint string) error {
 	})
 }
 
+// Known reports whether a key has the name.
+func (n *Nodes) Known(ctx context.Context, name string) (bool, error) {
+	_, err := n.get(ctx, name)
+	if errors.Is(err, ErrUnknownNode) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // Forget frees the name: the node is gone for good, and its key is worth nothing.
 func (n *Nodes) Forget(ctx context.Context, name string) error {
 	if _, err := n.get(ctx, name); err != nil {

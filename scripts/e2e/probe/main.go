@@ -27,6 +27,10 @@ probe send tcp|udp ADDR TEXT          send TEXT, print the answer
 probe lookup host|srv|addr|cname|txt NAME...   print what each name has, sorted; "-" for no such name
 probe eat MIB                         use memory
 probe spin SECONDS                    use a processor
+probe measure ADDR                    the other end of the following
+probe whole ADDR BYTES                send an IPv4 packet that may not be divided
+probe throw ADDR MIB                  send as fast as possible, print how fast
+probe soak ADDR SECONDS               send and get back pieces of all sizes
 `
 
 func main() {
@@ -80,6 +84,14 @@ func run(args []string) error {
 		fmt.Println("ate", len(hold))
 		time.Sleep(time.Hour)
 		return nil
+	case "measure":
+		return measure(args[1])
+	case "whole", "throw", "soak":
+		n, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		return map[string]func(string, int) error{"whole": whole, "throw": throw, "soak": soak}[args[0]](args[1], n)
 	case "spin":
 		n, err := strconv.Atoi(args[1])
 		if err != nil {

@@ -1,0 +1,112 @@
+package hostaddr
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// machine is one whose addresses a test changes.
+type machine struct {
+	mu    sync.Mutex
+	addrs []netip.Addr
+	err   error
+}
+
+func (m *machine) set(f *Follower, err error, addrs ...string) {
+	m.mu.Lock()
+	m.addrs, m.err = nil, err
+	for _, a := range addrs {
+		m.addrs = append(m.addrs, netip.MustParseAddr(a))
+	}
+	m.mu.Unlock()
+	f.Look()
+}
+
+func (m *machine) find() ([]netip.Addr, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.addrs, m.err
+}
+
+func TestFollower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+		f := NewFollower(m.addrs, m.find, slog.New(slog.DiscardHandler))
+		var order []string
+		var told [][]netip.Addr
+		f.Tell("good", func(a []netip.Addr) error { order, told = append(order, "good"), append(told, a); return nil })
+		trouble := 0
+		f.Tell("slow", func([]netip.Addr) error {
+			order = append(order, "slow")
+			if trouble > 0 {
+				trouble--
+				return errors.New("not now")
+			}
+			return nil
+		})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); f.loop(ctx) }()
+		expect := func(after time.Duration, what string, want ...string) {
+			t.Helper()
+			order = nil
+			time.Sleep(after)
+			synctest.Wait()
+			if !slices.Equal(order, want) {
+				t.Errorf("%s: told %v, want %v", what, order, want)
+			}
+		}
+
+		f.Look()
+		expect(2*settle, "nothing has changed")
+		m.set(f, nil, "192.0.2.2")
+		expect(settle/2, "before it has settled")
+		m.set(f, nil, "192.0.2.3") // settles anew
+		expect(settle-time.Millisecond, "still before")
+		expect(2*time.Millisecond, "it has settled", "good", "slow")
+		if len(told) != 1 || told[0][0] != netip.MustParseAddr("192.0.2.3") || f.Get()[0] != told[0][0] {
+			t.Errorf("told %v, and it says %v", told, f.Get())
+		}
+		m.set(f, ErrNone)
+		expect(2*settle, "no address at all")
+		if f.Get()[0] != netip.MustParseAddr("192.0.2.3") {
+			t.Errorf("without an address it says %v", f.Get())
+		}
+		trouble = 2
+		m.set(f, nil, "192.0.2.4", "2001:db8::4")
+		expect(2*settle, "one cannot follow", "good", "slow")
+		expect(tellAgain, "it is told again, alone", "slow")
+		expect(tellAgain, "and again", "slow")
+		expect(2*tellAgain, "it has followed")
+		stop()
+		<-done
+	})
+}
+
+// TestNoise: something changes all the time, and the machine is looked at all the same.
+func TestNoise(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &machine{addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+		f := NewFollower(m.addrs, m.find, slog.New(slog.DiscardHandler))
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); f.loop(ctx) }()
+		m.set(f, nil, "192.0.2.2")
+		for range 2 * settleAtMost / (settle / 4) {
+			time.Sleep(settle / 4)
+			f.Look()
+		}
+		if got := f.Get()[0].String(); got != "192.0.2.2" {
+			t.Errorf("it says %s", got)
+		}
+		stop()
+		<-done
+	})
+}
