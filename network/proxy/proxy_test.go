@@ -260,11 +260,10 @@ func TestValidate(t *testing.T) {
 			t.Errorf("%v does not say %q", err, part)
 		}
 	}
-	if got := good.nodePortsOn(); len(got) != 0 {
+	if got := good.nodePortsOn(nil); len(got) != 0 {
 		t.Errorf("a node without addresses answers node ports at %v", got)
 	}
-	good.NodeIPs = []netip.Addr{netip.MustParseAddr("192.0.2.1")}
-	if got := good.nodePortsOn(); !slices.Equal(got, []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}) {
+	if got := good.nodePortsOn([]netip.Addr{netip.MustParseAddr("192.0.2.1")}); !slices.Equal(got, []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32")}) {
 		t.Errorf("%v", got)
 	}
 }
