@@ -256,7 +256,7 @@ func (s *settings) node(p *flagParser) {
 
 	b := &s.backend
 	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
-	b.Mode = p.backend(s.cluster.Backend)
+	b.Mode, b.Ranges = p.backend(s.cluster.Backend), s.cluster.ClusterCIDRs
 	b.KeyFile = filepath.Join(s.runDir, "network", "wireguard.key")
 	if s.cluster.External {
 		b.External = p.addrs("node-external-ip")
