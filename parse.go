@@ -190,6 +190,9 @@ func (p *flagParser) cluster() joining.Cluster {
 		k.ServiceCIDRs = defaults.ServiceCIDRs
 	}
 	k.ClusterDNS = p.clusterDNS(k.ServiceCIDRs)
+	if m, err := backend.ParseMode(k.Backend); err == nil { // it is reported where it is used
+		k.Backend = string(m)
+	}
 	return k
 }
 
