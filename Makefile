@@ -68,7 +68,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 go test -race $(UNIT)
 
 .PHONY: test
-test: bench-dns-programs check build test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-datastore test-upstream-storage e2e conformance-fast ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
@@ -84,15 +84,30 @@ build-e2e: ## build the programs of the end-to-end tests' images
 .PHONY: e2e
 ifdef FOCUS
 e2e: build build-conformance ## end-to-end tests with real containers; FOCUS=REGEXP: upstream's that match; needs root
-	go run ./scripts/upstream -focus '$(FOCUS)' $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+	go run ./scripts/upstream -servers 1 -agents 0 -resume=false $(UPSTREAM)
 else
 e2e: build build-e2e
 	go test -count=1 -timeout 30m ./scripts/e2e
 endif
 
+# What both ways to run upstream's suite can be told.
+UPSTREAM = $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+
+.PHONY: conformance
+conformance: build build-conformance ## upstream's conformance suite on a cluster of its own; FOCUS=, SKIP=, PARALLEL=4, SERVERS=1, AGENTS=2, RESUME=1; needs root
+	go run ./scripts/upstream $(UPSTREAM) -servers $(or $(SERVERS),1) -agents $(or $(AGENTS),2) -resume=$(or $(RESUME),1)
+
+.PHONY: conformance-fast
+conformance-fast: build build-conformance ## some of it, of every area: scripts/upstream/fast.txt
+	go run ./scripts/upstream -list scripts/upstream/fast.txt -resume=false
+
 .PHONY: build-conformance
 build-conformance: deps payload ## build Kubernetes' own end-to-end suite and its images
 	@scripts/build-conformance.sh
+
+.PHONY: test-datastore
+test-datastore: ## the datastore's members under faults, which takes minutes; some need root
+	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
 
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
@@ -133,6 +148,10 @@ bench-network: ## measure TCP between pods of two nodes, by each way and by the 
 bench-tunnel: build build-e2e ## measure logs, exec and port-forward through a node's tunnel, and how soon agents leave a dead server; needs root
 	go test ./internal/tunnel -run '^$$' -bench . -benchtime 2s -count 3
 	KEDGE_BENCH=1 go test ./scripts/e2e -count=1 -timeout 20m -v -run 'TestTunnelFigures$$'
+
+.PHONY: bench-cluster
+bench-cluster: build build-e2e ## measure joining, and what is lost of three servers when one is killed or restarted; needs root
+	KEDGE_BENCH=1 go test ./scripts/e2e -count=1 -timeout 40m -v -run 'TestClusterFigures$$'
 
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root

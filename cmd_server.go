@@ -177,17 +177,15 @@ func runNode(ctx context.Context, s settings, r role) error {
 	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() {
 		announce(log, notify, group, s.dataDir)
 		r.ready(s, log)
+	}), lifecycle.WithOnStop(func() {
+		logging.Stopping()
+		_ = notify.Stopping()
 	}))
 	if err := r.wire(group, s, log); err != nil {
 		return err
 	}
 	// A start that takes longer than this has trouble, which must be seen.
 	time.AfterFunc(startNoise, logging.Settled)
-	go func() {
-		<-ctx.Done()
-		logging.Stopping()
-		_ = notify.Stopping()
-	}()
 	err = group.Run(ctx)
 	if cause := context.Cause(ctx); err == nil && errors.Is(cause, errGaveUp) {
 		return cause

@@ -219,6 +219,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	}
 	s.cluster.Servers = []string{"https://" + netip.AddrPortFrom(sv.AdvertiseAddress, uint16(sv.HTTPSPort)).String()}
 	sv.Cluster = s.cluster
+	sv.AgentCertificateLife = p.c.Duration("agent-certificate-life")
 	sv.TLSSANs = slices.Concat(splitList(p.c.StringSlice("tls-san")), splitList(p.c.StringSlice("node-external-ip")))
 	sv.Kubeconfig = p.dir("write-kubeconfig")
 	sv.KubeconfigMode = p.mode("write-kubeconfig-mode")
@@ -307,6 +308,9 @@ func (s *settings) dataPath(p *flagParser) {
 		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
 		px.ClusterRanges, px.ServiceRanges = k.ClusterCIDRs, k.ServiceCIDRs
 		px.NodePortsOn = p.nodePortAddresses()
+		if !k.NoBalancer {
+			px.Pools = p.pools(k.Pools)
+		}
 		px.Scheduler = nft.Scheduler(p.c.String("proxy-scheduler"))
 		if s.dns != nil {
 			px.Own = k.ClusterDNS

@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kedge/internal/config"
+	"kedge/server"
 )
 
 // Defaults of the paths, for flags, help and kubectl.
@@ -97,6 +98,8 @@ func serverFlags() []cli.Flag {
 		str(catJoin, "server", "", "`URL` of a server of the cluster to join, such as https://HOST:6443"),
 		str(catJoin, "token", "", "With --server, the `TOKEN` to join with, from \"kedge token create\", needed at the first start only. Without, a secret of 16 characters or more with which agents may join for ever"),
 		str(catJoin, "server-token", "", "Secret of 16 characters or more with which servers may join for ever, and thus have everything that a server has; \"kedge token create --role server\" makes better ones"),
+		&cli.DurationFlag{Name: "agent-certificate-life", Category: catJoin, Value: server.DefaultConfig().AgentCertificateLife, EnvVars: env("agent-certificate-life"),
+			Usage: "`TIME` for which the certificates that this server signs for agents are valid; they are renewed after half of it"},
 		str(catJoin, "token-file", "", "`FILE` with the token"),
 
 		list(catArgs, "kube-apiserver-arg", "`NAME=VALUE` for kube-apiserver (can be repeated)"),
@@ -113,7 +116,7 @@ func agentFlags() []cli.Flag {
 	for _, f := range serverFlags() {
 		name, category := f.Names()[0], f.(cli.CategorizableFlag).GetCategory()
 		switch {
-		case name == "disable-agent" || name == "disable" || name == "server-token":
+		case name == "disable-agent" || name == "disable" || name == "server-token" || name == "agent-certificate-life":
 		case name == "token":
 			flags = append(flags, &cli.StringFlag{Name: name, Category: catJoin, EnvVars: env(name),
 				Usage: "`TOKEN` to join with, from \"kedge token create\"; needed at the first start only"})

@@ -53,7 +53,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
 	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
 	gate := joins.Gate(component(log, "gate"))
-	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub)
+	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub, store)
 	if err != nil {
 		return err
 	}
@@ -77,14 +77,17 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	answerJoin(asked, joins)
 	answerServers(asked, others)
 	hStore := group.Add(store)
+	group.Add(&leading{now: store.Leadership, log: component(log, "leadership")}, hStore)
 	hAPI := group.Add(api, hStore)
 	group.Add(gate, hAPI)
 	group.Add(hub, hAPI)
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
 	group.Add(caller, hAPI)
+	renewal := server.NewRenewal(s.server, id, component(log, "certificates"))
+	group.Add(renewal)
 	moves.Tell("the API's and the kubelet's certificates", func(addrs []netip.Addr) error {
-		return id.Moved(s.movedTo(addrs), time.Now())
+		return renewal.Moved(s.movedTo(addrs), time.Now())
 	})
 	moves.Tell("the store", func(addrs []netip.Addr) error { store.SetAddresses(addrs); return nil })
 	moves.Tell("the list of servers", func(addrs []netip.Addr) error {

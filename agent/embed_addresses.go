@@ -31,7 +31,9 @@ type registering struct {
 }
 
 // CoreV1 implements kubernetes.Interface.
-func (r *registering) CoreV1() v1core.CoreV1Interface { return registeringCore{r.Interface.CoreV1(), r} }
+func (r *registering) CoreV1() v1core.CoreV1Interface {
+	return registeringCore{r.Interface.CoreV1(), r}
+}
 
 type registeringCore struct {
 	v1core.CoreV1Interface

@@ -14,7 +14,8 @@ import (
 )
 
 // csiNode is a variable of upstream's CSI plugin: the node as which plugins are
-// registered. There is no exported way to it; TestMatchesUpstream fails when it changes.
+// registered. There is no exported way to set it; TestVolumesMatchUpstream of
+// internal/house fails when it changes.
 //
 //go:linkname csiNode k8s.io/kubernetes/pkg/volume/csi.nim
 var csiNode nodeinfomanager.Interface

@@ -39,6 +39,7 @@ func (p *pool) pick(client int) *testNode {
 
 // 1, 3, 5, 3, 1 members under load, and in each step one is killed and starts again.
 func TestGrowAndShrink(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
@@ -133,6 +134,7 @@ func TestOrphansDoNotBlock(t *testing.T) {
 // A machine that died is replaced by a new one of the same name; while it lives, or is needed for a majority, it
 // is not.
 func TestReplaceDeadMember(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
@@ -271,6 +273,7 @@ func TestAdmissionIsOver(t *testing.T) {
 
 // A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
 func TestJoinIsResumed(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
@@ -295,6 +298,7 @@ func TestJoinIsResumed(t *testing.T) {
 // Whoever comes late gets a copy of the database, because the log does not go back far enough; so does a member
 // that was away for long.
 func TestCatchUpBySnapshot(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a")

@@ -190,7 +190,7 @@ func TestWriteErrorFailsTheComponent(t *testing.T) {
 // told to keep takes a power cut.
 func TestKill(t *testing.T) {
 	rounds := 36
-	if testing.Short() {
+	if !long() {
 		rounds = 6
 	}
 	dir := t.TempDir()
@@ -228,7 +228,7 @@ func TestKill(t *testing.T) {
 // TestKillDuringCreation kills stores in their first moments, of which etcd does not survive all.
 func TestKillDuringCreation(t *testing.T) {
 	rounds := 20
-	if testing.Short() {
+	if !long() {
 		rounds = 5
 	}
 	for round := range rounds {

@@ -275,6 +275,7 @@ func TestStoreAloneListensNowhere(t *testing.T) {
 }
 
 func TestStoreGrows(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	put(t, nodes[2], "/a", "1")

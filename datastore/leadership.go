@@ -104,3 +104,19 @@ func (s *Store) confirm(ctx context.Context, t *transport) bool {
 	_, err := kvClient{t}.Range(ctx, &pb.RangeRequest{Key: []byte(checkKey)})
 	return err == nil
 }
+
+// Describe says who leads, where there are several members.
+func (s *Store) Describe() string {
+	t := s.transport.Load()
+	if t == nil || len(t.server.Cluster().Members()) < 2 {
+		return ""
+	}
+	switch now, _ := s.Leadership(); {
+	case now.Leading:
+		return "leads"
+	case now.Leader != "":
+		return "led by " + now.Leader
+	default:
+		return "nobody leads"
+	}
+}

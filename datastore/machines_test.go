@@ -269,6 +269,7 @@ func leaderOf(t *testing.T, all []*machine) *machine {
 
 // The leader is killed, and unplugged; the others go on.
 func TestMachinesLoseTheirLeader(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	all := machines(t, "10.0.0.1/24", "10.0.0.2/24", "10.0.0.3/24")
 	others := func(m *machine) []*machine {
@@ -303,6 +304,7 @@ func TestMachinesLoseTheirLeader(t *testing.T) {
 // All machines move to another network at once: there is no majority that could agree on anything, and no
 // address that anybody knows is right any more.
 func TestMachinesMoveAtOnce(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	for _, tc := range []struct {
 		name string
@@ -347,6 +349,7 @@ func TestMachinesMoveAtOnce(t *testing.T) {
 
 // Two find each other first and have a majority; the third must be found all the same.
 func TestMachinesMoveOneLate(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	all := machines(t, "10.0.0.1/24", "10.0.0.2/24", "10.0.0.3/24")
 	late := all[2]

@@ -25,6 +25,19 @@ func TestMain(m *testing.M) {
 	)
 }
 
+// longVar asks for the tests that need minutes: many members, one after the other, under faults. "make test"
+// sets it, and leaves the race detector out; the shorter ones pass through the same code with it.
+const longVar = "KEDGE_TEST_LONG"
+
+func long() bool { return os.Getenv(longVar) != "" }
+
+func requireLong(t *testing.T) {
+	t.Helper()
+	if !long() {
+		t.Skip("takes long: set " + longVar + "=1, or run make test-datastore")
+	}
+}
+
 func testConfig(dir string) Config {
 	c := DefaultConfig()
 	c.Dir = dir

@@ -13,9 +13,13 @@ import (
 // A member that is cut off says so within five seconds, whether it led or followed; the others go on; and all
 // that anybody was told fits one store.
 func TestPartition(t *testing.T) {
+	t.Parallel()
 	const told = 5 * time.Second
 	for _, led := range []bool{true, false} {
 		t.Run(fmt.Sprintf("led=%v", led), func(t *testing.T) {
+			if !led {
+				requireLong(t)
+			}
 			c := newTestCluster(t)
 			nodes := c.grow("a", "b", "c")
 			var p pool
@@ -85,6 +89,7 @@ func TestPartition(t *testing.T) {
 
 // A link that flaps must not cost the cluster its leader.
 func TestFlappingFollower(t *testing.T) {
+	requireLong(t)
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	leader := c.leader(nodes...)
@@ -105,6 +110,7 @@ func TestFlappingFollower(t *testing.T) {
 
 // Stopping in order costs a client that tries again once nothing, whomever it asks.
 func TestRollingRestart(t *testing.T) {
+	requireLong(t)
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	stop := make(chan struct{})
@@ -242,6 +248,7 @@ func (n *testNode) move(a netip.Addr) {
 }
 
 func TestMemberMoves(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
@@ -289,6 +296,7 @@ func TestMemberMoves(t *testing.T) {
 
 // Two machines swap their addresses: each is found at the other's old one, and nobody is taken for another.
 func TestMembersSwapAddresses(t *testing.T) {
+	requireLong(t)
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")

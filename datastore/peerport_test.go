@@ -18,6 +18,7 @@ import (
 
 // Whoever cannot prove to be a member gets nothing from the peer port, and does not keep members from it.
 func TestPeerPortRefusesStrangers(t *testing.T) {
+	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b")
 	a := nodes[0]

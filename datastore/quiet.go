@@ -1,10 +1,13 @@
 package datastore
 
 import (
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap/zapcore"
+
+	"kedge/internal/logging"
 )
 
 // expected are etcd's warnings and errors about what is normal here; they are logged as debug. Everything else
@@ -56,6 +59,10 @@ var expected = map[string]bool{
 	"data-dir used by this member must be removed": true,
 }
 
+// resigned ends raft's line about a leader that has lost its followers. That there is no leader is said by whoever
+// watches the leadership.
+const resigned = "stepped down to follower since quorum is not active"
+
 // seldom are etcd's warnings for each single request, or heartbeat, that waited for the disk or a processor. On a
 // slow machine there would be hundreds; one in a while says it.
 var seldom = []string{
@@ -83,18 +90,21 @@ func (c quietCore) With(fields []zapcore.Field) zapcore.Core {
 	return quietCore{c.Core.With(fields), c.last}
 }
 
-// tooSoon reports whether the message is one of the seldom, and was shown just now.
+// tooSoon reports whether the message is one of the seldom, and was shown just now or need not be.
 func (c quietCore) tooSoon(message string, now time.Time) bool {
 	shown := c.last[message]
 	if shown == nil {
 		return false
+	}
+	if logging.IsInterrupted() {
+		return true // everything waits for a leader
 	}
 	last := shown.Load()
 	return now.UnixNano()-last < seldomEvery || !shown.CompareAndSwap(last, now.UnixNano())
 }
 
 func (c quietCore) Check(entry zapcore.Entry, checked *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if expected[entry.Message] || c.tooSoon(entry.Message, entry.Time) {
+	if expected[entry.Message] || strings.HasSuffix(entry.Message, resigned) || c.tooSoon(entry.Message, entry.Time) {
 		entry.Level = zapcore.InfoLevel // which is debug to us
 	}
 	return c.Core.Check(entry, checked)

@@ -113,7 +113,16 @@ func ensureSystemRole(ctx context.Context, c kubernetes.Interface, name string, 
 	}
 	meta := metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceSystem}
 	role := &rbacv1.Role{ObjectMeta: meta, Rules: rules}
-	if _, err := c.RbacV1().Roles(meta.Namespace).Create(ctx, role, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	roles := c.RbacV1().Roles(meta.Namespace)
+	old, err := roles.Get(ctx, name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		_, err = roles.Create(ctx, role, metav1.CreateOptions{})
+	case err == nil && !equality.Semantic.DeepEqual(old.Rules, role.Rules): // an older kedge's
+		role.ResourceVersion = old.ResourceVersion
+		_, err = roles.Update(ctx, role, metav1.UpdateOptions{})
+	}
+	if err != nil {
 		return err
 	}
 	binding := &rbacv1.RoleBinding{

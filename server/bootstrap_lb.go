@@ -26,6 +26,6 @@ func ensureLoadBalancer(ctx context.Context, c kubernetes.Interface) error {
 		return err
 	}
 	return ensureSystemRole(ctx, c, "kedge:loadbalancer", []rbacv1.PolicyRule{
-		{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"get", "list", "watch", "create", "update"}},
+		{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"get", "list", "watch", "create", "patch"}},
 	})
 }

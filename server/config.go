@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"time"
 
 	"kedge/internal/joining"
+	"kedge/internal/pki"
 	"kedge/internal/token"
+	"kedge/server/join"
 )
 
 // Config is everything the control plane is told. Package main composes it once;
@@ -37,6 +40,8 @@ type Config struct {
 	ServerToken    token.Secret // likewise servers
 
 	Cluster joining.Cluster // what joining machines are told
+	// AgentCertificateLife is how long what is signed for agents is valid.
+	AgentCertificateLife time.Duration
 
 	APIServerArgs  []string // user's, NAME=VALUE
 	ControllerArgs []string
@@ -54,8 +59,14 @@ func DefaultConfig() Config {
 		NodePortRange:  "30000-32767",
 		Kubeconfig:     "/etc/kedge/kedge.yaml",
 		KubeconfigMode: 0o600,
+
+		AgentCertificateLife: join.Life,
 	}
 }
+
+// leastLife leaves agents time to ask again when no server answers: half of it, and no
+// clock is right to the second. So short a life is for tests.
+const leastLife = time.Minute
 
 // Validate reports everything that is wrong with c, joined.
 func (c Config) Validate() error {
@@ -82,6 +93,9 @@ func (c Config) Validate() error {
 	}
 	if c.Token != "" && c.Token == c.ServerToken {
 		errs = append(errs, errors.New("--token and --server-token are the same; an agent that knows the servers' secret can become one, so choose another"))
+	}
+	if l := c.AgentCertificateLife; l < leastLife || l > pki.LeafLife {
+		errs = append(errs, fmt.Errorf("--agent-certificate-life %s is not between %s and %s", l, leastLife, pki.LeafLife))
 	}
 	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
 	for _, p := range c.ClusterCIDRs {

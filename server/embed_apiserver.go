@@ -15,6 +15,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"k8s.io/apiserver/pkg/authentication/request/union"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -26,6 +28,7 @@ import (
 	"kedge/internal/componentflags"
 	"kedge/internal/pki"
 	"kedge/internal/tunnel"
+	"kedge/server/cutoff"
 	"kedge/server/join"
 	"kedge/server/loopback"
 	"kedge/server/tunnels"
@@ -43,14 +46,19 @@ type APIServer struct {
 	joins    *join.Service
 	gate     *join.Gate
 	hub      *tunnels.Hub
+	cut      *cutoff.CutOff
 	opts     *options.ServerRunOptions
 }
 
 // NewAPIServer parses the component's flags and keeps the rest. The store's
 // client factory must be installed before Run. joins and hub answer on the same
 // port, and gate comes before all else that does.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, gate *join.Gate, hub *tunnels.Hub) (*APIServer, error) {
+func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, gate *join.Gate, hub *tunnels.Hub, store *datastore.Store) (*APIServer, error) {
 	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, gate: gate, hub: hub, opts: options.NewServerRunOptions()}
+	s.cut = cutoff.New(func() (bool, <-chan struct{}) {
+		now, changed := store.Leadership()
+		return now.Leader != "", changed
+	})
 	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
 	for _, f := range s.opts.Flags().FlagSets {
 		fs.AddFlagSet(f)
@@ -155,6 +163,7 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- server.run(stop) }()
+	go s.cut.Follow(stop)
 	s.loopback.Serve(server.handler)
 	if err := s.waitReady(ctx, done); err != nil {
 		if ctx.Err() != nil {
@@ -247,7 +256,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
-		return s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(api, c))))
+		return s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c))))
 	}
 	if err := throughTunnels(config, s.hub); err != nil {
 		return nil, err
@@ -283,6 +292,13 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 		}
 	}
 	return &assembled{handler: chain.GenericAPIServer.Handler, run: prepared.Run}, nil
+}
+
+// ownRequest reports whether a request is this process's: kedge's own, or one of the API
+// server to itself, which takes the way over the port with a secret of its own.
+func ownRequest(r *http.Request) bool {
+	who, ok := request.UserFrom(r.Context())
+	return loopback.Is(r) || ok && who.GetName() == user.APIServerUser
 }
 
 // nodesFirst passes the requests of nodes for a tunnel to the hub, and all others on.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"time"
 
 	"github.com/spf13/pflag"
 	"k8s.io/client-go/discovery"
@@ -112,6 +114,9 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 		}
 	}
 
+	if !untilHealthy(ctx, cfg.Client) {
+		return nil // stopped before
+	}
 	clients := controllerClients{c.loopback}
 	cc, err := app.CreateControllerContext(ctx, completed, clients.root(), clients)
 	if err != nil {
@@ -149,6 +154,28 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 		return errors.New("some controllers did not stop in time")
 	}
 	return nil
+}
+
+// untilHealthy waits until the API server can be built upon, and returns false if ctx
+// ended before. Upstream's own wait does not heed ctx, and gives up after ten seconds: a
+// server that leads for a moment only would have to end.
+func untilHealthy(ctx context.Context, client kubernetes.Interface) bool {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		status := 0
+		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+		client.Discovery().RESTClient().Get().AbsPath("/healthz").Do(ask).StatusCode(&status)
+		cancel()
+		if status == http.StatusOK {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+	}
 }
 
 // configure makes the component's configuration with clients that use the loopback.

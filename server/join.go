@@ -39,7 +39,7 @@ func NewJoin(cfg Config, id *Identity, servers *Servers, addresses func() []neti
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
 		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
-		OwnAddresses: addresses, Life: join.Life, Servers: servers,
+		OwnAddresses: addresses, Life: cfg.AgentCertificateLife, Servers: servers,
 	}, servers.api, log)
 	servers.nodes = s.Nodes()
 	return s

@@ -46,6 +46,7 @@ type Group struct {
 	log     *slog.Logger
 	hurry   <-chan struct{}
 	onReady func()
+	onStop  func()
 	now     func() time.Time
 
 	members []*member
@@ -82,6 +83,10 @@ func WithHurry(c <-chan struct{}) Option { return func(g *Group) { g.hurry = c }
 
 // WithOnReady gives a function that is called once, when all components are ready.
 func WithOnReady(f func()) Option { return func(g *Group) { g.onReady = f } }
+
+// WithOnStop gives a function that is called once, when the stop begins, whether it was
+// asked for or a component has failed.
+func WithOnStop(f func()) Option { return func(g *Group) { g.onStop = f } }
 
 // New makes an empty group that logs to log.
 func New(log *slog.Logger, options ...Option) *Group {
@@ -146,6 +151,9 @@ func (g *Group) Run(ctx context.Context) error {
 	// stop ends the start-up and begins the stop. Its cause is why.
 	stop, halt := context.WithCancelCause(ctx)
 	defer halt(nil)
+	if g.onStop != nil {
+		context.AfterFunc(stop, g.onStop)
+	}
 
 	var wg sync.WaitGroup
 	for _, m := range g.members {

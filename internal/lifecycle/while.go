@@ -23,10 +23,13 @@ type Condition interface {
 //
 // A part that does not stop within stop after the condition has ceased is a failure:
 // another machine may do its work by then, and only the end of the process is sure
-// to end it here. So is a part that fails.
+// to end it here. So is a part that fails, unless the condition has ceased by then: what
+// a part does may well be possible only while it holds.
 func While(name string, when Condition, stop time.Duration, build func() (Component, error)) Component {
 	return &while{name: name, when: when, stop: stop, build: build}
 }
+
+var errPanic = errors.New("panic")
 
 type while struct {
 	name  string
@@ -53,6 +56,19 @@ func (w *while) Check(ctx context.Context) error {
 		return c.Check(ctx)
 	}
 	return nil
+}
+
+// Describe implements Describer: it is the part's, and says so where none runs.
+func (w *while) Describe() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.part == nil {
+		return "standing by"
+	}
+	if d, ok := w.part.(Describer); ok {
+		return d.Describe()
+	}
+	return ""
 }
 
 // Run implements Component.
@@ -88,7 +104,7 @@ func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func())
 	go func() {
 		defer func() {
 			if p := recover(); p != nil {
-				returned <- fmt.Errorf("panic: %v", p)
+				returned <- fmt.Errorf("%w: %v", errPanic, p)
 			}
 		}()
 		returned <- part.Run(term, ready)
@@ -96,6 +112,9 @@ func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func())
 	for holds := true; holds && ctx.Err() == nil; {
 		select {
 		case err := <-returned:
+			if holds, _ := w.when.Holds(); !holds && !errors.Is(err, errPanic) {
+				return nil // it has met the end of the term before we have
+			}
 			if err == nil && ctx.Err() == nil {
 				err = ErrUnexpectedReturn
 			}

@@ -58,8 +58,14 @@ func TestWhileRunsAPartPerTerm(t *testing.T) {
 			if built != term || running != 1 {
 				t.Errorf("term %d: %d built, %d running", term, built, running)
 			}
+			if d := w.(Describer).Describe(); d != "" {
+				t.Errorf("while it runs: %q", d)
+			}
 			leads.set(false)
 			synctest.Wait()
+			if d := w.(Describer).Describe(); d != "standing by" {
+				t.Errorf("while it does not: %q", d)
+			}
 			if running != 0 {
 				t.Errorf("after term %d: %d running", term, running)
 			}
@@ -138,4 +144,38 @@ func TestWhileFails(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whoever needs the condition for what it does may fail before it hears that it is gone.
+func TestWhilePartFailsAtTheEndOfItsTerm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		leads := newToggle(true)
+		fail := make(chan func() error)
+		w := While("singleton", leads, time.Second, func() (Component, error) {
+			return Func("inner", func(ctx context.Context, ready func()) error {
+				ready()
+				return (<-fail)()
+			}), nil
+		})
+		done := make(chan error, 1)
+		go func() { done <- w.Run(t.Context(), func() {}) }()
+		synctest.Wait()
+		fail <- func() error {
+			leads.mu.Lock()
+			defer leads.mu.Unlock()
+			leads.holds = false // and nobody is told yet
+			return errors.New("no leader")
+		}
+		synctest.Wait()
+		select {
+		case err := <-done:
+			t.Fatalf("it ended with %v", err)
+		default:
+		}
+		leads.set(true)
+		fail <- func() error { return errors.New("boom") }
+		if err := <-done; err == nil || err.Error() != "boom" {
+			t.Errorf("a part that failed within its term: %v", err)
+		}
+	})
 }

@@ -1,6 +1,11 @@
 package logging
 
-import "sync/atomic"
+import (
+	"log/slog"
+	"strings"
+	"sync/atomic"
+	"time"
+)
 
 // benign are lines that the embedded components log as errors or warnings on a
 // healthy node, word for word. They become debug: always, or only until the start
@@ -16,6 +21,8 @@ var benign = map[string]struct {
 	"eviction manager: failed to check if we have separate container filesystem. Ignoring.": {false, "containerd answers this through the CRI instead"},
 	"Error on socket receive":                              {false, "how every exec, attach and port-forward over a WebSocket ends"},
 	"failed check for fsverity support":                    {false, "an option of the file system that is used where it exists"},
+	"Failed to set rlimit on max file handles":             {false, "the check of the machine says it, with a remedy"},
+	"failed to sync with latest state: context canceled":   {false, "whoever asked to watch has gone"},
 	"Failed to ensure process in container with oom score": {false, "a process namespace without init, as in containers"},
 
 	"Failed to ensure lease exists, will retry": {true, "namespaces are made after the API server starts"},
@@ -34,8 +41,29 @@ var benign = map[string]struct {
 	"Failed to read data from checkpoint":                                                   {true, "there is none before the first pod"},
 }
 
+// raced is in lines about a node that has just joined: the controller that gives ranges
+// to nodes looked at a copy of the node from before it had given it one, and is refused.
+const raced = "node updates may not change podCIDR except from"
+
+// outage are parts of what embedded components log, as errors and each of them again and
+// again, when a server has no leader to agree with: the one thing that is wrong is said
+// elsewhere then, once.
+var outage = []string{
+	"etcdserver: ", "raft", "leader", // the store's own words
+	"context deadline exceeded", "context canceled", "imeout", "timed out", "imed-out",
+	"connection refused", "connection reset", "connection lost", "no route to host", "network is unreachable", "EOF",
+	"the server is currently unable", "apiserver not ready", "storage is (re)initializing", "healthz check failed", "readyz check failed",
+}
+
 // settled is set when the start is over, stopping when a stop was asked for.
 var settled, stopping atomic.Bool
+
+// interrupted is until when there is an outage, in nanoseconds since 1970; zero if there
+// was none.
+var interrupted atomic.Int64
+
+// aftermath is how long what an outage has broken is still being mended when it is over.
+const aftermath = 5 * time.Second
 
 // Settled says that the start is over: lines that are only noise while everything
 // comes up are shown from now on.
@@ -46,10 +74,51 @@ func Settled() { settled.Store(true) }
 // the lifecycle.
 func Stopping() { stopping.Store(true) }
 
-func isBenign(message string) bool {
+// Interrupted says that this server has no leader to agree with, or has one again. What
+// embedded components log for want of one is debug meanwhile, and for some seconds more;
+// the caller says once what is wrong.
+func Interrupted(is bool) {
+	until := time.Now().Add(aftermath).UnixNano()
+	if is {
+		until = 1<<63 - 1
+	}
+	interrupted.Store(until)
+}
+
+// IsInterrupted reports whether what is logged for want of a leader is no news.
+func IsInterrupted() bool {
+	until := interrupted.Load()
+	return until != 0 && time.Now().UnixNano() < until
+}
+
+// isBenign reports whether a warning or an error of an embedded component is no news.
+func isBenign(r slog.Record, message string) bool {
 	if stopping.Load() {
 		return true
 	}
-	b, ok := benign[message]
-	return ok && (!b.startOnly || !settled.Load())
+	if b, ok := benign[message]; ok && (!b.startOnly || !settled.Load()) {
+		return true
+	}
+	if contains(r, message, raced) {
+		return true
+	}
+	return IsInterrupted() && contains(r, message, outage...)
+}
+
+// contains reports whether one of the parts is in the message or in a value.
+func contains(r slog.Record, message string, parts ...string) bool {
+	in := func(text string) bool {
+		for _, part := range parts {
+			if strings.Contains(text, part) {
+				return true
+			}
+		}
+		return false
+	}
+	found := in(message)
+	r.Attrs(func(a slog.Attr) bool {
+		found = found || in(a.Value.String())
+		return !found
+	})
+	return found
 }

@@ -4,8 +4,10 @@
 //
 // An idle, healthy node is nearly silent at the default level: what the
 // embedded components call "info" is mostly progress of their own internals and
-// becomes debug here; their warnings and errors keep their level.
+// becomes debug here; their warnings and errors keep their level, but for those that
+// are no news: on a healthy node, during a stop, and while a server has no leader.
 //
-// It is not for metrics or events. Only package main calls [Setup]; any package
+// It is not for metrics or events. Only package main calls [Setup], and says what is
+// no news; any package
 // may use the key constants and [Zap].
 package logging

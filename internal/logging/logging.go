@@ -109,7 +109,7 @@ func (q *quieter) Enabled(ctx context.Context, l slog.Level) bool {
 
 func (q *quieter) Handle(ctx context.Context, r slog.Record) error {
 	message, level := strings.TrimSpace(r.Message), lower(r.Level)
-	if r.Level >= slog.LevelWarn && isBenign(message) {
+	if r.Level >= slog.LevelWarn && isBenign(r, message) {
 		if level = slog.LevelDebug; !q.next.Enabled(ctx, level) {
 			return nil
 		}

@@ -192,8 +192,8 @@ func newCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	c := &cluster{t: t, client: fake.NewClientset(objects...), lan: lan, hosts: map[string]*testhost.Host{}, stops: map[string]func(){}}
 	c.client.PrependReactor("*", "leases", func(action k8stesting.Action) (bool, runtime.Object, error) {
 		cut := c.cut.Load()
-		u, ok := action.(k8stesting.UpdateAction)
-		if !ok || cut == nil || u.GetObject().(*coordinationv1.Lease).Name != leasePrefix+*cut {
+		u, ok := action.(k8stesting.PatchAction)
+		if !ok || cut == nil || u.GetName() != leasePrefix+*cut {
 			return false, nil, nil
 		}
 		return true, nil, errors.New("cut off")

@@ -2,6 +2,7 @@ package loadbalancer
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"hash/fnv"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	coordinationv1 "k8s.io/api/coordination/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 )
 
@@ -157,8 +159,12 @@ func renew(ctx context.Context, client kubernetes.Interface, node string, networ
 		},
 		Spec: coordinationv1.LeaseSpec{HolderIdentity: &holder, RenewTime: &now, LeaseDurationSeconds: &seconds},
 	}
-	// Nobody else writes it, so no version is compared.
-	_, err := leases.Update(ctx, want, metav1.UpdateOptions{})
+	// Nobody else writes it, so no version is compared; an update would have to name one.
+	body, err := json.Marshal(want)
+	if err != nil {
+		return err
+	}
+	_, err = leases.Patch(ctx, want.Name, types.MergePatchType, body, metav1.PatchOptions{})
 	if apierrors.IsNotFound(err) {
 		if !hold {
 			return nil

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -85,6 +87,13 @@ func TestLoadBalancerOfPool(t *testing.T) {
 			t.Errorf("the server sees %q, %v, want %s", got, err, want)
 		}
 		answered(t, func() (string, error) { return n.get(url + "/") }, "web-0")
+		// A port that no service has there is refused, not left to whoever else may have the address.
+		eventually(t, 20*time.Second, func() error {
+			if _, err := n.getOutside("http://"+net.JoinHostPort(a, "9")+"/", 2*time.Second); err == nil || !strings.Contains(err.Error(), "refused") {
+				return fmt.Errorf("another port of %s: %v", a, err)
+			}
+			return nil
+		})
 	}
 	n.apply(t, ns, `{apiVersion: v1, kind: Service, metadata: {name: asked, annotations: {kedge.io/address-pool: lab, kedge.io/loadBalancerIPs: 198.51.100.245}}, spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 81, targetPort: 8080}]}}`)
 	if got := n.given(t, ns, "asked"); got[0] != "198.51.100.245" {
@@ -125,4 +134,103 @@ func TestWithoutLoadBalancer(t *testing.T) {
 	if err != nil || len(s.Status.LoadBalancer.Ingress) != 0 {
 		t.Errorf("got %v %v", s.Status, err)
 	}
+}
+
+// TestLoadBalancerMoves: of several nodes one answers for an address of the pool, and
+// another when that one is gone.
+func TestLoadBalancerMoves(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "--lb-pool=192.0.2.200-192.0.2.209")
+	nodes := []*node{f.node}
+	for range 2 {
+		a := f.newAgent(t, "--token="+f.token(t))
+		if err := a.start(); err != nil {
+			t.Fatal(err)
+		}
+		nodes = append(nodes, a)
+	}
+	for _, n := range nodes {
+		eventually(t, 60*time.Second, func() error { return f.nodeIsReady(n.name) })
+	}
+	ns := f.namespace(t)
+	f.servers(t, ns, "web", 1, "nodeName: "+f.name+",") // on the one that stays
+	client, err := f.lan.Host("client", netip.MustParsePrefix("192.0.2.100/24"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cards := map[string]*node{} // by hardware address
+	for _, n := range nodes {
+		h, err := n.machine.Host()
+		if err != nil {
+			t.Fatal(err)
+		}
+		links, err := h.Netlink().LinkList()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range links {
+			if l.Attrs().HardwareAddr != nil {
+				cards[l.Attrs().HardwareAddr.String()] = n
+			}
+		}
+	}
+	reach := func(addr string) error {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		c, err := client.Dial(ctx, "tcp", addr+":80")
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+	announcer := func(addr string) *node {
+		t.Helper()
+		var found *node
+		eventually(t, 20*time.Second, func() error {
+			if err := reach(addr); err != nil {
+				return err
+			}
+			neighbours, err := client.Netlink().NeighList(0, netlink.FAMILY_V4)
+			if err != nil {
+				return err
+			}
+			for _, n := range neighbours {
+				if n.IP.String() == addr {
+					found = cards[n.HardwareAddr.String()]
+				}
+			}
+			if found == nil {
+				return fmt.Errorf("nobody of the cluster answers for %s: %v", addr, neighbours)
+			}
+			return nil
+		})
+		return found
+	}
+
+	// Addresses are spread over the nodes: one of a few is an agent's.
+	for i := range 8 {
+		name := fmt.Sprint("shop-", i)
+		f.service(t, ns, name, "web", "type: LoadBalancer,")
+		addr := f.given(t, ns, name)[0]
+		gone := announcer(addr)
+		if gone == f.node {
+			continue
+		}
+		t.Cleanup(func() { // what is left on its disk goes with the machine
+			if err := gone.machine.PowerOn(); err != nil {
+				t.Error(err)
+			}
+		})
+		if err := gone.machine.PowerOff(); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		eventually(t, 20*time.Second, func() error { return reach(addr) })
+		t.Logf("%s answered again %s after %s was switched off", addr, time.Since(begin).Round(10*time.Millisecond), gone.name)
+		if now := announcer(addr); now == gone {
+			t.Errorf("%s, which is off, still has %s", gone.name, addr)
+		}
+		return
+	}
+	t.Error("all of eight addresses are announced by the server")
 }

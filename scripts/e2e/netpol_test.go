@@ -51,6 +51,11 @@ func (n *node) inPod(t *testing.T, namespace, name string) *netns.NS {
 	if path == "" {
 		t.Fatalf("no lease of pod %s/%s in\n%s", namespace, name, data)
 	}
+	if n.machine != nil {
+		if path, err = n.machine.Live(path); err != nil {
+			t.Fatal(err)
+		}
+	}
 	ns, err := netns.Open(path)
 	if err != nil {
 		t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -118,16 +119,18 @@ func keepWriting(t *testing.T, ns string, servers ...*node) *ledger {
 	go func() {
 		defer close(l.done)
 		last := time.Now()
+		series := time.Now().UnixNano() // a ledger has names of its own
+		use := 0                        // goes to the next when one fails, and stays
 		for i := 0; ; i++ {
-			name := fmt.Sprint("entry-", i)
-			for try := 0; ; try++ {
+			name := fmt.Sprintf("entry-%d-%d", series, i)
+			for ; ; use++ {
 				select {
 				case <-l.stop:
 					return
 				default:
 				}
-				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-				_, err := clients[try%len(clients)].CoreV1().ConfigMaps(ns).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				_, err := clients[use%len(clients)].CoreV1().ConfigMaps(ns).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
 				cancel()
 				if err == nil || strings.Contains(err.Error(), "already exists") {
 					break
@@ -334,4 +337,61 @@ func TestServers(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// TestGrowth: one server becomes three, five, three and one again under load, and in each
+// step the one that leads is killed and started again.
+func TestGrowth(t *testing.T) {
+	if os.Getenv("KEDGE_TEST_LONG") == "" {
+		t.Skip("five servers at once: set KEDGE_TEST_LONG=1")
+	}
+	f := &faults{fleet: newFleet(t)}
+	f.all = []*node{f.node}
+	ns := f.namespace(t)
+	h := record(t, ns, f.node)
+	step := func(what string, change func()) {
+		apart := f.namespace(t)
+		writes := keepWriting(t, apart, f.node)
+		begin := time.Now()
+		change()
+		f.voting(t, f.node)
+		t.Logf("%s after %s", what, since(begin))
+		writes.check(t, what, apart, f.node)
+		if s, _ := f.leader(t); s != f.node { // which those that write know alone
+			if err := s.signal(syscall.SIGKILL, 5*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.start(); err != nil {
+				t.Fatal(err)
+			}
+			f.voting(t, f.node)
+		}
+		f.published(t, f.all...)
+	}
+	grow := func() {
+		for range 2 {
+			s := f.onMachine(t)
+			if err := s.start(); err != nil {
+				t.Fatal(err)
+			}
+			f.all = append(f.all, s)
+		}
+	}
+	shrink := func() {
+		for range 2 {
+			gone := f.all[len(f.all)-1]
+			f.kedge(t, "server", "remove", gone.name)
+			select {
+			case <-gone.done:
+			case <-time.After(30 * time.Second):
+				t.Fatal("a removed server goes on")
+			}
+			f.all = f.all[:len(f.all)-1]
+		}
+	}
+	step("three servers", grow)
+	step("five servers", grow)
+	step("three servers again", shrink)
+	step("one server again", shrink)
+	h.end(t)
 }

@@ -15,6 +15,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -92,7 +93,7 @@ type recipe func(w workshop) (testimage.Image, error)
 // below test/images of the Kubernetes module.
 var recipes = map[string]recipe{
 	"agnhost":                agnhost,
-	"busybox":                func(workshop) (testimage.Image, error) { return testimage.NewBusybox("") },
+	"busybox":                busybox,
 	"etcd":                   single("etcd", "/usr/local/bin/etcd", []string{"/usr/local/bin/etcd"}, nil),
 	"glibc-dns-testing":      resolver,
 	"ipc-utils":              debian(nil, "util-linux", "bash", "coreutils"),
@@ -131,6 +132,36 @@ func debian(cmd []string, packages ...string) recipe {
 }
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+// busybox is Debian's with all of its tools, but for its shell: that of this version
+// drops what is no name of a variable, as in "data-1=x", from the environment that it
+// passes on, and tests print such with "sh -c env".
+func busybox(w workshop) (testimage.Image, error) {
+	img, err := testimage.NewBusybox("")
+	if err != nil {
+		return img, err
+	}
+	tools, err := exec.Command(testimage.Busybox, "--list").Output()
+	if err != nil {
+		return img, fmt.Errorf("list the tools of busybox: %w", err)
+	}
+	for tool := range strings.FieldsSeq(string(tools)) {
+		if name := "/bin/" + tool; img.Files[name].Data == nil {
+			img.Files[name] = testimage.File{Link: "busybox"}
+		}
+	}
+	const shell = "/usr/bin/bash-static"
+	files, err := w.packages("bash-static")
+	if err != nil {
+		return img, err
+	}
+	bash, ok := files[shell]
+	if !ok {
+		return img, fmt.Errorf("the package bash-static has no %s", shell)
+	}
+	img.Files["/bin/bash"], img.Files["/bin/sh"] = bash, testimage.File{Link: "bash"}
+	return img, nil
+}
 
 // agnhost is the program that most tests run, with the tools that they call beside
 // it. (Its wget is a real one: that of Debian's static busybox crashes with -T.)

@@ -1,165 +1,106 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
-
-	"kedge/internal/testhost"
 )
 
-// cluster is a machine that runs kedge, and a user's machine beside it.
+// cluster is a throwaway cluster under test.
 type cluster struct {
-	o    options
-	dir  string
-	lan  *testhost.LAN
-	node *testhost.Host
-	user *testhost.Host
-
-	server *exec.Cmd
-	ended  chan error
+	o          options
+	dir        string // for files of this run
+	kubeconfig string
+	nodes      []string
 }
 
-var (
-	nodeAddr = netip.MustParsePrefix("192.168.97.10/24")
-	userAddr = netip.MustParsePrefix("192.168.97.2/24")
-)
+// The cluster has this name in a folder of its own, so that one that a killed run has
+// left is found and removed by the next.
+const clusterName = "upstream"
 
-const nodeName = "upstream-1"
-
-func newCluster(o options) (c *cluster, err error) {
-	c = &cluster{o: o, ended: make(chan error, 1)}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.close(false))
+func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err error) {
+	c := &cluster{o: o, dir: dir, kubeconfig: filepath.Join(dir, "kubeconfig")}
+	if err := os.MkdirAll(o.clusters, 0o755); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(o.clusters, clusterName)); err == nil {
+		if err := c.remove(); err != nil {
+			return nil, err
 		}
-	}()
-	if c.dir, err = os.MkdirTemp("", "kedge-upstream-"); err != nil {
+	}
+	link := c.kubectl()
+	if err := os.Remove(link); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	if c.lan, err = testhost.NewLAN(); err != nil {
+	if err := os.Symlink(o.kedge, link); err != nil {
 		return nil, err
 	}
-	if c.node, err = c.lan.Host("node", nodeAddr); err != nil {
-		return nil, err
+	up := c.command(ctx, "up", "--name", clusterName, "--servers", fmt.Sprint(o.servers), "--agents", fmt.Sprint(o.agents),
+		"--image", filepath.Join(o.build, "images.tar"), "--kubeconfig", c.kubeconfig, "--wait", "5m")
+	up.Stderr = os.Stderr
+	up.Cancel = func() error { return up.Process.Signal(os.Interrupt) } // it removes what it has made
+	up.WaitDelay = time.Minute
+	if err := up.Run(); err != nil {
+		return nil, fmt.Errorf("kedge up: %w", errors.Join(context.Cause(ctx), err))
 	}
-	if c.user, err = c.lan.Host("user", userAddr); err != nil {
-		return nil, err
+	for i := range o.servers {
+		c.nodes = append(c.nodes, fmt.Sprint("server-", i+1))
 	}
-	if err := c.node.Route(netip.MustParsePrefix("0.0.0.0/0"), userAddr.Addr()); err != nil {
-		return nil, err
+	for i := range o.agents {
+		c.nodes = append(c.nodes, fmt.Sprint("agent-", i+1))
 	}
-	kedge, err := filepath.Abs(o.kedge)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Symlink(kedge, c.kubectl()); err != nil {
-		return nil, err
-	}
-	images := filepath.Join(c.dir, "data", "images")
-	if err := os.MkdirAll(images, 0o755); err != nil {
-		return nil, err
-	}
-	archive, err := filepath.Abs(filepath.Join(o.build, "images.tar"))
-	if err != nil {
-		return nil, err
-	}
-	return c, os.Symlink(archive, filepath.Join(images, "images.tar"))
+	return c, nil
 }
 
-// directories are the flags that say which node is meant.
-func (c *cluster) directories() []string {
-	return []string{"--data-dir", filepath.Join(c.dir, "data"), "--run-dir", filepath.Join(c.dir, "run"), "--node-name", nodeName}
+// command is kedge with the folder of this program's clusters.
+func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, c.o.kedge, args...)
+	cmd.Env = append(os.Environ(), "KEDGE_CLUSTERS="+c.o.clusters)
+	return cmd
 }
 
-func (c *cluster) kubeconfig() string { return filepath.Join(c.dir, "kubeconfig") }
-func (c *cluster) log() string        { return filepath.Join(c.o.report, "kedge.log") }
+// remove ends the cluster, also when the run was cancelled.
+func (c *cluster) remove() error {
+	out, err := c.command(context.Background(), "down", clusterName).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("kedge down: %w: %s", err, bytes.TrimSpace(out))
+	}
+	return nil
+}
 
-// start returns when the node and its images are ready.
-func (c *cluster) start(ctx context.Context) error {
-	args := append([]string{"server", "--write-kubeconfig", c.kubeconfig(), "--node-ip", nodeAddr.Addr().String(), "--tls-san", nodeAddr.Addr().String()}, c.directories()...)
-	c.server = exec.Command(c.o.kedge, append(args, c.o.serverFlags...)...)
-	log, err := os.Create(c.log())
+// log is what a node's kedge has logged so far.
+func (c *cluster) log(node string) ([]byte, error) {
+	out, err := c.command(context.Background(), "logs", "--name", clusterName, node).Output()
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("kedge logs %s: %w", node, err)
 	}
-	defer log.Close()
-	c.server.Stdout, c.server.Stderr = log, log
-	// kedge tells its service manager when everything is ready (sd_notify); here that is us.
-	notified := filepath.Join(c.dir, "notify")
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notified, Net: "unixgram"})
-	if err != nil {
-		return err
-	}
-	defer notify.Close()
-	c.server.Env = append(os.Environ(), "NOTIFY_SOCKET="+notified)
-	ready := make(chan struct{})
-	go func() {
-		buf := make([]byte, 1024)
-		for {
-			n, err := notify.Read(buf)
-			if err != nil {
-				return
-			}
-			if strings.Contains(string(buf[:n]), "READY=1") {
-				close(ready)
-				return
+	return out, nil
+}
+
+// kubectl is a link by which kedge is kubectl.
+func (c *cluster) kubectl() string { return filepath.Join(c.dir, "kubectl") }
+
+// within cuts the lines of a log that were written from begin to end. A line without
+// a time of its own belongs to the one before it.
+func within(log []byte, begin, end time.Time) []byte {
+	var out bytes.Buffer
+	inside := false
+	for line := range bytes.Lines(log) {
+		if rest, ok := bytes.CutPrefix(line, []byte("time=")); ok {
+			text, _, _ := strings.Cut(string(rest), " ")
+			if t, err := time.Parse(time.RFC3339, strings.TrimSpace(text)); err == nil {
+				inside = !t.Before(begin) && !t.After(end)
 			}
 		}
-	}()
-	if err := c.node.Start(c.server); err != nil {
-		return fmt.Errorf("start kedge: %w", err)
-	}
-	go func() { c.ended <- c.server.Wait() }()
-	select {
-	case <-ready:
-	case err := <-c.ended:
-		c.server = nil
-		return fmt.Errorf("kedge ended: %w\n%s", err, tail(c.log(), 20))
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-time.After(5 * time.Minute):
-		return fmt.Errorf("the node did not get ready within five minutes\n%s", tail(c.log(), 20))
-	}
-	// The kubeconfig names the machine itself; the user is on another one.
-	data, err := os.ReadFile(c.kubeconfig())
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(c.kubeconfig(), []byte(strings.ReplaceAll(string(data), "127.0.0.1", nodeAddr.Addr().String())), 0o600)
-}
-
-// close ends the node with its pods and removes what was made.
-func (c *cluster) close(keep bool) error {
-	var errs []error
-	if c.server != nil {
-		errs = append(errs, c.server.Process.Signal(syscall.SIGTERM))
-		select {
-		case <-c.ended:
-		case <-time.After(30 * time.Second):
-			errs = append(errs, errors.New("kedge does not stop; killed"), c.server.Process.Kill())
-			<-c.ended
-		}
-		kill := exec.Command(c.o.kedge, append([]string{"killall"}, c.directories()...)...)
-		if err := c.node.Start(kill); err != nil {
-			errs = append(errs, err)
-		} else if err := kill.Wait(); err != nil {
-			errs = append(errs, fmt.Errorf("kedge killall: %w", err))
+		if inside {
+			out.Write(line)
 		}
 	}
-	if c.lan != nil {
-		errs = append(errs, c.lan.Close())
-	}
-	if !keep {
-		errs = append(errs, os.RemoveAll(c.dir))
-	}
-	return errors.Join(errs...)
+	return out.Bytes()
 }

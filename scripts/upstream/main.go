@@ -1,12 +1,15 @@
-// Upstream runs specs of Kubernetes' own end-to-end suite on a kedge that it starts:
+// Upstream runs specs of Kubernetes' own end-to-end suite on a throwaway cluster:
 //
-//	upstream -focus '\[sig-network\] Services' -skip '\[Slow\]'
+//	upstream -focus '\[sig-network\] Services' -skip '\[Slow\]' -servers 1 -agents 2
 //
-// The node is a host of its own on a network of two, and the suite runs on the other
-// host, as a user's machine beside the cluster. JUnit, the suite's output and the
-// node's log are left in the report folder; everything else is removed. Package
-// main's Makefile builds the suite and its images; see docs/conformance.md. It is no
-// part of the product.
+// The cluster is made by "kedge up" and removed at the end; the suite runs on this
+// machine, as a user's does. What can run beside other specs runs in parallel, then
+// each [Serial] one alone. Every spec that ends is recorded at once, so that the next
+// run of the same executables with the same options goes on where this one was
+// interrupted and repeats what failed. The record, the suite's output, JUnit, a
+// summary, and the nodes' logs of the time of each failure are left in a folder per
+// kind of run. The Makefile builds the suite and its images; see docs/conformance.md.
+// It is no part of the product.
 package main
 
 import (
@@ -15,108 +18,98 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 )
 
+type options struct {
+	build, kedge   string
+	focus, skip    string
+	list           string // file of the names of specs; all of the suite when empty
+	procs          int
+	servers        int
+	agents         int
+	resume         bool
+	timeout        time.Duration
+	runs, clusters string // folders
+}
+
 func main() {
 	var o options
-	flag.StringVar(&o.build, "build", "build/conformance", "folder of the suite, ginkgo and the images")
+	flag.StringVar(&o.build, "build", "build/conformance", "folder of the suite, ginkgo and the images; also of what is left of runs")
 	flag.StringVar(&o.kedge, "kedge", "bin/kedge", "executable under test")
-	flag.StringVar(&o.report, "report", "build/conformance/report", "folder for results; what is in it is removed")
-	flag.StringVar(&o.focus, "focus", "", "regular expression of the specs to run")
+	flag.StringVar(&o.focus, "focus", `\[Conformance\]`, "regular expression of the specs to run")
 	flag.StringVar(&o.skip, "skip", "", "regular expression of the specs to leave out")
-	flag.IntVar(&o.procs, "procs", 4, "specs that run at the same time")
-	flag.DurationVar(&o.timeout, "timeout", 2*time.Hour, "how long the whole run may take")
-	keep := flag.Bool("keep", false, "leave the node's directories")
+	flag.StringVar(&o.list, "list", "", "file with the names of the specs to choose from, one a line; # begins a comment")
+	flag.IntVar(&o.procs, "procs", 4, "specs that run at the same time, but for [Serial] ones")
+	flag.IntVar(&o.servers, "servers", 1, "servers of the cluster")
+	flag.IntVar(&o.agents, "agents", 2, "agents of the cluster")
+	flag.BoolVar(&o.resume, "resume", true, "go on with an earlier run of the same executables and options")
+	flag.DurationVar(&o.timeout, "timeout", 6*time.Hour, "how long the whole run may take")
 	flag.Parse()
-	o.serverFlags = flag.Args()
-	if o.focus == "" {
-		fmt.Fprintln(os.Stderr, "upstream: say which specs to run with -focus")
+	if flag.NArg() > 0 || o.procs < 1 {
+		flag.Usage()
 		os.Exit(2)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	if err := run(ctx, o, *keep); err != nil {
+	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "upstream:", err)
 		os.Exit(1)
 	}
 }
 
-type options struct {
-	build, kedge, report string
-	focus, skip          string
-	procs                int
-	timeout              time.Duration
-	serverFlags          []string // more flags of kedge server
-}
-
-func run(ctx context.Context, o options, keep bool) (err error) {
+func run(ctx context.Context, o options) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("the run took more than %v", o.timeout))
 	defer cancel()
-	if err := os.RemoveAll(o.report); err != nil {
-		return err
+	for _, path := range []*string{&o.build, &o.kedge} {
+		abs, err := filepath.Abs(*path)
+		if err != nil {
+			return err
+		}
+		*path = abs
 	}
-	if err := os.MkdirAll(o.report, 0o755); err != nil {
-		return err
-	}
-	c, err := newCluster(o)
+	o.runs, o.clusters = filepath.Join(o.build, "runs"), filepath.Join(o.build, "clusters")
+	rec, err := openRecord(o)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, c.close(keep)) }()
-	if err := c.start(ctx); err != nil {
+	defer rec.close()
+	chosen, err := choose(ctx, o, rec.dir)
+	if err != nil {
 		return err
 	}
-	fmt.Println("node is ready; running", o.focus)
-	return c.suite(ctx)
+	todo := rec.remaining(chosen)
+	fmt.Printf("%d specs, %d of them to run; results: %s\n", len(chosen), len(todo), rec.dir)
+	var failure error
+	if len(todo) > 0 {
+		failure = runOn(ctx, o, rec, todo)
+	}
+	text, err := rec.report(chosen)
+	fmt.Print(text)
+	if left := rec.remaining(chosen); failure == nil && len(left) > 0 {
+		failure = fmt.Errorf("%d of %d specs have not passed", len(left), len(chosen))
+	}
+	return errors.Join(failure, err)
 }
 
-// suite runs the specs on the user's host.
-func (c *cluster) suite(ctx context.Context) error {
-	report, err := filepath.Abs(c.o.report)
+// runOn runs specs on a cluster that is there only for that.
+func runOn(ctx context.Context, o options, rec *record, specs []string) (err error) {
+	c, err := newCluster(ctx, o, rec.dir)
 	if err != nil {
 		return err
 	}
-	args := []string{"--procs", fmt.Sprint(c.o.procs), "--timeout", c.o.timeout.String(), "--no-color", "--focus", c.o.focus}
-	if c.o.skip != "" {
-		args = append(args, "--skip", c.o.skip)
+	defer func() { err = errors.Join(err, c.remove()) }()
+	parallel, serial := split(specs)
+	if len(parallel) > 0 {
+		if err := c.suite(ctx, rec, parallel, o.procs); err != nil {
+			return err
+		}
 	}
-	args = append(args, filepath.Join(c.o.build, "e2e.test"), "--",
-		"--kubeconfig", c.kubeconfig(), "--provider", "skeleton", "--report-dir", report, "--disable-log-dump",
-		"--dump-logs-on-failure=true", "--allowed-not-ready-nodes", "0", "--num-nodes", "1", "--kubectl-path", c.kubectl())
-	cmd := exec.CommandContext(ctx, filepath.Join(c.o.build, "bin", "ginkgo"), args...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = time.Minute
-	out, err := os.Create(filepath.Join(report, "e2e.log"))
-	if err != nil {
-		return err
+	if len(serial) > 0 {
+		return c.suite(ctx, rec, serial, 1)
 	}
-	defer out.Close()
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.kubeconfig(), "GINKGO_NO_COLOR=TRUE")
-	if err := c.user.Start(cmd); err != nil {
-		return err
-	}
-	err = cmd.Wait()
-	summary, summaryErr := summarize(report)
-	fmt.Print(summary)
-	if err != nil {
-		err = fmt.Errorf("the suite failed: %w; see %s", errors.Join(context.Cause(ctx), err), out.Name())
-	}
-	return errors.Join(err, summaryErr)
-}
-
-// kubectl is a link by which kedge is kubectl.
-func (c *cluster) kubectl() string { return filepath.Join(c.dir, "kubectl") }
-
-// tail is the end of the node's log.
-func tail(path string, n int) string {
-	data, _ := os.ReadFile(path)
-	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+	return nil
 }

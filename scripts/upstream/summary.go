@@ -1,64 +1,138 @@
 package main
 
 import (
+	"cmp"
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
-// junit is what the suite writes, as far as a summary needs it.
-type junit struct {
-	Suites []struct {
-		Cases []struct {
-			Name    string  `xml:"name,attr"`
-			Status  string  `xml:"status,attr"`
-			Seconds float64 `xml:"time,attr"`
-			Failure *struct {
-				Message string `xml:"message,attr"`
-			} `xml:"failure"`
-		} `xml:"testcase"`
-	} `xml:"testsuite"`
+// slowest is how many of the slow specs a summary names.
+const slowest = 10
+
+// report writes summary.txt and junit.xml about the chosen specs, over all parts of
+// the run, and returns the summary.
+func (r *record) report(chosen []string) (string, error) {
+	latest := r.latest()
+	var results []result
+	for _, name := range chosen {
+		if res, ok := latest[name]; ok {
+			results = append(results, res)
+		}
+	}
+	text := r.summary(results, len(chosen))
+	doc, err := junit(results)
+	return text, errors.Join(err,
+		os.WriteFile(filepath.Join(r.dir, "summary.txt"), []byte(text), 0o644),
+		os.WriteFile(filepath.Join(r.dir, "junit.xml"), doc, 0o644))
 }
 
-// summarize reads the JUnit files of a report folder, writes summary.txt beside them
-// and returns its text: counts, then each spec that failed with its reason.
-func summarize(report string) (string, error) {
-	files, err := filepath.Glob(filepath.Join(report, "junit*.xml"))
+func (r *record) summary(results []result, chosen int) string {
+	var b strings.Builder
+	all, areas := map[string]int{}, map[string]map[string]int{}
+	for _, res := range results {
+		all[res.Status]++
+		if areas[area(res.Name)] == nil {
+			areas[area(res.Name)] = map[string]int{}
+		}
+		areas[area(res.Name)][res.Status]++
+	}
+	begin, end := r.span()
+	fmt.Fprintf(&b, "%d specs: %s\n", chosen, counts(all, chosen))
+	fmt.Fprintf(&b, "from %s to %s\n", begin.Format(time.DateTime), end.Format(time.DateTime))
+	for _, a := range slices.Sorted(maps.Keys(areas)) {
+		fmt.Fprintf(&b, "  %-24s %s\n", a, counts(areas[a], 0))
+	}
+	// A spec that needed a second attempt is told: it may be a fault that comes and goes.
+	again := map[string]int{}
+	for _, res := range r.results {
+		if res.Status == failed {
+			again[res.Name]++
+		}
+	}
+	for _, res := range results {
+		if n := again[res.Name]; n > 0 && res.Status == passed {
+			fmt.Fprintf(&b, "PASSED after %d failures: %s\n", n, res.Name)
+		}
+	}
+	for _, res := range results {
+		if res.Status == failed {
+			fmt.Fprintf(&b, "FAILED %s\n       %s\n       see %s\n", res.Name, res.Reason, r.failureDir(res.Name))
+		}
+	}
+	slow := slices.SortedFunc(slices.Values(results), func(a, b result) int { return cmp.Compare(b.Seconds, a.Seconds) })
+	b.WriteString("slowest:\n")
+	for _, res := range slow[:min(slowest, len(slow))] {
+		fmt.Fprintf(&b, "  %6.0fs %s\n", res.Seconds, res.Name)
+	}
+	return b.String()
+}
+
+// counts puts numbers by status into words; of is how many there are, 0 when all ran.
+func counts(n map[string]int, of int) string {
+	text := fmt.Sprintf("passed %d, failed %d", n[passed], n[failed])
+	if n[skipped] > 0 {
+		text += fmt.Sprintf(", skipped by themselves %d", n[skipped])
+	}
+	if left := of - n[passed] - n[failed] - n[skipped]; of > 0 && left > 0 {
+		text += fmt.Sprintf(", not run %d", left)
+	}
+	return text
+}
+
+// area is the group of Kubernetes' developers that a spec is of.
+func area(name string) string {
+	if end := strings.IndexByte(name, ']'); strings.HasPrefix(name, "[") && end > 0 {
+		return name[:end+1]
+	}
+	return "others"
+}
+
+type junitCase struct {
+	Name    string        `xml:"name,attr"`
+	Class   string        `xml:"classname,attr"`
+	Seconds float64       `xml:"time,attr"`
+	Failure *junitMessage `xml:"failure"`
+	Skipped *junitMessage `xml:"skipped"`
+}
+
+type junitMessage struct {
+	Message string `xml:"message,attr"`
+}
+
+// junit is the results in the format that CI systems read.
+func junit(results []result) ([]byte, error) {
+	var doc struct {
+		XMLName  xml.Name    `xml:"testsuite"`
+		Name     string      `xml:"name,attr"`
+		Tests    int         `xml:"tests,attr"`
+		Failures int         `xml:"failures,attr"`
+		Skipped  int         `xml:"skipped,attr"`
+		Cases    []junitCase `xml:"testcase"`
+	}
+	doc.Name = suiteName
+	for _, res := range results {
+		c := junitCase{Name: res.Name, Class: area(res.Name), Seconds: res.Seconds}
+		switch res.Status {
+		case failed:
+			c.Failure = &junitMessage{res.Reason}
+			doc.Failures++
+		case skipped:
+			c.Skipped = &junitMessage{res.Reason}
+			doc.Skipped++
+		}
+		doc.Cases = append(doc.Cases, c)
+	}
+	doc.Tests = len(doc.Cases)
+	data, err := xml.MarshalIndent(doc, "", " ")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if len(files) == 0 {
-		return "", errors.New("the suite wrote no JUnit file")
-	}
-	counts := map[string]int{}
-	var failed []string
-	for _, file := range files {
-		data, err := os.ReadFile(file)
-		if err != nil {
-			return "", err
-		}
-		var doc junit
-		if err := xml.Unmarshal(data, &doc); err != nil {
-			return "", fmt.Errorf("read %s: %w", file, err)
-		}
-		for _, s := range doc.Suites {
-			for _, c := range s.Cases {
-				if !strings.HasPrefix(c.Name, "[It]") {
-					continue
-				}
-				counts[c.Status]++
-				if c.Failure != nil {
-					first, _, _ := strings.Cut(c.Failure.Message, "\n")
-					failed = append(failed, fmt.Sprintf("FAILED %s\n       %s\n", strings.TrimPrefix(c.Name, "[It] "), first))
-				}
-			}
-		}
-	}
-	slices.Sort(failed)
-	text := fmt.Sprintf("passed %d, failed %d, skipped within %d\n%s", counts["passed"], len(failed), counts["skipped"], strings.Join(failed, ""))
-	return text, os.WriteFile(filepath.Join(report, "summary.txt"), []byte(text), 0o644)
+	return append([]byte(xml.Header), append(data, '\n')...), nil
 }

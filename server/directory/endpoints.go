@@ -97,11 +97,23 @@ func (e *Endpoints) Name() string { return "endpoints" }
 
 // Run implements lifecycle.Component. It is ready when the endpoints were published.
 func (e *Endpoints) Run(ctx context.Context, ready func()) error {
-	if err := e.trustPublished(ctx); err != nil && ctx.Err() == nil {
-		return err
-	}
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
+	// A term may begin when nothing can be read yet, and end so.
+	for {
+		err := e.trustPublished(ctx)
+		if err == nil {
+			break
+		}
+		if ctx.Err() == nil {
+			e.log.Warn("the other servers are not looked after yet", "err", err, "again", interval)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 	var published []netip.AddrPort
 	for {
 		servers, changed := e.dir.Servers()

@@ -76,6 +76,9 @@ func Authenticator() authenticator.Request {
 	})
 }
 
+// Is reports whether a request came through a Loopback.
+func Is(r *http.Request) bool { return r.Context().Value(identityKey{}) != nil }
+
 type memoryTransport struct {
 	loopback *Loopback
 	user     user.Info

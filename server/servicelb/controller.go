@@ -160,6 +160,12 @@ func (c *Controller) Run(ctx context.Context, ready func()) error {
 			return fmt.Errorf("read services and nodes: %w", err)
 		}
 	}
+	if err := c.findLeft(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
 	c.round(ctx)
 	ready()
 	for {
@@ -214,6 +220,26 @@ func (c *Controller) noteLeft(o any) {
 		c.mu.Lock()
 		c.left[types.NamespacedName{Namespace: s.Namespace, Name: s.Name}] = true
 		c.mu.Unlock()
+	}
+}
+
+// findLeft finds the services that ceased to be of the type while nobody watched: when
+// no server ran, or while another began to lead.
+func (c *Controller) findLeft(ctx context.Context) error {
+	others := metav1.ListOptions{Limit: 500, FieldSelector: fields.OneTermNotEqualSelector("spec.type", string(corev1.ServiceTypeLoadBalancer)).String()}
+	for {
+		page, err := c.client.CoreV1().Services(metav1.NamespaceAll).List(ctx, others)
+		if err != nil {
+			return fmt.Errorf("read services: %w", err)
+		}
+		for i := range page.Items {
+			if s := &page.Items[i]; s.Spec.Type != corev1.ServiceTypeLoadBalancer {
+				c.noteLeft(s)
+			}
+		}
+		if others.Continue = page.Continue; others.Continue == "" {
+			return nil
+		}
 	}
 }
 

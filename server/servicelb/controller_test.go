@@ -141,3 +141,11 @@ func TestAnotherType(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestAnotherTypeMeanwhile: the type changed while no controller ran.
+func TestAnotherTypeMeanwhile(t *testing.T) {
+	s := service("web", 80, has("192.0.2.1"))
+	s.Spec.Type = corev1.ServiceTypeClusterIP
+	client := start(t, Config{}, node("a", "192.0.2.1"), s)
+	waitAddresses(t, client, "web", "[]")
+}
