@@ -73,7 +73,7 @@ func compose(c *cli.Context, others *server.Entered) (settings, error) {
 		p.sameCluster(others.Cluster)
 		s.cluster, s.datastore.Join = others.Cluster, others.Admission
 	}
-	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
+	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)
 	s.controlPlane(p)
 	s.node(p)
 	return s, s.finish(p)
@@ -85,7 +85,7 @@ func composeAgent(c *cli.Context, cluster joining.Cluster, address netip.Addr) (
 	p := &flagParser{c: c}
 	s := basics(p)
 	s.agentOnly, s.cluster = true, cluster
-	s.nodeIPs, s.findIPs = p.nodeIPs(cluster.ClusterCIDRs)
+	s.nodeIPs, s.findIPs = p.nodeIPs(cluster.ClusterCIDRs, cluster.ServiceCIDRs)
 	if s.findIPs != nil && hostaddr.Has(address) { // it may have moved since
 		s.nodeIPs = prefer(s.nodeIPs, address)
 	}
