@@ -73,7 +73,7 @@ func compose(c *cli.Context, others *server.Entered) (settings, error) {
 		p.sameCluster(others.Cluster)
 		s.cluster, s.datastore.Join = others.Cluster, others.Admission
 	}
-	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs)
+	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)
 	s.controlPlane(p)
 	s.node(p)
 	return s, s.finish(p)
@@ -85,7 +85,7 @@ func composeAgent(c *cli.Context, cluster joining.Cluster, address netip.Addr) (
 	p := &flagParser{c: c}
 	s := basics(p)
 	s.agentOnly, s.cluster = true, cluster
-	s.nodeIPs, s.findIPs = p.nodeIPs(cluster.ClusterCIDRs)
+	s.nodeIPs, s.findIPs = p.nodeIPs(cluster.ClusterCIDRs, cluster.ServiceCIDRs)
 	if s.findIPs != nil && hostaddr.Has(address) { // it may have moved since
 		s.nodeIPs = prefer(s.nodeIPs, address)
 	}
@@ -257,7 +257,7 @@ func (s *settings) node(p *flagParser) {
 
 	b := &s.backend
 	b.NodeName, b.NodeIPs, b.Interface = s.nodeName, s.nodeIPs, p.c.String("flannel-iface")
-	b.Mode = p.backend(s.cluster.Backend)
+	b.Mode, b.Ranges = p.backend(s.cluster.Backend), s.cluster.ClusterCIDRs
 	b.KeyFile = filepath.Join(s.runDir, "network", "wireguard.key")
 	if s.cluster.External {
 		b.External = p.addrs("node-external-ip")

@@ -147,13 +147,13 @@ func (p *flagParser) mode(flag string) uint32 {
 
 // nodeIPs are the flag's, or the machine's own of the families that pods have, which it
 // can be asked for again: they may change.
-func (p *flagParser) nodeIPs(pods []netip.Prefix) (now []netip.Addr, find func() ([]netip.Addr, error)) {
+func (p *flagParser) nodeIPs(pods, services []netip.Prefix) (now []netip.Addr, find func() ([]netip.Addr, error)) {
 	if given := p.addrs("node-ip"); len(given) > 0 {
 		return given, nil
 	}
 	ipv4 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is4() })
 	ipv6 := slices.ContainsFunc(pods, func(r netip.Prefix) bool { return r.Addr().Is6() })
-	find = func() ([]netip.Addr, error) { return hostaddr.Find(ipv4, ipv6) }
+	find = func() ([]netip.Addr, error) { return hostaddr.Find(ipv4, ipv6, slices.Concat(pods, services)) }
 	if name := p.c.String("flannel-iface"); name != "" {
 		find = func() ([]netip.Addr, error) {
 			found, err := backend.AddressesOf(name)
@@ -190,6 +190,9 @@ func (p *flagParser) cluster() joining.Cluster {
 		k.ServiceCIDRs = defaults.ServiceCIDRs
 	}
 	k.ClusterDNS = p.clusterDNS(k.ServiceCIDRs)
+	if m, err := backend.ParseMode(k.Backend); err == nil { // it is reported where it is used
+		k.Backend = string(m)
+	}
 	return k
 }
 

@@ -17,16 +17,17 @@ var ErrNone = errors.New("this machine has no network address besides loopback; 
 
 // Find returns the address that the default route would use, for each of the
 // wanted families, or where there is no such route the first global address of
-// an interface that is up.
-func Find(ipv4, ipv6 bool) ([]netip.Addr, error) {
+// an interface that is up. Addresses in the ranges of except are the cluster's own, on
+// interfaces that kedge has made, and not the machine's.
+func Find(ipv4, ipv6 bool, except []netip.Prefix) ([]netip.Addr, error) {
 	var out []netip.Addr
 	if ipv4 {
-		if a, ok := find(true); ok {
+		if a, ok := find(true, except); ok {
 			out = append(out, a)
 		}
 	}
 	if ipv6 {
-		if a, ok := find(false); ok {
+		if a, ok := find(false, except); ok {
 			out = append(out, a)
 		}
 	}
@@ -36,7 +37,10 @@ func Find(ipv4, ipv6 bool) ([]netip.Addr, error) {
 	return out, nil
 }
 
-func find(ipv4 bool) (netip.Addr, bool) {
+func find(ipv4 bool, except []netip.Prefix) (netip.Addr, bool) {
+	usable := func(a netip.Addr) bool {
+		return usable(a) && !slices.ContainsFunc(except, func(r netip.Prefix) bool { return r.Contains(a) })
+	}
 	// Connecting a datagram socket only asks the routing table. The addresses
 	// are from the ranges for documentation.
 	network, far := "udp6", "[2001:db8::1]:9"

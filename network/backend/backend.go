@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
@@ -25,7 +26,7 @@ const (
 	// go are followed within two seconds.
 	roundPause = 200 * time.Millisecond
 	// repairEvery is how often the kernel is looked at even though no event said that
-	// something changed: of neighbours and forwarding entries there are no events.
+	// something changed: of entries that somebody has replaced there are no events.
 	repairEvery = 5 * time.Minute
 	// retryAfter is how long a round that failed is left alone.
 	retryAfter = 5 * time.Second
@@ -338,6 +339,11 @@ func (b *Backend) plan(own node, peers []node) (*plan, error) {
 			p, err = planWireGuard(b.cfg, own, peers, link.Attrs().MTU)
 		default:
 			p, err = planUDP(b.cfg, own, peers, link.Attrs().MTU)
+		}
+	}
+	if b.cfg.Mode != None {
+		for _, r := range b.cfg.Ranges {
+			p.routes = append(p.routes, route{dst: r, table: unix.RT_TABLE_MAIN, nowhere: true})
 		}
 	}
 	return &p, err

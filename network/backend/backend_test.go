@@ -293,6 +293,68 @@ func TestRepair(t *testing.T) {
 
 // A node behind a router cannot be a next hop; the others are not affected, and the log
 // and Check name it.
+// TestNobodysAddress: what is for a pod's address that no node has does not leave by the
+// default route, and who sends it hears so at once. (A pod's connection over IPv6 does not
+// end by that: to the kernel the message may be about a moment.)
+func TestNobodysAddress(t *testing.T) {
+	for _, mode := range []backend.Mode{backend.VXLAN, backend.HostGW} {
+		t.Run(string(mode), func(t *testing.T) {
+			c := newCluster(t, mode)
+			f := families{"46", "46"}
+			one, two := c.machine(1, f), c.machine(2, f)
+			a, b := one.pod(), two.pod()
+			c.serve(b.ns.Do, 80)
+			c.within(patience, "two nodes", func() error { return c.reaches(a, b, false) })
+			c.must(one.Route(netip.MustParsePrefix("0.0.0.0/0"), netip.MustParseAddr("192.0.2.254")))
+			c.must(one.Route(netip.MustParsePrefix("::/0"), netip.MustParseAddr("2001:db8::254")))
+			for _, to := range []string{"10.42.200.1", "fd42:0:0:200::1"} {
+				for who, from := range map[string]place{"a pod": a.ns.Do, "a node": one.Do} {
+					if who == "a pod" && to != "10.42.200.1" {
+						continue
+					}
+					_, err := c.ask(from, "tcp", netip.MustParseAddr(to), 80, 1)
+					if !errors.Is(err, syscall.EHOSTUNREACH) && !errors.Is(err, syscall.ENETUNREACH) {
+						t.Errorf("%s that calls %s gets %v", who, to, err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestForwardingIsMended: somebody removes the entries of the tunnel, of which the backend
+// hears.
+func TestForwardingIsMended(t *testing.T) {
+	c := newCluster(t, backend.VXLAN)
+	f := families{"4", "4"}
+	one, two := c.machine(1, f), c.machine(2, f)
+	a, b := one.pod(), two.pod()
+	c.serve(b.ns.Do, 80)
+	c.within(patience, "two nodes", func() error { return c.reaches(a, b, false) })
+	for _, family := range []int{syscall.AF_INET, syscall.AF_BRIDGE} {
+		links, err := one.Netlink().LinkList()
+		c.must(err)
+		removed := 0
+		for _, l := range links {
+			if l.Type() != "vxlan" {
+				continue
+			}
+			entries, err := one.Netlink().NeighList(l.Attrs().Index, family)
+			c.must(err)
+			for _, e := range entries {
+				if e.State&netlink.NUD_PERMANENT != 0 {
+					c.must(one.Netlink().NeighDel(&e))
+					removed++
+				}
+			}
+		}
+		if removed == 0 {
+			t.Fatalf("there are no entries of family %d", family)
+		}
+		c.within(patience, "entries removed", func() error { return c.reaches(a, b, false) })
+	}
+}
+
 func TestHostGWNeedsOneLink(t *testing.T) {
 	c := newCluster(t, backend.HostGW)
 	one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})

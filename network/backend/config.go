@@ -61,6 +61,9 @@ type Config struct {
 
 	// NodeIPs are the node's addresses until its Node object says which they are.
 	NodeIPs []netip.Addr
+	// Ranges are those of all pods of the cluster. What is sent to an address of theirs that
+	// no node has is refused at once, and does not leave by the default route.
+	Ranges []netip.Prefix
 	// Interface is the one whose addresses other nodes should send to; empty for that
 	// of the node's addresses.
 	Interface string

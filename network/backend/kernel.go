@@ -279,6 +279,9 @@ func ourRoutes(m names) (map[route]netlink.Route, error) {
 			dst, _ := netip.AddrFromSlice(r.Dst.IP)
 			bits, _ := r.Dst.Mask.Size()
 			k := route{dst: netip.PrefixFrom(dst.Unmap(), bits), link: linkNames[r.LinkIndex], table: r.Table}
+			if r.Type == unix.RTN_UNREACHABLE {
+				k.link, k.nowhere = "", true // for IPv6 the kernel says that it is lo
+			}
 			if via, ok := netip.AddrFromSlice(r.Gw); ok {
 				k.via = via.Unmap()
 			}
@@ -306,6 +309,13 @@ func syncRoutes(m names, want []route, index map[string]int) error {
 	// New ones first, so that a route that moves is replaced and never missing.
 	for r := range wanted {
 		if _, ok := have[r]; ok {
+			continue
+		}
+		if r.nowhere {
+			n := &netlink.Route{Type: unix.RTN_UNREACHABLE, Dst: ipNet(r.dst), Table: r.table, Protocol: routeProtocol, Priority: m.number}
+			if err := netlink.RouteReplace(n); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+				errs = append(errs, fmt.Errorf("route of all pods %s: %w", r.dst, err))
+			}
 			continue
 		}
 		i, ok := index[r.link]

@@ -161,6 +161,8 @@ type route struct {
 	src   netip.Addr // zero for the kernel's choice
 	link  string     // name; empty to let the kernel find the interface of via
 	table int        // unix.RT_TABLE_MAIN or the node's own
+	// nowhere says that there is nobody: link, via and src are empty.
+	nowhere bool
 }
 
 // names are the marks by which a node's objects in the kernel are known as its own.

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"strings"
 
@@ -19,6 +20,7 @@ func watchRoutes(ctx context.Context, changed func()) error {
 	groups := []uint32{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+		unix.RTNLGRP_NEIGH,
 	}
 	if err := netwatch.Follow(ctx, unix.NETLINK_ROUTE, groups, concerns, changed); err != nil {
 		return fmt.Errorf("watch routes: %w", err)
@@ -48,6 +50,12 @@ func concerns(msgs []netlink.Message) bool {
 			}
 		case unix.RTM_DELRULE:
 			return true
+		case unix.RTM_DELNEIGH:
+			// struct ndmsg: the ninth and tenth byte are the state. Of neighbours and forwarding
+			// entries that only somebody can have removed, most are ours.
+			if len(m.Data) > 9 && binary.NativeEndian.Uint16(m.Data[8:])&unix.NUD_PERMANENT != 0 {
+				return true
+			}
 		}
 	}
 	return false

@@ -75,6 +75,7 @@ func nodeMain() error {
 	if cfg.KeyLife != 0 {
 		b.KeyLife = cfg.KeyLife
 	}
+	b.Ranges = cfg.Cluster
 	b.KeyFile = filepath.Join(cfg.Dir, "run", "wireguard.key")
 	n := network.DefaultConfig()
 	n.NodeName, n.DataDir, n.RunDir = cfg.Name, filepath.Join(cfg.Dir, "data"), filepath.Join(cfg.Dir, "run")

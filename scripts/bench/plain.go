@@ -81,7 +81,7 @@ func (p *plainNode) tail(lines int) string {
 }
 
 func (p *plainNode) prepare(ctx context.Context, images string) error {
-	addrs, err := hostaddr.Find(true, false)
+	addrs, err := hostaddr.Find(true, false, nil)
 	if err != nil {
 		return err
 	}

@@ -97,7 +97,7 @@ func (m *moving) untouched(t *testing.T, at *node) {
 	}
 }
 
-// movedAgent starts an agent with images.
+// startAgent starts an agent that has the images of the tests.
 func (f *fleet) startAgent(t *testing.T) *node {
 	t.Helper()
 	a := f.newAgent(t, "--token="+f.token(t))
