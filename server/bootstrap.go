@@ -3,14 +3,17 @@ package server
 import (
 	"context"
 	"fmt"
+	"time"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/retry"
 )
 
 // ensureBootstrapObjects writes what upstream leaves to the installer: the
@@ -21,6 +24,18 @@ func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) er
 	if err != nil {
 		return err
 	}
+	return writeBootstrapObjects(ctx, c, cfg)
+}
+
+// writeBootstrapObjects looks again when another server, which starts at the same
+// time, has written an object between our look and our write.
+func writeBootstrapObjects(ctx context.Context, c kubernetes.Interface, cfg Config) error {
+	overtaken := func(err error) bool { return apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) }
+	backoff := wait.Backoff{Steps: 20, Duration: 10 * time.Millisecond, Factor: 1.3, Jitter: 0.5}
+	return retry.OnError(backoff, overtaken, func() error { return tryBootstrapObjects(ctx, c, cfg) })
+}
+
+func tryBootstrapObjects(ctx context.Context, c kubernetes.Interface, cfg Config) error {
 	binding := &rbacv1.ClusterRoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: "kedge:kubelet-api-admin"},
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:kubelet-api-admin"},

@@ -210,7 +210,8 @@ func agnhost(w workshop) (testimage.Image, error) {
 	return testimage.Image{Files: files, Env: searchPath, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}, nil
 }
 
-// picture is agnhost's web server with something to show.
+// picture is agnhost's web server with something to show. The original is built on
+// Alpine, and a test of volumes that are images reads this file in a folder of it.
 func picture(name string) recipe {
 	return func(w workshop) (testimage.Image, error) {
 		img, err := single("agnhost", "/agnhost", []string{"/agnhost"}, []string{"test-webserver"})(w)
@@ -222,6 +223,7 @@ func picture(name string) recipe {
 				return img, err
 			}
 		}
+		img.Files["/etc/os-release"] = testimage.File{Data: []byte("NAME=\"Alpine Linux\"\nID=alpine\n")}
 		return img, nil
 	}
 }

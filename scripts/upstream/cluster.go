@@ -5,11 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"k8s.io/client-go/tools/clientcmd"
 )
 
 // cluster is a throwaway cluster under test.
@@ -18,6 +22,7 @@ type cluster struct {
 	dir        string // for files of this run
 	kubeconfig string
 	nodes      []string
+	registry   *registry
 }
 
 // The cluster has this name in a folder of its own, so that one that a killed run has
@@ -55,7 +60,50 @@ func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err err
 	for i := range o.agents {
 		c.nodes = append(c.nodes, fmt.Sprint("agent-", i+1))
 	}
+	if err := c.serveImages(ctx); err != nil {
+		return nil, errors.Join(err, c.remove())
+	}
 	return c, nil
+}
+
+// serveImages gives the nodes a registry on this machine, at its address on their
+// network, which is known only when they run: they are restarted for it.
+func (c *cluster) serveImages(ctx context.Context) (err error) {
+	if c.registry, err = openRegistry(filepath.Join(c.o.build, "images.tar")); err != nil {
+		return err
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", c.kubeconfig)
+	if err != nil {
+		return err
+	}
+	api, err := url.Parse(config.Host)
+	if err != nil {
+		return err
+	}
+	node := net.ParseIP(api.Hostname())
+	// The kernel knows by which of its addresses it reaches the node.
+	conn, err := net.DialUDP("udp", nil, &net.UDPAddr{IP: node, Port: 9})
+	if err != nil {
+		return err
+	}
+	address := conn.LocalAddr().(*net.UDPAddr).IP.String()
+	conn.Close()
+	if address, err = c.registry.serve(address); err != nil {
+		return err
+	}
+	settings := fmt.Sprintf("mirrors: {%s: {endpoint: [\"http://%s\"]}}\n", mirrored, address)
+	for _, node := range c.nodes {
+		for _, args := range [][]string{
+			{"node", "shell", "--name", clusterName, node, "--", "sh", "-c", "printf %s '" + settings + "' > /etc/kedge/registries.yaml"},
+			{"node", "stop", "--name", clusterName, node},
+			{"node", "start", "--name", clusterName, node},
+		} {
+			if out, err := c.command(ctx, args...).CombinedOutput(); err != nil {
+				return fmt.Errorf("kedge %s: %w: %s", strings.Join(args[:2], " "), errors.Join(context.Cause(ctx), err), bytes.TrimSpace(out))
+			}
+		}
+	}
+	return nil
 }
 
 // command is kedge with the folder of this program's clusters.
@@ -69,9 +117,13 @@ func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
 func (c *cluster) remove() error {
 	out, err := c.command(context.Background(), "down", clusterName).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("kedge down: %w: %s", err, bytes.TrimSpace(out))
+		err = fmt.Errorf("kedge down: %w: %s", err, bytes.TrimSpace(out))
 	}
-	return nil
+	if c.registry != nil {
+		err = errors.Join(err, c.registry.close())
+		c.registry = nil
+	}
+	return err
 }
 
 // log is what a node's kedge has logged so far.

@@ -43,8 +43,11 @@ func (r *record) summary(results []result, chosen int) string {
 		}
 		areas[area(res.Name)][res.Status]++
 	}
-	begin, end := r.span()
 	fmt.Fprintf(&b, "%d specs: %s\n", chosen, counts(all, chosen))
+	if len(results) == 0 {
+		return b.String()
+	}
+	begin, end := r.span()
 	fmt.Fprintf(&b, "from %s to %s\n", begin.Format(time.DateTime), end.Format(time.DateTime))
 	for _, a := range slices.Sorted(maps.Keys(areas)) {
 		fmt.Fprintf(&b, "  %-24s %s\n", a, counts(areas[a], 0))

@@ -2,12 +2,16 @@ package main
 
 import (
 	"encoding/json"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"kedge/internal/testimage"
 )
 
 // output is what ginkgo writes, shortened.
@@ -226,5 +230,57 @@ func TestReadDryRun(t *testing.T) {
 	}
 	if _, err := readDryRun([]byte(`[{}]`)); err == nil {
 		t.Error("a suite without specs is no error")
+	}
+}
+
+// TestRegistry pulls an image as a node does: its manifest by tag, then by digest, then
+// what that names.
+func TestRegistry(t *testing.T) {
+	archive := filepath.Join(t.TempDir(), "images.tar")
+	testimage.Write(t, archive, testimage.Docker,
+		testimage.Image{Name: "registry.k8s.io/team/tool:1", Files: map[string]testimage.File{"/a": {Data: []byte("first")}}},
+		testimage.Image{Name: "registry.k8s.io/other:2", Files: map[string]testimage.File{"/b": {Data: []byte("second")}}})
+	r, err := openRegistry(archive)
+	if err != nil {
+		t.Fatal(err)
+	}
+	address, err := r.serve("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.close() })
+	get := func(path string) (int, string, []byte) {
+		t.Helper()
+		resp, err := http.Get("http://" + address + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		data, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, resp.Header.Get("Docker-Content-Digest"), data
+	}
+	_, digest, byTag := get("/v2/team/tool/manifests/1")
+	if code, _, data := get("/v2/team/tool/manifests/" + digest); code != http.StatusOK || string(data) != string(byTag) || digest != sum(data) {
+		t.Errorf("by digest %s: %d %s, by tag %s", digest, code, data, byTag)
+	}
+	var manifest struct {
+		Config descriptor
+		Layers []descriptor
+	}
+	if err := json.Unmarshal(byTag, &manifest); err != nil || len(manifest.Layers) != 1 {
+		t.Fatalf("%v, %s", err, byTag)
+	}
+	for _, d := range append(manifest.Layers, manifest.Config) {
+		if code, _, data := get("/v2/team/tool/blobs/" + d.Digest); code != http.StatusOK || int64(len(data)) != d.Size || sum(data) != d.Digest {
+			t.Errorf("%+v: %d, %d bytes of digest %s", d, code, len(data), sum(data))
+		}
+	}
+	for _, path := range []string{"/v2/team/tool/manifests/2", "/v2/nobody/manifests/1", "/v2/team/tool/blobs/sha256:0"} {
+		if code, _, _ := get(path); code != http.StatusNotFound {
+			t.Errorf("%s: %d", path, code)
+		}
 	}
 }
