@@ -305,6 +305,9 @@ func (s *settings) dataPath(p *flagParser) {
 		px.LinkPrefix, px.ForeignPrefix = cni.LinkPrefix(s.nodeName), cni.LinkTag
 		px.ClusterRanges, px.ServiceRanges = k.ClusterCIDRs, k.ServiceCIDRs
 		px.NodePortsOn = p.nodePortAddresses()
+		if !k.NoBalancer {
+			px.Pools = p.pools(k.Pools)
+		}
 		px.Scheduler = nft.Scheduler(p.c.String("proxy-scheduler"))
 		if s.dns != nil {
 			px.Own = k.ClusterDNS

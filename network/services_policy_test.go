@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"kedge/network/nft"
@@ -206,6 +207,54 @@ func TestServiceEndpointElsewhere(t *testing.T) {
 			s.wantSeen("node", here, "tcp", a, node.String())
 			s.wantSeen("outside", s.outside.Do, "tcp", a, node.String())
 		}
+	})
+}
+
+// TestServicePodOfAnotherNode: a pod of another node that comes through this one's node
+// port to an endpoint elsewhere gets its answer through this node again, and one to an
+// endpoint here is seen by its own address.
+func TestServicePodOfAnotherNode(t *testing.T) {
+	both(t, func(t *testing.T, is6 bool) {
+		s := newServices(t, nil)
+		pod := netip.MustParseAddr(pick(is6, "10.42.9.9", "fd42:0:0:9::9"))
+		s.must(s.outside.Do(func() error {
+			link, err := netlink.LinkByName("uplink")
+			if err != nil {
+				return err
+			}
+			addr := &netlink.Addr{IPNet: &net.IPNet{IP: pod.AsSlice(), Mask: net.CIDRMask(pod.BitLen(), pod.BitLen())}, Flags: unix.IFA_F_NODAD}
+			return netlink.AddrAdd(link, addr)
+		}))
+		node := pick(is6, nodeV4, nodeV6).Addr()
+		seen := func(what, want string) {
+			t.Helper()
+			var got []byte
+			err := s.outside.Do(func() error {
+				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: pod.AsSlice()}, Timeout: 2 * time.Second}
+				conn, err := d.Dial("tcp", at(node, 30080))
+				if err != nil {
+					return err
+				}
+				defer conn.Close()
+				got, err = io.ReadAll(conn)
+				return err
+			})
+			if err != nil || string(got) != want {
+				t.Errorf("%s: seen from %q, %v; want %s", what, got, err, want)
+			}
+		}
+		p := web(pick(is6, webV4, webV6))
+		p.Ready, p.Cluster, p.NodePort = true, []netip.AddrPort{s.remote(is6)}, 30080
+		s.apply("default/web", p)
+		seen("endpoint elsewhere", node.String())
+
+		server := s.pod()
+		s.serve(server.ns.Do, "tcp", at(server.addr(is6), 8080))
+		q := web(p.ClusterIP, server)
+		q.NodePort = 30080
+		s.apply("default/web", q)
+		seen("endpoint here", pod.String())
+		s.repaired(0)
 	})
 }
 

@@ -29,7 +29,14 @@ mkdir -p "$out/bin"
 images=k8s.io/kubernetes/test/images
 build() { go build -C scripts/conformance -ldflags '-s -w' -o "$out/bin/$1" "$2"; }
 echo "building the suite"
-go test -C scripts/conformance -c -ldflags '-s -w' -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
+# The suite chooses some of what it tests by its own version.
+version=$(go list -C scripts/conformance -m -f '{{.Version}}' k8s.io/kubernetes)
+minor=${version#v*.}
+flags="-s -w"
+for p in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
+	flags="$flags -X $p.gitVersion=$version -X $p.gitMajor=1 -X $p.gitMinor=${minor%%.*}"
+done
+go test -C scripts/conformance -c -ldflags "$flags" -o "$out/e2e.test" k8s.io/kubernetes/test/e2e
 build ginkgo github.com/onsi/ginkgo/v2/ginkgo
 echo "building the programs of its images"
 build agnhost $images/agnhost

@@ -111,6 +111,30 @@ func toThisNode() rule {
 	}
 }
 
+// setMark sets a bit of the packet's mark and leaves the others as they are.
+func setMark(bit uint32) rule {
+	return rule{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+		&expr.Bitwise{
+			SourceRegister: reg1, DestRegister: reg1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(^bit), Xor: binaryutil.NativeEndian.PutUint32(bit),
+		},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true},
+	}
+}
+
+// marked matches packets whose mark has a bit set.
+func marked(bit uint32) rule {
+	return rule{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
+		&expr.Bitwise{
+			SourceRegister: reg1, DestRegister: reg1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bit), Xor: make([]byte, 4),
+		},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: make([]byte, 4)},
+	}
+}
+
 // sourceUnreachable matches packets whose sender would not be answered through
 // the interface they came in by.
 func sourceUnreachable() rule {

@@ -27,18 +27,22 @@ var (
 //
 //	prerouting, output
 //	    from a pod of another node on this machine: that node's rules decide.
+//	    from a pod of another node to an address of this one: a mark, for postrouting.
 //	    otherwise: services.
 //	services
 //	    to a cluster IP that the node answers itself: leave.
 //	    to an address and port of a service: what its class says.
 //	    to a node port at one of the chosen addresses: what its class says.
-//	    to another port of a cluster IP: refuse.
+//	    to another port of a cluster IP, or of a load balancer's of a pool: refuse.
 //	    to a service range otherwise: drop, or it might come back from a router.
 //	postrouting
 //	    from a pod to itself through a service: the gateway's address, or the pod
 //	        would drop a packet from its own address.
 //	    to a pod of this machine, or to the machine itself: the client's address,
 //	        since the answer passes here anyway.
+//	    from a pod of another node through a node port, on to an endpoint elsewhere:
+//	        the node's address. The endpoint's answer to the pod's own would not pass
+//	        here, and the pod would not know who it is from.
 //	    from a pod: its address, to which every node has a route.
 //	    from elsewhere through a service to an endpoint elsewhere: the node's.
 //
@@ -57,6 +61,11 @@ func (c ServiceConfig) chains() []chain {
 
 	pre.add("pods of another node on this machine",
 		linkStartsWith(expr.MetaKeyIIFNAME, c.ForeignPrefix), linkOther(expr.MetaKeyIIFNAME, c.LinkPrefix), leave())
+	for _, p := range c.ClusterRanges {
+		f := familyOf(p.Addr())
+		pre.add("pods of other nodes at this node's address: "+p.String(), f.is(), linkOther(expr.MetaKeyIIFNAME, c.LinkPrefix),
+			f.addrIn(f.saddr, p, expr.CmpOpEq), toThisNode(), setMark(markFromOtherNode))
+	}
 	pre.add("services", jump(chainServices))
 	out.add("services", jump(chainServices))
 
@@ -73,7 +82,7 @@ func (c ServiceConfig) chains() []chain {
 					rule{loadProtocol(word0), loadPort(word0 + 1)}, f.follow(kindNodePorts))
 			}
 		}
-		services.add("other ports of cluster IPs", f.is(), rule{f.load(f.daddr, word0), f.in(word0, kindClusterIPs)}, jumpTo(chainClusterIP))
+		services.add("other ports of the services' own addresses", f.is(), rule{f.load(f.daddr, word0), f.in(word0, kindClusterIPs)}, jumpTo(chainClusterIP))
 	}
 	unused.add("the node answers it itself", toThisNode(), leave())
 	unused.add("the service has no such port", jumpTo(chainRefuse))
@@ -90,6 +99,7 @@ func (c ServiceConfig) chains() []chain {
 	post.add("to a pod of this machine", linkStartsWith(expr.MetaKeyOIFNAME, c.ForeignPrefix), leave())
 	post.add("not through a service", untranslated(), leave())
 	post.add("to the machine itself", toThisNode(), leave())
+	post.add("from a pod of another node", marked(markFromOtherNode), masquerade())
 	for _, p := range c.ClusterRanges {
 		f := familyOf(p.Addr())
 		post.add("from a pod: "+p.String(), f.is(), f.addrIn(f.saddr, p, expr.CmpOpEq), leave())
@@ -99,6 +109,11 @@ func (c ServiceConfig) chains() []chain {
 	}
 	return []chain{pre, out, post, services, unused, refuse}
 }
+
+// markFromOtherNode is a bit of the mark of a connection's first packet, from the
+// prerouting chain to the postrouting chain of this node: there the kernel no longer
+// says where a packet came in.
+const markFromOtherNode = 1 << 21
 
 // refusal answers at once. TCP is reset because the kernel sends few ICMP
 // messages a second, and clients that get none wait.

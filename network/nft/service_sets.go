@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/addresspool"
 )
 
 // setKind is one of the sets that the table has for each family.
@@ -86,7 +88,7 @@ func (id setID) describe() set {
 		s = set{name: "clients", comment: "which endpoint of a service a client had", grows: maxClients,
 			key: concat(addr, addr, proto, port, addr)}
 	case kindClusterIPs:
-		s = set{name: "cluster-ips", comment: "cluster IPs in use", key: addr}
+		s = set{name: "cluster-ips", comment: "cluster IPs in use, and addresses of pools", key: addr}
 	case kindItself:
 		s = set{name: "endpoints-to-themselves", comment: "pods that may reach themselves through a service", key: concat(addr, addr)}
 	case kindElsewhere:
@@ -205,6 +207,11 @@ func (p *ServicePort) elements(cfg ServiceConfig, chains map[string]chain, holds
 		}
 	}
 	add(kindClusterIPs, string(p.ClusterIP.AsSlice()), "")
+	for _, a := range p.LoadBalancerIPs {
+		if _, pooled := addresspool.In(cfg.Pools, a); pooled {
+			add(kindClusterIPs, string(a.AsSlice()), "")
+		}
+	}
 	for _, at := range p.frontends() {
 		if !holds(at) {
 			continue

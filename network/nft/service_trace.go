@@ -138,7 +138,7 @@ func (w *walk) destination() error {
 		return err
 	}
 	if ours && p.To.Place != trace.Node {
-		s := w.add(chainServices, "other ports of cluster IPs", w.f.set(kindClusterIPs).name()+": "+to.String(), "a cluster IP, but not a port that its service has")
+		s := w.add(chainServices, "other ports of the services' own addresses", w.f.set(kindClusterIPs).name()+": "+to.String(), "an address that only services have, and none of them has the port")
 		s.Problem += problem
 		w.end(chainClusterIP, "the service has no such port", "", "refused: "+refusalText(p.Protocol))
 		return nil
@@ -353,7 +353,10 @@ func (w *walk) source() error {
 		rule, effect = "not through a service", effect+"it did not pass a service"
 	default:
 		for _, r := range w.table.cfg.ClusterRanges {
-			if r.Contains(from) {
+			switch {
+			case r.Contains(from) && p.From.Place == trace.Outside:
+				rule, effect = "from a pod of another node", "gets the node's source address, so that the answer comes back here"
+			case r.Contains(from):
 				rule, effect = "from a pod: "+r.String(), effect+"every node has a route to it"
 			}
 		}

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"kedge/internal/addresspool"
 )
 
 // ServiceConfig is what a node's services have in common.
@@ -15,7 +17,10 @@ type ServiceConfig struct {
 	ServiceRanges []netip.Prefix // of cluster IPs
 	NodePortsOn   []netip.Prefix // addresses of the node at which node ports answer
 	Own           []netip.Addr   // cluster IPs that the node answers itself: no rule touches them
-	Scheduler     Scheduler
+	// Pools are addresses that only services have: no machine answers for them, so that
+	// a port that no service has there is refused here, or it is by nobody.
+	Pools     []addresspool.Pool
+	Scheduler Scheduler
 }
 
 // Scheduler is how an endpoint is chosen for a new connection.

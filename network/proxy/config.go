@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"kedge/internal/addresspool"
 	"kedge/network/nft"
 )
 
@@ -27,6 +28,8 @@ type Config struct {
 	Own []netip.Addr
 
 	Scheduler nft.Scheduler
+	// Pools are where addresses of load balancers come from that no machine has.
+	Pools []addresspool.Pool
 }
 
 // DefaultConfig returns the configuration of a single IPv4 node, less its name
@@ -78,6 +81,6 @@ func (c Config) rules() nft.ServiceConfig {
 	return nft.ServiceConfig{
 		LinkPrefix: c.LinkPrefix, ForeignPrefix: c.ForeignPrefix,
 		ClusterRanges: c.ClusterRanges, ServiceRanges: c.ServiceRanges,
-		NodePortsOn: c.nodePortsOn(c.NodeIPs), Own: c.Own, Scheduler: c.Scheduler,
+		NodePortsOn: c.nodePortsOn(c.NodeIPs), Own: c.Own, Pools: c.Pools, Scheduler: c.Scheduler,
 	}
 }

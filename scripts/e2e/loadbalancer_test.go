@@ -87,6 +87,13 @@ func TestLoadBalancerOfPool(t *testing.T) {
 			t.Errorf("the server sees %q, %v, want %s", got, err, want)
 		}
 		answered(t, func() (string, error) { return n.get(url + "/") }, "web-0")
+		// A port that no service has there is refused, not left to whoever else may have the address.
+		eventually(t, 20*time.Second, func() error {
+			if _, err := n.getOutside("http://"+net.JoinHostPort(a, "9")+"/", 2*time.Second); err == nil || !strings.Contains(err.Error(), "refused") {
+				return fmt.Errorf("another port of %s: %v", a, err)
+			}
+			return nil
+		})
 	}
 	n.apply(t, ns, `{apiVersion: v1, kind: Service, metadata: {name: asked, annotations: {kedge.io/address-pool: lab, kedge.io/loadBalancerIPs: 198.51.100.245}}, spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 81, targetPort: 8080}]}}`)
 	if got := n.given(t, ns, "asked"); got[0] != "198.51.100.245" {

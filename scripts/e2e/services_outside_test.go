@@ -333,7 +333,7 @@ func TestNetTrace(t *testing.T) {
 		{[]string{"nowhere"}, []string{"which has no endpoints", "the connection is reset at once", "it ends here"}},
 		{[]string{fmt.Sprint("node:", n.apiPort+3001)}, []string{"host ports of all node addresses", "it reaches " + hosted + ":8080"}},
 		{[]string{"from", "hosted", "203.0.113.5:443"}, []string{"the outside sees the node's address", "it goes to 203.0.113.5:443, outside"}},
-		{[]string{"web:81"}, []string{"not a port that its service has", "it ends here"}},
+		{[]string{"web:81"}, []string{"none of them has the port", "it ends here"}},
 	} {
 		eventually(t, 5*time.Second, func() error {
 			out, err := trace(c.args...)

@@ -15,6 +15,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -132,13 +133,22 @@ func debian(cmd []string, packages ...string) recipe {
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// busybox is Debian's, but for its shell: that of this version drops what is no name of
-// a variable, as in "data-1=x", from the environment that it passes on, and tests print
-// such with "sh -c env".
+// busybox is Debian's with all of its tools, but for its shell: that of this version
+// drops what is no name of a variable, as in "data-1=x", from the environment that it
+// passes on, and tests print such with "sh -c env".
 func busybox(w workshop) (testimage.Image, error) {
 	img, err := testimage.NewBusybox("")
 	if err != nil {
 		return img, err
+	}
+	tools, err := exec.Command(testimage.Busybox, "--list").Output()
+	if err != nil {
+		return img, fmt.Errorf("list the tools of busybox: %w", err)
+	}
+	for tool := range strings.FieldsSeq(string(tools)) {
+		if name := "/bin/" + tool; img.Files[name].Data == nil {
+			img.Files[name] = testimage.File{Link: "busybox"}
+		}
 	}
 	const shell = "/usr/bin/bash-static"
 	files, err := w.packages("bash-static")

@@ -37,15 +37,17 @@ var header = regexp.MustCompile(`^S*([•SP]) (?:\[([A-Z !]+)\] )?\[([0-9.]+) se
 const rule = "------------------------------"
 
 // parse reads ginkgo's verbose output and calls each for every spec of known that ends,
-// as soon as it has, with its part of the output.
+// as soon as it has, with its part of the output. Of specs that run beside others, all
+// is printed when they end, the header first and the name below it; of one that runs
+// alone, the name is printed when it begins, and the header when it ends.
 func parse(out io.Reader, known map[string]bool, each func(result, []byte) error) error {
 	lines := bufio.NewReader(out)
-	var block bytes.Buffer
+	var block bytes.Buffer // since the last rule
 	var r result
-	begun, wantName := false, false
+	ended := false // the header was there
 	end := func() error {
-		defer func() { r, begun, wantName = result{}, false, false; block.Reset() }()
-		if !begun || r.Name == "" {
+		defer func() { r, ended = result{}, false; block.Reset() }()
+		if !ended || r.Name == "" {
 			return nil
 		}
 		return each(r, block.Bytes())
@@ -53,29 +55,20 @@ func parse(out io.Reader, known map[string]bool, each func(result, []byte) error
 	for {
 		line, err := lines.ReadString('\n')
 		text := strings.TrimRight(line, "\r\n")
-		switch m := header.FindStringSubmatch(text); {
-		case text == rule:
+		if text == rule {
 			if err := end(); err != nil {
 				return err
 			}
-		case m != nil:
-			if err := end(); err != nil {
-				return err
-			}
-			r.Seconds, _ = strconv.ParseFloat(m[3], 64) // the expression lets numbers through only
-			r.Status = status(m[1], m[2])
-			begun, wantName = true, true
-		case wantName:
-			r.Name, wantName = nameIn(text, known), false
-		case begun && r.Status != passed && r.Reason == "":
-			if _, reason, ok := strings.Cut(text, "[FAILED] "); ok {
-				r.Reason = reason
-			} else if _, reason, ok := strings.Cut(text, "[SKIPPED] "); ok {
-				r.Reason = reason
-			}
-		}
-		if begun {
+		} else {
 			block.WriteString(line)
+		}
+		if m := header.FindStringSubmatch(text); m != nil {
+			r.Seconds, _ = strconv.ParseFloat(m[3], 64) // the expression lets numbers through only
+			r.Status, ended = status(m[1], m[2]), true
+		} else if r.Name == "" {
+			r.Name = nameIn(text, known)
+		} else if ended && r.Status != passed && r.Reason == "" {
+			r.Reason = reasonIn(text)
 		}
 		if err == io.EOF {
 			return end()
@@ -84,6 +77,17 @@ func parse(out io.Reader, known map[string]bool, each func(result, []byte) error
 			return err
 		}
 	}
+}
+
+// reasonIn is what a line says of why a spec failed or did not run. (In the timeline,
+// only the place is behind the word.)
+func reasonIn(line string) string {
+	for _, word := range []string{"[FAILED] ", "[SKIPPED] ", "[TIMEDOUT] ", "[PANICKED] "} {
+		if _, reason, ok := strings.Cut(line, word); ok && !strings.HasPrefix(reason, "in [") {
+			return reason
+		}
+	}
+	return ""
 }
 
 func status(sign, word string) string {

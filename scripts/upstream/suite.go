@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -25,7 +26,9 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	cmd := exec.CommandContext(ctx, filepath.Join(c.o.build, "bin", "ginkgo"), args...)
 	cmd.Dir = part
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.kubeconfig, "KUBECACHEDIR="+filepath.Join(c.dir, "cache"))
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	// Ginkgo and its processes are a group, which is told to end, and at last made to.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = time.Minute
 	log, err := os.Create(filepath.Join(part, "e2e.log"))
 	if err != nil {
@@ -40,6 +43,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	if err := cmd.Start(); err != nil {
 		return err
 	}
+	defer func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }() // no such process, unless it was too slow
 	known := map[string]bool{}
 	for _, name := range specs {
 		known[name] = true

@@ -29,6 +29,7 @@ SSS
 [sig-node] Secrets [It] should be seen [Conformance] [sig-node, Conformance]
 secrets.go:98
 
+  [FAILED] in [It] - output.go:263
   [FAILED] expected "a" in container output: Expected
       <string>: b
 ------------------------------
@@ -44,6 +45,11 @@ swap.go:9
 • [TIMEDOUT] [600.000 seconds]
 [sig-node] Pods should stay [sig-node]
 ------------------------------
+[sig-node] Pods should be alone [Serial] [sig-node, Serial]
+pods.go:7
+  STEP: being alone
+• [300.250 seconds]
+------------------------------
 • [1.000 seconds]
 [sig-node] is of nobody [sig-node]
 ------------------------------
@@ -55,7 +61,7 @@ func TestParse(t *testing.T) {
 	// The name as ginkgo has it lacks "[It] ", which its output puts before the last part.
 	known := map[string]bool{}
 	for _, n := range []string{"[sig-apps] CronJob should run [Conformance] [Slow]", "[sig-node] Secrets should be seen [Conformance]",
-		"[sig-node] Swap should work", "[sig-node] Pods should go", "[sig-node] Pods should stay"} {
+		"[sig-node] Swap should work", "[sig-node] Pods should go", "[sig-node] Pods should stay", "[sig-node] Pods should be alone [Serial]"} {
 		known[n] = true
 	}
 	var got []result
@@ -73,6 +79,7 @@ func TestParse(t *testing.T) {
 		{Name: "[sig-node] Swap should work", Status: skipped, Seconds: 0.1, Reason: "no swap here"},
 		{Name: "[sig-node] Pods should go", Status: broken, Seconds: 1},
 		{Name: "[sig-node] Pods should stay", Status: failed, Seconds: 600},
+		{Name: "[sig-node] Pods should be alone [Serial]", Status: passed, Seconds: 300.25},
 	}
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v\n got %+v\nwant %+v", err, got, want)

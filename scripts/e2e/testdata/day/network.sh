@@ -35,6 +35,8 @@ eventually is db-1 kubectl exec client -- probe get "http://db-1.db.$NS.svc.clus
 eventually is db-1 kubectl exec client -- probe get http://alias:8080
 for address in $(kubectl get nodes -o jsonpath='{.items[*].status.addresses[?(@.type=="InternalIP")].address}'); do
 	eventually has db- probe get "http://$address:31000"
+	# From a pod as well, wherever it, the node and the endpoint are.
+	for _ in 1 2 3 4 5 6; do has db- kubectl exec client -- probe get "http://$address:31000"; done
 done
 before=$(kubectl get pod db-1 -o jsonpath='{.metadata.uid}')
 kubectl delete pod db-1
