@@ -339,8 +339,8 @@ func TestServers(t *testing.T) {
 	})
 }
 
-// TestGrowth: one server becomes three, five, three and one again under load, and in each
-// step the one that leads is killed and started again.
+// TestGrowth: one server becomes three, five, three and one again under load, and after
+// each step one is killed and started again.
 func TestGrowth(t *testing.T) {
 	if os.Getenv("KEDGE_TEST_LONG") == "" {
 		t.Skip("five servers at once: set KEDGE_TEST_LONG=1")
@@ -357,7 +357,7 @@ func TestGrowth(t *testing.T) {
 		f.voting(t, f.node)
 		t.Logf("%s after %s", what, since(begin))
 		writes.check(t, what, apart, f.node)
-		if s, _ := f.leader(t); s != f.node { // which those that write know alone
+		if s := f.all[len(f.all)-1]; s != f.node {
 			if err := s.signal(syscall.SIGKILL, 5*time.Second); err != nil {
 				t.Fatal(err)
 			}

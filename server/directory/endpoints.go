@@ -233,11 +233,20 @@ func (e *Endpoints) removeDeleted(ctx context.Context, servers map[string]Entry)
 		case err == nil:
 			e.log.Info("a server was removed, since its node was deleted", "server", name)
 			delete(e.refused, name)
+		case !e.listed(name):
+			// Somebody else has removed it meanwhile.
 		case !e.refused[name]:
 			e.refused[name] = true
 			e.log.Error("the node of a server was deleted, and the server stays", "server", name, "err", err)
 		}
 	}
+}
+
+// listed reports whether the list of servers has a server by now.
+func (e *Endpoints) listed(name string) bool {
+	servers, _ := e.dir.Servers()
+	_, there := servers[name]
+	return there
 }
 
 // serviceName is the service, in the namespace default.
