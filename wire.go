@@ -36,6 +36,7 @@ import (
 	"kedge/network/trace"
 	"kedge/runtime"
 	"kedge/server"
+	"kedge/server/bootstrap"
 	"kedge/server/loopback"
 	"kedge/server/servicelb"
 	"kedge/server/tunnels"
@@ -109,7 +110,7 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	s.agent.ClientCA = id.ClientCA.CertFile()
 	s.agent.Volumes = volumes
 	return wireServersNode(group, s, node{
-		asked: asked, api: hAPI, moves: moves, network: lb.Config(server.NetworkGroup+":"+s.nodeName, server.NetworkGroup),
+		asked: asked, api: hAPI, moves: moves, network: lb.Config(bootstrap.NetworkGroup+":"+s.nodeName, bootstrap.NetworkGroup),
 	}, hub, others, id, log)
 }
 
@@ -182,7 +183,7 @@ func singletons(s settings, id *server.Identity, lb *loopback.Loopback, others *
 	}
 	if s.balancer != nil {
 		parts = append(parts, singleton{"servicelb", func() (lifecycle.Component, error) {
-			return servicelb.New(*s.balancer, lb.Config(server.LoadBalancerUser), component(log, "servicelb"))
+			return servicelb.New(*s.balancer, lb.Config(bootstrap.LoadBalancerUser), component(log, "servicelb"))
 		}})
 	}
 	// What is wrong with a component's flags must be said before anything starts.

@@ -28,6 +28,7 @@ import (
 	"kedge/internal/componentflags"
 	"kedge/internal/pki"
 	"kedge/internal/tunnel"
+	"kedge/server/bootstrap"
 	"kedge/server/cutoff"
 	"kedge/server/join"
 	"kedge/server/loopback"
@@ -171,7 +172,7 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 		}
 		return err
 	}
-	if err := ensureBootstrapObjects(ctx, s.loopback.Admin(), s.cfg); err != nil && ctx.Err() == nil {
+	if err := bootstrap.Ensure(ctx, s.loopback.Admin(), s.cfg.ClusterDNS); err != nil && ctx.Err() == nil {
 		cancel()
 		return errors.Join(err, <-done)
 	}

@@ -23,6 +23,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
+	"kedge/server/bootstrap"
 )
 
 // Identity is the credentials of a control plane: made at the first boot, kept
@@ -158,7 +159,7 @@ func (id *Identity) Moved(cfg Config, now time.Time) error {
 // leaves makes the leaf certificates.
 func (id *Identity) leaves(cfg Config, now time.Time) error {
 	for _, l := range append(id.serving(cfg), []leafOf{
-		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: kubeletClientUser, Client: true}, &id.KubeletClient},
+		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: bootstrap.KubeletClientUser, Client: true}, &id.KubeletClient},
 		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
 		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
 		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},
@@ -186,10 +187,6 @@ func (id *Identity) nodeClient(cfg Config, now time.Time) error {
 	}
 	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
 }
-
-// kubeletClientUser is who the API server is when it calls a kubelet. It is
-// bound to the role system:kubelet-api-admin, nothing more.
-const kubeletClientUser = "kube-apiserver-kubelet-client"
 
 // proxyUser is who the aggregator is when it calls an extension API server.
 const proxyUser = "system:auth-proxy"

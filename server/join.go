@@ -9,6 +9,7 @@ import (
 
 	"kedge/datastore"
 	"kedge/internal/token"
+	"kedge/server/bootstrap"
 	"kedge/server/directory"
 	"kedge/server/join"
 	"kedge/server/loopback"
@@ -38,7 +39,7 @@ func (s *Servers) NewEndpoints(id *Identity, log *slog.Logger) *directory.Endpoi
 func NewJoin(cfg Config, id *Identity, servers *Servers, addresses func() []netip.Addr, log *slog.Logger) *join.Service {
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
-		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: NetworkGroup,
+		Preshared: map[join.Role]token.Secret{join.Agent: cfg.Token, join.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: bootstrap.NetworkGroup,
 		OwnAddresses: addresses, Life: cfg.AgentCertificateLife, Servers: servers,
 	}, servers.api, log)
 	servers.nodes = s.Nodes()

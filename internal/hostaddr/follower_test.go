@@ -39,11 +39,19 @@ func TestFollower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &machine{addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
 		f := NewFollower(m.addrs, m.find, slog.New(slog.DiscardHandler))
+		var mu sync.Mutex // guards what follows
 		var order []string
 		var told [][]netip.Addr
-		f.Tell("good", func(a []netip.Addr) error { order, told = append(order, "good"), append(told, a); return nil })
 		trouble := 0
+		f.Tell("good", func(a []netip.Addr) error {
+			mu.Lock()
+			defer mu.Unlock()
+			order, told = append(order, "good"), append(told, a)
+			return nil
+		})
 		f.Tell("slow", func([]netip.Addr) error {
+			mu.Lock()
+			defer mu.Unlock()
 			order = append(order, "slow")
 			if trouble > 0 {
 				trouble--
@@ -56,9 +64,13 @@ func TestFollower(t *testing.T) {
 		go func() { defer close(done); f.loop(ctx) }()
 		expect := func(after time.Duration, what string, want ...string) {
 			t.Helper()
+			mu.Lock()
 			order = nil
+			mu.Unlock()
 			time.Sleep(after)
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if !slices.Equal(order, want) {
 				t.Errorf("%s: told %v, want %v", what, order, want)
 			}
@@ -79,7 +91,9 @@ func TestFollower(t *testing.T) {
 		if f.Get()[0] != netip.MustParseAddr("192.0.2.3") {
 			t.Errorf("without an address it says %v", f.Get())
 		}
+		mu.Lock()
 		trouble = 2
+		mu.Unlock()
 		m.set(f, nil, "192.0.2.4", "2001:db8::4")
 		expect(2*settle, "one cannot follow", "good", "slow")
 		expect(tellAgain, "it is told again, alone", "slow")

@@ -1,4 +1,4 @@
-package server
+package bootstrap
 
 import (
 	"context"
@@ -34,7 +34,7 @@ func TestBootstrapOvertaken(t *testing.T) {
 		}
 		return true, nil, apierrors.NewAlreadyExists(gvr.GroupResource(), object.GetName())
 	})
-	if err := writeBootstrapObjects(context.Background(), c, Config{}); err != nil {
+	if err := ensure(context.Background(), c, nil); err != nil {
 		t.Fatal(err)
 	}
 	roles, err := c.RbacV1().ClusterRoles().List(context.Background(), metav1.ListOptions{})

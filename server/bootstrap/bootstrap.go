@@ -1,8 +1,15 @@
-package server
+// Package bootstrap writes the objects that upstream leaves to a cluster's installer:
+// who may call kubelets, what the nodes' networks may read, the service of the
+// cluster's DNS.
+//
+// It is not for what controllers keep up: each server calls it once, when its API
+// answers. Only package server and main import it.
+package bootstrap
 
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"time"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -16,30 +23,32 @@ import (
 	"k8s.io/client-go/util/retry"
 )
 
-// ensureBootstrapObjects writes what upstream leaves to the installer: the
-// binding that lets the API server call kubelets, and what the nodes' networks may
-// read. It is called at every start and changes only what differs.
-func ensureBootstrapObjects(ctx context.Context, rc *rest.Config, cfg Config) error {
+// KubeletClientUser is who the API server is when it calls a kubelet. It is
+// bound to the role system:kubelet-api-admin, nothing more.
+const KubeletClientUser = "kube-apiserver-kubelet-client"
+
+// Ensure writes the objects, and changes only what differs. dns are the addresses of
+// the cluster's resolver, none where it is not ours. When another server, which starts
+// at the same time, has written an object between our look and our write, it looks again.
+func Ensure(ctx context.Context, rc *rest.Config, dns []netip.Addr) error {
 	c, err := kubernetes.NewForConfig(rc)
 	if err != nil {
 		return err
 	}
-	return writeBootstrapObjects(ctx, c, cfg)
+	return ensure(ctx, c, dns)
 }
 
-// writeBootstrapObjects looks again when another server, which starts at the same
-// time, has written an object between our look and our write.
-func writeBootstrapObjects(ctx context.Context, c kubernetes.Interface, cfg Config) error {
+func ensure(ctx context.Context, c kubernetes.Interface, dns []netip.Addr) error {
 	overtaken := func(err error) bool { return apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) }
 	backoff := wait.Backoff{Steps: 20, Duration: 10 * time.Millisecond, Factor: 1.3, Jitter: 0.5}
-	return retry.OnError(backoff, overtaken, func() error { return tryBootstrapObjects(ctx, c, cfg) })
+	return retry.OnError(backoff, overtaken, func() error { return try(ctx, c, dns) })
 }
 
-func tryBootstrapObjects(ctx context.Context, c kubernetes.Interface, cfg Config) error {
+func try(ctx context.Context, c kubernetes.Interface, dns []netip.Addr) error {
 	binding := &rbacv1.ClusterRoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: "kedge:kubelet-api-admin"},
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:kubelet-api-admin"},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: kubeletClientUser}},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: KubeletClientUser}},
 	}
 	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("bind the API server's kubelet client: %w", err)
@@ -50,7 +59,7 @@ func tryBootstrapObjects(ctx context.Context, c kubernetes.Interface, cfg Config
 	if err := ensureLoadBalancer(ctx, c); err != nil {
 		return fmt.Errorf("let the load balancer write addresses: %w", err)
 	}
-	if err := ensureDNS(ctx, c, cfg.ClusterDNS); err != nil {
+	if err := ensureDNS(ctx, c, dns); err != nil {
 		return fmt.Errorf("publish the cluster's DNS: %w", err)
 	}
 	return nil
