@@ -89,7 +89,7 @@ func checkRanges(_ context.Context, c Config, p probes) []finding {
 	}
 	for _, r := range routes {
 		// What leads to the loopback interface is this machine, or a kedge's own.
-		if r.to.Bits() == 0 || r.link == "lo" || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
+		if r.to.Bits() == 0 || r.link == "lo" || r.link == "" /* leads nowhere, as the one that kedge makes for addresses that no pod has */ || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
 			continue
 		}
 		for _, mine := range c.Ranges {

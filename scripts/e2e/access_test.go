@@ -169,7 +169,18 @@ func TestNodeIdentityIsRestricted(t *testing.T) {
 	ns := n.namespace(t)
 	ctx := context.Background()
 	n.fakeNode(t, ns, "other", nil)
-	kubelet := n.certified(t, ns+"-node", certificatesv1.KubeAPIServerClientKubeletSignerName, pkix.Name{CommonName: "system:node:" + n.name, Organization: []string{"system:nodes"}})
+	// A certificate of the node's name is worth nothing without the node's key.
+	stranger := n.certified(t, ns+"-node", certificatesv1.KubeAPIServerClientKubeletSignerName, pkix.Name{CommonName: "system:node:" + n.name, Organization: []string{"system:nodes"}})
+	if _, err := stranger.CoreV1().Nodes().Get(ctx, n.name, metav1.GetOptions{}); !apierrors.IsUnauthorized(err) {
+		t.Errorf("another key under the node's name: %v", err)
+	}
+	dir := filepath.Join(n.dataDir(), "server", "tls")
+	config := rest.CopyConfig(n.config)
+	config.TLSClientConfig = rest.TLSClientConfig{CAFile: filepath.Join(dir, "server-ca.crt"), CertFile: filepath.Join(dir, "client-node.crt"), KeyFile: filepath.Join(dir, "serving-kubelet.key")}
+	kubelet, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
 	nodes := kubelet.CoreV1().Nodes()
 	patch := func(name, label string, sub ...string) error {
 		_, err := nodes.Patch(ctx, name, types.MergePatchType, fmt.Appendf(nil, `{"metadata":{"labels":{%q:"x"}}}`, label), metav1.PatchOptions{}, sub...)
