@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,12 @@ func planWireGuard(cfg Config, own node, peers []node, mtu int) (plan, error) {
 // change of keys it is what makes two nodes meet again.
 const keepAlive = 25 * time.Second
 
+// courtesy is how long the one of two nodes that has the greater public key waits for the
+// other's greeting before it sends its own. Two nodes often hear of each other at the same
+// moment, and of two greetings that cross each other both are void: the protocol repeats
+// them after five seconds only.
+const courtesy = 500 * time.Millisecond
+
 // wireGuard is the node's key and its interface's peers.
 //
 // A node proves itself by a key that it publishes in its Node object, which no other node
@@ -58,6 +65,7 @@ type wireGuard struct {
 	link   string
 	device wgDevice // nil while there is no interface
 	have   map[wgtypes.Key]wgPeer
+	met    map[wgtypes.Key]time.Time // when the peer's key was first seen
 }
 
 // wgDevice is an interface that speaks WireGuard: the kernel's or this process's.
@@ -75,6 +83,7 @@ type wgDevice interface {
 type wgPeer struct {
 	at      netip.AddrPort
 	allowed string // prefixes, sorted, separated by commas
+	greeted bool   // it is sent something now and then, and at once when that begins
 }
 
 // newWireGuard reads the key that an earlier process has left.
@@ -161,16 +170,25 @@ func (w *wireGuard) set(ctx context.Context, link string, own node, peers []node
 			c.Peers = append(c.Peers, wgtypes.PeerConfig{PublicKey: key, Remove: true})
 		}
 	}
-	interval := keepAlive
+	interval, wait := keepAlive, time.Duration(0)
 	for key, p := range want {
+		if !p.greeted {
+			wait = courtesy
+		}
 		if have, ok := w.have[key]; ok && have == p {
 			continue
 		}
-		peer := wgtypes.PeerConfig{PublicKey: key, Endpoint: net.UDPAddrFromAddrPort(p.at), PersistentKeepaliveInterval: &interval, ReplaceAllowedIPs: true}
+		peer := wgtypes.PeerConfig{PublicKey: key, Endpoint: net.UDPAddrFromAddrPort(p.at), ReplaceAllowedIPs: true}
+		if p.greeted {
+			peer.PersistentKeepaliveInterval = &interval
+		}
 		for s := range strings.SplitSeq(p.allowed, ",") {
 			peer.AllowedIPs = append(peer.AllowedIPs, *ipNet(netip.MustParsePrefix(s)))
 		}
 		c.Peers = append(c.Peers, peer)
+	}
+	if wait > 0 {
+		time.AfterFunc(wait, w.change)
 	}
 	if len(c.Peers) == 0 {
 		return errors.Join(errs...)
@@ -191,6 +209,8 @@ func (w *wireGuard) set(ctx context.Context, link string, own node, peers []node
 // addresses of its pods, and its own.
 func (w *wireGuard) want(own node, peers []node) (map[wgtypes.Key]wgPeer, []error) {
 	out := map[wgtypes.Key]wgPeer{}
+	met := map[wgtypes.Key]time.Time{}
+	mine, now := w.key.PublicKey(), w.now()
 	var errs []error
 	for _, p := range peers {
 		at, err := between(own, p)
@@ -210,8 +230,17 @@ func (w *wireGuard) want(own node, peers []node) (map[wgtypes.Key]wgPeer, []erro
 			allowed = append(allowed, netip.PrefixFrom(a, a.BitLen()).String())
 		}
 		slices.Sort(allowed)
-		out[key] = wgPeer{netip.AddrPortFrom(at, uint16(w.port)), strings.Join(slices.Compact(allowed), ",")}
+		since, ok := w.met[key]
+		if !ok {
+			since = now
+		}
+		met[key] = since
+		out[key] = wgPeer{
+			at: netip.AddrPortFrom(at, uint16(w.port)), allowed: strings.Join(slices.Compact(allowed), ","),
+			greeted: bytes.Compare(mine[:], key[:]) < 0 || now.Sub(since) >= courtesy,
+		}
 	}
+	w.met = met
 	return out, errs
 }
 

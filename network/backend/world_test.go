@@ -200,6 +200,9 @@ type families struct {
 
 func newCluster(t testing.TB, mode backend.Mode) *cluster {
 	testhost.RequireIsolation(t)
+	if t, ok := t.(*testing.T); ok {
+		t.Parallel() // most of what these tests do is wait
+	}
 	lan, err := testhost.NewLAN()
 	if err != nil {
 		t.Fatal(err)
