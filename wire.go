@@ -53,8 +53,8 @@ func wire(group *lifecycle.Group, s settings, id *identity.Identity, log *slog.L
 	}
 	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
-	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
 	gate := joins.Gate(component(log, "gate"))
+	hub := server.NewHub(s.server, joins, gate, component(log, "tunnels"))
 	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub, store)
 	if err != nil {
 		return err
@@ -81,8 +81,7 @@ func wire(group *lifecycle.Group, s settings, id *identity.Identity, log *slog.L
 	hStore := group.Add(store)
 	group.Add(&leading{now: store.Leadership, log: component(log, "leadership")}, hStore)
 	hAPI := group.Add(api, hStore)
-	group.Add(gate, hAPI)
-	group.Add(hub, hAPI)
+	group.Add(hub, group.Add(gate, hAPI))
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
 	group.Add(caller, hAPI)

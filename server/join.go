@@ -47,10 +47,10 @@ func NewJoin(cfg Config, id *identity.Identity, servers *Servers, addresses func
 	return s
 }
 
-// NewHub makes the server's end of the nodes' tunnels.
-func NewHub(cfg Config, joins *join.Service, log *slog.Logger) *tunnels.Hub {
+// NewHub makes the server's end of the nodes' tunnels. gate says when one has to end.
+func NewHub(cfg Config, joins *join.Service, gate *join.Gate, log *slog.Logger) *tunnels.Hub {
 	c := tunnels.Config{
-		Door: joins, Keys: joins.Nodes(), PodRanges: cfg.ClusterCIDRs, ServiceRanges: cfg.ServiceCIDRs, ForeignPods: cfg.ForeignPods,
+		Door: joins, Keys: gate, PodRanges: cfg.ClusterCIDRs, ServiceRanges: cfg.ServiceCIDRs, ForeignPods: cfg.ForeignPods,
 	}
 	if cfg.HasNode {
 		c.OwnNode = cfg.NodeName
