@@ -442,5 +442,5 @@ func TestGrowth(t *testing.T) {
 	step("five servers", grow)
 	step("three servers again", shrink)
 	step("one server again", shrink)
-	h.end(t)
+	h.End(t)
 }
