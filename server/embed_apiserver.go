@@ -86,7 +86,7 @@ func (s *APIServer) defaults() map[string]string {
 		"enable-admission-plugins":                "NodeRestriction",
 		"enable-aggregator-routing":               "true", // webhooks and extension APIs are reached at their pods
 		"encryption-provider-config":              s.id.EncryptionConfig,
-		"endpoint-reconciler-type":                "none", // one server: see publishEndpoints
+		"endpoint-reconciler-type":                "none", // see directory.Endpoints
 		"etcd-servers":                            datastore.Endpoint,
 		"kubelet-certificate-authority":           s.id.KubeletCA.CertFile(),
 		"kubelet-client-certificate":              s.id.KubeletClient.CertFile,

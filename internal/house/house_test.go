@@ -34,6 +34,31 @@ var floors = map[string]struct {
 	"scripts":   {[]string{"scripts", "internal"}, "scripts use the executable from outside"},
 }
 
+// rooms are packages that may import less of ours than their floor: only what is named
+// and what is below it. docs/architecture.md has them too. Those of server and agent are
+// all here, since what they import their tests link.
+var rooms = map[string][]string{
+	"server/bootstrap":         {},
+	"server/claims":            {},
+	"server/cutoff":            {"internal"},
+	"server/directory":         {"internal"},
+	"server/identity":          {"datastore", "server/bootstrap", "internal"},
+	"server/join":              {"internal"},
+	"server/loopback":          {"internal"},
+	"server/servicelb":         {"internal"},
+	"server/tunnels":           {"internal"},
+	"agent/mounter":            {"internal"},
+	"agent/stalesocket":        {"internal"},
+	"agent/uplink":             {"internal"},
+	"datastore/hook":           {"datastore", "internal"},
+	"launcher":                 {"network/cniclient", "internal"},
+	"internal/calls":           {"internal/linkcast"},
+	"internal/lifecycle":       {},
+	"internal/linkcast":        {},
+	"internal/machines/keeper": {},
+	"internal/tunnel":          {},
+}
+
 // maxLines is how long a file may be; aim for half of it.
 const maxLines = 1000
 
@@ -115,6 +140,34 @@ func TestImportsPointDownwards(t *testing.T) {
 			if !slices.Contains(rule.may, to) {
 				t.Errorf("%s imports %s: %s; take what you need as an argument, or declare an interface", s.path, imp, rule.why)
 			}
+		}
+	}
+}
+
+func TestRoomsImportWhatTheyMay(t *testing.T) {
+	found := map[string]bool{}
+	for _, s := range sources(t) {
+		if s.test {
+			continue
+		}
+		found[s.dir] = true
+		may, ok := rooms[s.dir]
+		if floor, _, below := strings.Cut(s.dir, "/"); !ok && below && (floor == "server" || floor == "agent") {
+			t.Errorf("%s: say in rooms, and in docs/architecture.md, what package %s may import", s.path, s.dir)
+		}
+		if !ok {
+			continue
+		}
+		for _, imp := range imports(s) {
+			ours, ok := strings.CutPrefix(imp, "kedge/")
+			if ok && !slices.ContainsFunc(may, func(m string) bool { return ours == m || strings.HasPrefix(ours, m+"/") }) {
+				t.Errorf("%s imports %s, and may import of ours only %v; take what you need as an argument, or change the rule in rooms and in docs/architecture.md", s.path, imp, may)
+			}
+		}
+	}
+	for dir := range rooms {
+		if !found[dir] {
+			t.Errorf("there is no package %s: take it out of rooms", dir)
 		}
 	}
 }
