@@ -69,7 +69,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 go test -race $(UNIT)
 
 .PHONY: test
-test: bench-dns-programs check build test-datastore test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-datastore test-upstream-storage e2e conformance-fast ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
