@@ -26,6 +26,7 @@ import (
 	"k8s.io/kubernetes/pkg/serviceaccount"
 
 	"kedge/internal/componentflags"
+	"kedge/server/identity"
 	"kedge/server/loopback"
 )
 
@@ -33,7 +34,7 @@ import (
 // kube-controller-manager, once. They are made anew for each term of leadership.
 type Controllers struct {
 	cfg      Config
-	id       *Identity
+	id       *identity.Identity
 	loopback *loopback.Loopback
 	opts     *options.KubeControllerManagerOptions
 	build    VolumesBuilder
@@ -45,7 +46,7 @@ type VolumesBuilder func(ctx context.Context, build func() error) error
 
 // NewControllers parses the component's flags and keeps the rest. build may be nil
 // where the process has no kubelet.
-func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
+func NewControllers(cfg Config, id *identity.Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
 	opts, err := options.NewKubeControllerManagerOptions()
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)

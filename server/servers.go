@@ -19,6 +19,7 @@ import (
 	"kedge/datastore"
 	"kedge/internal/joining"
 	"kedge/server/directory"
+	"kedge/server/identity"
 	"kedge/server/join"
 )
 
@@ -47,19 +48,10 @@ var (
 	_ directory.Members = (*Servers)(nil)
 )
 
-// sharedFiles are what every server has the same of, below its directory. The optional
-// ones are there only where an administrator has fixed secrets.
-func sharedFiles() (files, optional []string) {
-	for _, ca := range authorities {
-		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
-	}
-	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
-}
-
 // Credentials implements join.Servers.
 func (s *Servers) Credentials() (joining.Credentials, error) {
 	c := joining.Credentials{}
-	files, optional := sharedFiles()
+	files, optional := identity.SharedFiles()
 	for _, name := range slices.Concat(files, optional) {
 		data, err := os.ReadFile(filepath.Join(s.dir, name))
 		if slices.Contains(optional, name) && errors.Is(err, fs.ErrNotExist) {
