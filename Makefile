@@ -110,6 +110,11 @@ build-conformance: deps payload ## build Kubernetes' own end-to-end suite and it
 test-datastore: ## the datastore's members under faults, which takes minutes; some need root
 	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
 
+.PHONY: test-long
+test-long: build build-e2e ## what takes too long for make test: five servers, a minute of each way between nodes, 50 clusters made and killed
+	KEDGE_TEST_LONG=1 KEDGE_SOAK=60 go test -count=1 -timeout 60m -v -run 'TestGrowth$$|TestBackends$$' ./scripts/e2e
+	go run ./scripts/bench/up -stress 50
+
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream
