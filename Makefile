@@ -33,8 +33,7 @@ help: ## list the targets
 
 .PHONY: deps
 deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
-	@scripts/deps.sh
-	@[ $(ARCH) = $(HOSTARCH) ] || [ -e /usr/lib/$(if $(filter arm64,$(ARCH)),aarch64,x86_64)-linux-gnu/libseccomp.a ] || scripts/install-build-deps.sh $(ARCH)
+	@scripts/deps.sh $(ARCH)
 
 .PHONY: payload
 payload: ## build shim, runc and pause, compressed, for ARCH

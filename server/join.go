@@ -24,7 +24,7 @@ func NewServers(cfg Config, lb *loopback.Loopback, store *datastore.Store, log *
 		return nil, fmt.Errorf("make the client of the servers' list: %w", err)
 	}
 	api := netip.AddrPortFrom(cfg.AdvertiseAddress, uint16(cfg.HTTPSPort))
-	return &Servers{dir: cfg.Dir, store: store, api: c, list: directory.New(cfg.NodeName, api, c, log)}, nil
+	return &Servers{name: cfg.NodeName, dir: cfg.Dir, store: store, api: c, list: directory.New(cfg.NodeName, api, c, log)}, nil
 }
 
 // Directory is the component that keeps the list of servers.
