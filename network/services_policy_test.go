@@ -36,19 +36,38 @@ func (s *services) named(p *pod, is6 bool, name string) {
 	}()
 }
 
-// who asks n times and counts who answers.
-func (s *services) who(n int, do func(func() error) error, addr string) map[string]int {
+// who asks n times and returns who answers, one after another.
+func (s *services) who(n int, do func(func() error) error, addr string) []string {
 	s.t.Helper()
-	seen := map[string]int{}
+	var seen []string
 	for range n {
 		name, err := s.ask(do, "tcp", addr)
 		if err != nil {
 			s.t.Errorf("%s: %v", addr, err)
 			return seen
 		}
-		seen[name]++
+		seen = append(seen, name)
 	}
 	return seen
+}
+
+// count is how often each name is in a list.
+func count(names []string) map[string]int {
+	n := map[string]int{}
+	for _, name := range names {
+		n[name]++
+	}
+	return n
+}
+
+// inTurn says whether every name comes again after the same number of others.
+func inTurn(names []string, period int) bool {
+	for i := period; i < len(names); i++ {
+		if names[i] != names[i-period] {
+			return false
+		}
+	}
+	return true
 }
 
 func (s *services) repaired(want int) {
@@ -62,11 +81,13 @@ func TestServiceSchedulers(t *testing.T) {
 	const n = 60
 	for _, c := range []struct {
 		scheduler nft.Scheduler
-		good      func(a, b, c int) bool
+		good      func(names []string, seen map[string]int) bool
 	}{
-		{nft.Random, func(a, b, c int) bool { return min(a, b, c) > 3 && max(a, b, c) > n/3 }},
-		{nft.RoundRobin, func(a, b, c int) bool { return a == n/3 && b == n/3 && c == n/3 }},
-		{nft.SourceHash, func(a, b, c int) bool { return max(a, b, c) == n }},
+		{nft.Random, func(names []string, seen map[string]int) bool {
+			return min(seen["a"], seen["b"], seen["c"]) > 3 && !inTurn(names, 3)
+		}},
+		{nft.RoundRobin, func(names []string, seen map[string]int) bool { return len(seen) == 3 && inTurn(names, 3) }},
+		{nft.SourceHash, func(_ []string, seen map[string]int) bool { return len(seen) == 1 }},
 	} {
 		t.Run(string(c.scheduler), func(t *testing.T) {
 			both(t, func(t *testing.T, is6 bool) {
@@ -80,13 +101,11 @@ func TestServiceSchedulers(t *testing.T) {
 				p := web(pick(is6, webV4, webV6), servers...)
 				p.NodePort = 30080
 				s.apply("default/web", p)
-				got := s.who(n, here, at(p.ClusterIP, 80))
-				if !c.good(got["a"], got["b"], got["c"]) {
-					t.Errorf("of %d connections to the cluster IP: %v", n, got)
+				if got := s.who(n, here, at(p.ClusterIP, 80)); !c.good(got, count(got)) {
+					t.Errorf("connections to the cluster IP: %v", got)
 				}
-				got = s.who(n, s.outside.Do, at(pick(is6, nodeV4, nodeV6).Addr(), 30080))
-				if !c.good(got["a"], got["b"], got["c"]) {
-					t.Errorf("of %d connections to the node port: %v", n, got)
+				if got := s.who(n, s.outside.Do, at(pick(is6, nodeV4, nodeV6).Addr(), 30080)); !c.good(got, count(got)) {
+					t.Errorf("connections to the node port: %v", got)
 				}
 				s.repaired(0)
 			})
@@ -113,7 +132,7 @@ func TestServiceRemembersClients(t *testing.T) {
 			t.Helper()
 			seen := map[string]int{}
 			for _, a := range addrs {
-				for name, n := range s.who(8, client.ns.Do, a) {
+				for name, n := range count(s.who(8, client.ns.Do, a)) {
 					seen[name] += n
 				}
 			}
@@ -380,7 +399,7 @@ func TestServiceClaims(t *testing.T) {
 	}
 	want := func(name string) {
 		t.Helper()
-		if got := s.who(3, s.outside.Do, shared); got[name] != 3 {
+		if got := count(s.who(3, s.outside.Do, shared)); got[name] != 3 {
 			t.Errorf("%v answers, want %s", got, name)
 		}
 		s.repaired(0)

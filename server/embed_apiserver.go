@@ -269,7 +269,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("configure the API server: %w", err)
 	}
-	installOpenAPIV2 := lateOpenAPIV2(config)
+	installOpenAPI := lateOpenAPI(config)
 	chain, err := app.CreateServerChain(complete)
 	if err != nil {
 		return nil, fmt.Errorf("assemble the API server: %w", err)
@@ -279,7 +279,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
-	if err := installOpenAPIV2(chain.GenericAPIServer); err != nil {
+	if err := installOpenAPI(chain.GenericAPIServer); err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
 	// Three copies of every type's schema; the documents that need them are

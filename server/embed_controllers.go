@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -129,6 +130,8 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	defer cc.InformerFactory.Shutdown() // gives its name back, for the next term
 	descriptors := app.NewControllerDescriptors()
 	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
+	checksPolicies := cc.IsControllerEnabled(descriptors[names.ValidatingAdmissionPolicyStatusController])
+	delete(descriptors, names.ValidatingAdmissionPolicyStatusController) // see policyStatus
 	var controllers []app.Controller
 	err = c.build(ctx, func() (err error) {
 		controllers, err = app.BuildControllers(ctx, cc, descriptors, mux, health)
@@ -144,10 +147,19 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	policies := func(context.Context) {}
+	if checksPolicies {
+		if policies, err = policyStatus(cc); err != nil {
+			return err
+		}
+	}
 	cc.InformerFactory.Start(ctx.Done())
 	cc.ObjectOrMetadataInformerFactory.Start(ctx.Done())
 	close(cc.InformersStarted)
-	go tokens(ctx)
+	var own sync.WaitGroup
+	own.Go(func() { tokens(ctx) })
+	own.Go(func() { policies(ctx) })
+	defer own.Wait()
 	ready()
 	// Upstream spreads the start of controllers over a second, to spare an API
 	// server that many others use. Ours is in this process.

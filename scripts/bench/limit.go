@@ -24,7 +24,7 @@ import (
 const limitCgroup = "/kbench-limit"
 
 // limitSteps are what is tried, in MiB.
-var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 256, 320}
+var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272, 288, 320}
 
 // limitPods is how many pods a limit must carry.
 const limitPods = 10
