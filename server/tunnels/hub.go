@@ -165,6 +165,15 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	h.mu.Lock()
+	stopped := h.stopped
+	h.mu.Unlock()
+	if stopped {
+		// Who has just lost its session comes back at once. To ask who it is can take
+		// seconds without a majority of servers, for which the API would not stop.
+		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
+		return
+	}
 	node, key, err := h.cfg.Door.Identify(r)
 	if err != nil {
 		h.cfg.Door.Refuse(w, r, err)

@@ -343,8 +343,11 @@ func TestStoppedHubTakesNoSessions(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ended
-	if late, err := w.connect("b", "key-b"); err == nil {
-		<-late
+	w.mu.Lock()
+	w.keys = nil // who asks for one is told of strangers
+	w.mu.Unlock()
+	if _, err := w.connect("b", "key-b"); !errors.Is(err, tunnel.ErrNoUpgrade) || !strings.Contains(err.Error(), errStopping.Error()) {
+		t.Errorf("a node that comes late: %v", err)
 	}
 	if got := w.Connected(); slices.Contains(got, "b") {
 		t.Errorf("connected are %v", got)
