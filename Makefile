@@ -33,8 +33,7 @@ help: ## list the targets
 
 .PHONY: deps
 deps: ## install what this machine lacks to build and test (Debian, Ubuntu)
-	@scripts/deps.sh
-	@[ $(ARCH) = $(HOSTARCH) ] || [ -e /usr/lib/$(if $(filter arm64,$(ARCH)),aarch64,x86_64)-linux-gnu/libseccomp.a ] || scripts/install-build-deps.sh $(ARCH)
+	@scripts/deps.sh $(ARCH)
 
 .PHONY: payload
 payload: ## build shim, runc and pause, compressed, for ARCH
@@ -69,7 +68,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 go test -race $(UNIT)
 
 .PHONY: test
-test: bench-dns-programs check build test-datastore test-upstream-storage e2e ## run all tests
+test: bench-dns-programs check build test-datastore test-upstream-storage e2e conformance-fast ## run all tests
 
 .PHONY: clean
 clean: ## remove what was built
@@ -110,6 +109,11 @@ build-conformance: deps payload ## build Kubernetes' own end-to-end suite and it
 .PHONY: test-datastore
 test-datastore: ## the datastore's members under faults, which takes minutes; some need root
 	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
+
+.PHONY: test-long
+test-long: build build-e2e ## what takes too long for make test: five servers, a minute of each way between nodes, 50 clusters made and killed
+	KEDGE_TEST_LONG=1 KEDGE_SOAK=60 go test -count=1 -timeout 60m -v -run 'TestGrowth$$|TestBackends$$' ./scripts/e2e
+	go run ./scripts/bench/up -stress 50
 
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore

@@ -29,6 +29,7 @@ import (
 	"kedge/internal/proxyenv"
 	"kedge/runtime"
 	"kedge/server"
+	"kedge/server/identity"
 )
 
 func serverCommand() *cli.Command {
@@ -94,11 +95,11 @@ func runServer(c *cli.Context) error {
 			return compose(c, &others)
 		},
 		wire: func(group *lifecycle.Group, s settings, log *slog.Logger) error {
-			identity, err := server.Prepare(s.server, time.Now())
+			id, err := identity.Prepare(s.server.Identity(), time.Now())
 			if err != nil {
 				return err
 			}
-			return wire(group, s, identity, log)
+			return wire(group, s, id, log)
 		},
 		ready: func(s settings, log *slog.Logger) {
 			log.Info("other machines can join; \"kedge token create\" prints the command for them", "server", s.cluster.Servers[0])

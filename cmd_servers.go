@@ -49,7 +49,7 @@ func serverSubcommands() []*cli.Command {
 		},
 	}, {
 		Name:      "remove",
-		Usage:     "Remove a server from the cluster, with its node; on another server",
+		Usage:     "Remove a server from the cluster, with its node; on any server",
 		ArgsUsage: "NAME",
 		Description: "The servers that remain must be able to decide: of those, more than half have to answer. A machine\n" +
 			"that is removed stops, and can join again with a token once its name is free.",

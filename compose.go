@@ -26,6 +26,7 @@ import (
 	"kedge/network/proxy"
 	"kedge/runtime"
 	"kedge/server"
+	"kedge/server/identity"
 	"kedge/server/servicelb"
 )
 
@@ -121,7 +122,7 @@ func composeAny(c *cli.Context) (settings, error) {
 		return settings{}, err
 	case entered:
 		return compose(c, &others)
-	case c.String("server") != "" && !server.Exists(dir):
+	case c.String("server") != "" && !identity.Exists(dir):
 		return composeAgent(c, usualCluster(), netip.Addr{})
 	}
 	return compose(c, nil)
@@ -200,7 +201,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	dir := serverDir(s.dataDir)
 	s.datastore.Dir = filepath.Join(dir, "store")
 	s.datastore.MemberName = s.nodeName
-	s.datastore.Peer = server.PeerConfig(dir, uint16(p.c.Int("peer-port")), s.nodeIPs)
+	s.datastore.Peer = identity.PeerConfig(dir, uint16(p.c.Int("peer-port")), s.nodeIPs)
 
 	sv := &s.server
 	sv.Dir = dir

@@ -21,6 +21,7 @@ import (
 	"kedge/internal/token"
 	"kedge/network/backend"
 	"kedge/server"
+	"kedge/server/identity"
 )
 
 // flagParser reads typed values of flags and collects what is wrong with them.
@@ -245,7 +246,7 @@ func (p *flagParser) fixedTokens(serverDir string) (agents, servers token.Secret
 	if p.c.IsSet("server-token") {
 		p.fail(errors.New("--server-token is for the first server of a cluster; the others have it from there"))
 	}
-	agents, servers, err := server.FixedTokens(serverDir)
+	agents, servers, err := identity.FixedTokens(serverDir)
 	p.fail(err)
 	return agents, servers
 }

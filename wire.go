@@ -37,13 +37,14 @@ import (
 	"kedge/runtime"
 	"kedge/server"
 	"kedge/server/bootstrap"
+	"kedge/server/identity"
 	"kedge/server/loopback"
 	"kedge/server/servicelb"
 	"kedge/server/tunnels"
 )
 
 // wire is the whole graph: which parts there are and what each comes after.
-func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Logger) error {
+func wire(group *lifecycle.Group, s settings, id *identity.Identity, log *slog.Logger) error {
 	lb := loopback.New()
 	store := datastore.New(s.datastore, component(log, "datastore"))
 	others, err := server.NewServers(s.server, lb, store, component(log, "servers"))
@@ -52,8 +53,8 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	}
 	moves := hostaddr.NewFollower(s.nodeIPs, s.findIPs, component(log, "addresses"))
 	joins := server.NewJoin(s.server, id, others, moves.Get, component(log, "join"))
-	hub := server.NewHub(s.server, joins, component(log, "tunnels"))
 	gate := joins.Gate(component(log, "gate"))
+	hub := server.NewHub(s.server, joins, gate, component(log, "tunnels"))
 	api, err := server.NewAPIServer(s.server, id, lb, joins, gate, hub, store)
 	if err != nil {
 		return err
@@ -80,15 +81,14 @@ func wire(group *lifecycle.Group, s settings, id *server.Identity, log *slog.Log
 	hStore := group.Add(store)
 	group.Add(&leading{now: store.Leadership, log: component(log, "leadership")}, hStore)
 	hAPI := group.Add(api, hStore)
-	group.Add(gate, hAPI)
-	group.Add(hub, hAPI)
+	group.Add(hub, group.Add(gate, hAPI))
 	hList := group.Add(others.Directory(), hAPI)
 	caller := calls.NewCaller(id.ServerCA.Cert.Raw, uint16(s.server.HTTPSPort), hub.Missing, component(log, "calls"))
 	group.Add(caller, hAPI)
-	renewal := server.NewRenewal(s.server, id, component(log, "certificates"))
+	renewal := identity.NewRenewal(s.server.Identity(), id, component(log, "certificates"))
 	group.Add(renewal)
 	moves.Tell("the API's and the kubelet's certificates", func(addrs []netip.Addr) error {
-		return renewal.Moved(s.movedTo(addrs), time.Now())
+		return renewal.Moved(s.movedTo(addrs).Identity(), time.Now())
 	})
 	moves.Tell("the store", func(addrs []netip.Addr) error { store.SetAddresses(addrs); return nil })
 	moves.Tell("the list of servers", func(addrs []netip.Addr) error {
@@ -126,7 +126,7 @@ func (s settings) movedTo(addrs []netip.Addr) server.Config {
 
 // wireServersNode is the node's half of a server. Its API is in memory; the other
 // servers reach it as they reach any node.
-func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, others *server.Servers, id *server.Identity, log *slog.Logger) error {
+func wireServersNode(group *lifecycle.Group, s settings, n node, hub *tunnels.Hub, others *server.Servers, id *identity.Identity, log *slog.Logger) error {
 	list, err := servers.Load(filepath.Join(s.server.Dir, serversFile))
 	if err != nil {
 		return err
@@ -171,7 +171,7 @@ type singleton struct {
 const stopWithin = 5 * time.Second
 
 // singletons are the parts that run once in a cluster.
-func singletons(s settings, id *server.Identity, lb *loopback.Loopback, others *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
+func singletons(s settings, id *identity.Identity, lb *loopback.Loopback, others *server.Servers, volumes *agent.Volumes, log *slog.Logger) ([]singleton, error) {
 	var guard server.VolumesBuilder
 	if volumes != nil {
 		guard = volumes.Build

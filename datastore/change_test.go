@@ -85,7 +85,7 @@ func TestGrowAndShrink(t *testing.T) {
 	}
 	c.awaitVoters(d, "d")
 	put(t, d, "/end", "1")
-	h.end(t)
+	h.End(t)
 
 	// Alone again, it closes the port at its next start.
 	d.stop()

@@ -82,7 +82,7 @@ func TestPartition(t *testing.T) {
 			if resp := <-watch; resp.Err() != nil || len(resp.Events) != 1 {
 				t.Errorf("a new watch got %+v", resp)
 			}
-			h.end(t)
+			h.End(t)
 		})
 	}
 }

@@ -39,8 +39,10 @@ func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
 			return
 		case <-regular.C:
 		case <-n.wake:
-			if !sleep(ctx, settle) {
+			select {
+			case <-ctx.Done():
 				return
+			case <-time.After(settle):
 			}
 		}
 		err := n.repair(ctx, plugin)
@@ -53,8 +55,10 @@ func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
 		n.mu.Lock()
 		n.failure = err
 		n.mu.Unlock()
-		if !sleep(ctx, repairPause) {
+		select {
+		case <-ctx.Done():
 			return
+		case <-time.After(repairPause):
 		}
 	}
 }
@@ -71,18 +75,6 @@ func (n *Network) repair(ctx context.Context, plugin *cni.Plugin) error {
 		n.log.Warn("rules repaired: somebody removed or changed them", "table", n.table.Name())
 	}
 	return errors.Join(forwarding, err, plugin.Reconcile(ctx, false))
-}
-
-// sleep waits and says whether ctx is still valid.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // watchLinks calls changed when an interface, address or route goes away or the

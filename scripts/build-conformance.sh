@@ -47,7 +47,9 @@ build consume-cpu $images/resource-consumer/consume-cpu
 build sample-apiserver k8s.io/sample-apiserver
 build etcd go.etcd.io/etcd/server/v3
 GOBIN="$out/bin" go install -ldflags '-s -w' github.com/coredns/coredns@$coredns
-musl-gcc -Os -static -o "$out/bin/getent" scripts/testimages/musl/getent.c
+for tool in getent sh; do
+	musl-gcc -Os -static -o "$out/bin/$tool" "scripts/testimages/musl/$tool.c"
+done
 cp "build/payload/$(go env GOARCH)/pause" "$out/bin/pause"
 echo "building the images"
 "$out/e2e.test" --list-images 2>/dev/null | go run ./scripts/testimages -programs "$out/bin" -debs "$out/debs" -o "$out/images.tar"

@@ -7,7 +7,7 @@
 #
 # Does nothing when neither versions nor sources changed since the last time.
 # Needs gcc and libseccomp's static library of that architecture;
-# scripts/install-build-deps.sh installs them on Debian and Ubuntu.
+# scripts/deps.sh installs them on Debian and Ubuntu.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -21,7 +21,7 @@ esac
 cc=$triplet-gcc
 if ! command -v "$cc" >/dev/null; then
 	[ "$arch" = "$(go env GOHOSTARCH)" ] && cc=gcc || {
-		echo "build-payload: $cc is missing; run scripts/install-build-deps.sh" >&2
+		echo "build-payload: $cc is missing; run scripts/deps.sh $arch" >&2
 		exit 1
 	}
 fi
@@ -48,7 +48,7 @@ rm -f "$stamp"
 # have to run unconfined. Only the static library of libseccomp is used.
 pkgdir=/usr/lib/$triplet/pkgconfig
 if [ ! -f "/usr/lib/$triplet/libseccomp.a" ]; then
-	echo "build-payload: libseccomp.a for $arch is missing; run scripts/install-build-deps.sh" >&2
+	echo "build-payload: libseccomp.a for $arch is missing; run scripts/deps.sh $arch" >&2
 	exit 1
 fi
 

@@ -1,6 +1,12 @@
 #!/bin/sh
 # Makes sure that this machine can build and test kedge. On Debian and Ubuntu it
-# installs what is missing; elsewhere it says what to install.
+# installs what is missing; elsewhere it says what to install, by those names.
+#
+#   scripts/deps.sh [ARCH]     ARCH is amd64 or arm64, what kedge is built for; default: this machine's
+#
+# The C library and libseccomp of another architecture come from the same distribution's
+# packages ("multiarch"); Ubuntu serves foreign architectures from ports.ubuntu.com, which
+# must be among the sources first.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -12,14 +18,33 @@ need() { # need PACKAGE TEST...
 	shift
 	"$@" >/dev/null 2>&1 || missing="$missing $pkg"
 }
-triplet=$(uname -m)-linux-gnu
-need gcc command -v gcc
-need libc6-dev test -e /usr/include/stdio.h
-need libseccomp-dev test -e "/usr/lib/$triplet/libseccomp.a"
+case $(uname -m) in
+x86_64) host=amd64 ;;
+aarch64) host=arm64 ;;
+*) echo "deps: kedge is for amd64 and arm64, and this machine is neither" >&2 && exit 1 ;;
+esac
+arch=${1:-$host}
+case $arch in
+amd64) triplet=x86_64-linux-gnu cross=x86-64-linux-gnu ;;
+arm64) triplet=aarch64-linux-gnu cross=aarch64-linux-gnu ;;
+*) echo "deps: unknown architecture $arch; use amd64 or arm64" >&2 && exit 2 ;;
+esac
+
+# For runc and the pause program: a C compiler, and libseccomp's static library.
+if [ "$arch" = "$host" ]; then
+	need gcc command -v gcc
+	need libc6-dev test -e /usr/include/stdio.h
+	need libseccomp-dev test -e "/usr/lib/$triplet/libseccomp.a"
+else
+	need "gcc-$cross" command -v "$triplet-gcc"
+	need "libc6-dev-$arch-cross" test -e "/usr/$triplet/include/stdio.h"
+	need "libseccomp-dev:$arch" test -e "/usr/lib/$triplet/libseccomp.a"
+fi
 need pkg-config command -v pkg-config
 need make command -v make
 need git command -v git
 need ca-certificates test -d /etc/ssl/certs
+# For tests.
 need busybox-static test -x /bin/busybox
 need nftables test -x /usr/sbin/nft
 need e2fsprogs test -x /usr/sbin/mkfs.ext4 -o -x /sbin/mkfs.ext4
@@ -29,6 +54,9 @@ if [ -n "$missing" ]; then
 		exit 1
 	fi
 	echo "installing:$missing"
+	case $missing in
+	*:"$arch"*) dpkg --print-foreign-architectures | grep -qx "$arch" || $sudo dpkg --add-architecture "$arch" ;;
+	esac
 	$sudo apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi

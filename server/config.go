@@ -10,6 +10,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
+	"kedge/server/identity"
 	"kedge/server/join"
 )
 
@@ -121,8 +122,15 @@ func validRanges(flag string, ranges []netip.Prefix) error {
 	return nil
 }
 
-// tlsDir is where keys and certificates are.
-func (c Config) tlsDir() string { return filepath.Join(c.Dir, "tls") }
-
 // APIServiceIP is the address of the service "kubernetes": the first of the range.
 func (c Config) APIServiceIP() netip.Addr { return c.ServiceCIDRs[0].Masked().Addr().Next() }
+
+// Identity is what the server's credentials are made of.
+func (c Config) Identity() identity.Config {
+	return identity.Config{
+		Dir: c.Dir, NodeName: c.NodeName,
+		BindAddress: c.BindAddress, HTTPSPort: c.HTTPSPort, AdvertiseAddress: c.AdvertiseAddress, NodeIPs: c.NodeIPs, TLSSANs: c.TLSSANs,
+		ServiceIP: c.APIServiceIP(), ClusterDomain: c.ClusterDomain,
+		Kubeconfig: c.Kubeconfig, KubeconfigMode: c.KubeconfigMode, Token: c.Token, ServerToken: c.ServerToken,
+	}
+}

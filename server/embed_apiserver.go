@@ -30,6 +30,7 @@ import (
 	"kedge/internal/tunnel"
 	"kedge/server/bootstrap"
 	"kedge/server/cutoff"
+	"kedge/server/identity"
 	"kedge/server/join"
 	"kedge/server/loopback"
 	"kedge/server/tunnels"
@@ -42,7 +43,7 @@ var ErrPortTaken = errors.New("port is taken")
 // custom resources.
 type APIServer struct {
 	cfg      Config
-	id       *Identity
+	id       *identity.Identity
 	loopback *loopback.Loopback
 	joins    *join.Service
 	gate     *join.Gate
@@ -54,7 +55,7 @@ type APIServer struct {
 // NewAPIServer parses the component's flags and keeps the rest. The store's
 // client factory must be installed before Run. joins and hub answer on the same
 // port, and gate comes before all else that does.
-func NewAPIServer(cfg Config, id *Identity, lb *loopback.Loopback, joins *join.Service, gate *join.Gate, hub *tunnels.Hub, store *datastore.Store) (*APIServer, error) {
+func NewAPIServer(cfg Config, id *identity.Identity, lb *loopback.Loopback, joins *join.Service, gate *join.Gate, hub *tunnels.Hub, store *datastore.Store) (*APIServer, error) {
 	s := &APIServer{cfg: cfg, id: id, loopback: lb, joins: joins, gate: gate, hub: hub, opts: options.NewServerRunOptions()}
 	s.cut = cutoff.New(func() (bool, <-chan struct{}) {
 		now, changed := store.Leadership()
@@ -93,7 +94,7 @@ func (s *APIServer) defaults() map[string]string {
 		"profiling":                               "false",
 		"proxy-client-cert-file":                  s.id.ProxyClient.CertFile,
 		"proxy-client-key-file":                   s.id.ProxyClient.KeyFile,
-		"requestheader-allowed-names":             proxyUser,
+		"requestheader-allowed-names":             identity.ProxyUser,
 		"requestheader-client-ca-file":            s.id.ProxyCA.CertFile(),
 		"requestheader-extra-headers-prefix":      "X-Remote-Extra-",
 		"requestheader-group-headers":             "X-Remote-Group",
@@ -268,7 +269,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("configure the API server: %w", err)
 	}
-	installOpenAPIV2 := lateOpenAPIV2(config)
+	installOpenAPI := lateOpenAPI(config)
 	chain, err := app.CreateServerChain(complete)
 	if err != nil {
 		return nil, fmt.Errorf("assemble the API server: %w", err)
@@ -278,7 +279,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	if err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
-	if err := installOpenAPIV2(chain.GenericAPIServer); err != nil {
+	if err := installOpenAPI(chain.GenericAPIServer); err != nil {
 		return nil, fmt.Errorf("prepare the API server: %w", err)
 	}
 	// Three copies of every type's schema; the documents that need them are

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -25,6 +26,7 @@ import (
 	"k8s.io/kubernetes/pkg/serviceaccount"
 
 	"kedge/internal/componentflags"
+	"kedge/server/identity"
 	"kedge/server/loopback"
 )
 
@@ -32,7 +34,7 @@ import (
 // kube-controller-manager, once. They are made anew for each term of leadership.
 type Controllers struct {
 	cfg      Config
-	id       *Identity
+	id       *identity.Identity
 	loopback *loopback.Loopback
 	opts     *options.KubeControllerManagerOptions
 	build    VolumesBuilder
@@ -44,7 +46,7 @@ type VolumesBuilder func(ctx context.Context, build func() error) error
 
 // NewControllers parses the component's flags and keeps the rest. build may be nil
 // where the process has no kubelet.
-func NewControllers(cfg Config, id *Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
+func NewControllers(cfg Config, id *identity.Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
 	opts, err := options.NewKubeControllerManagerOptions()
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)
@@ -128,6 +130,8 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	defer cc.InformerFactory.Shutdown() // gives its name back, for the next term
 	descriptors := app.NewControllerDescriptors()
 	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
+	checksPolicies := cc.IsControllerEnabled(descriptors[names.ValidatingAdmissionPolicyStatusController])
+	delete(descriptors, names.ValidatingAdmissionPolicyStatusController) // see policyStatus
 	var controllers []app.Controller
 	err = c.build(ctx, func() (err error) {
 		controllers, err = app.BuildControllers(ctx, cc, descriptors, mux, health)
@@ -143,10 +147,19 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	policies := func(context.Context) {}
+	if checksPolicies {
+		if policies, err = policyStatus(cc); err != nil {
+			return err
+		}
+	}
 	cc.InformerFactory.Start(ctx.Done())
 	cc.ObjectOrMetadataInformerFactory.Start(ctx.Done())
 	close(cc.InformersStarted)
-	go tokens(ctx)
+	var own sync.WaitGroup
+	own.Go(func() { tokens(ctx) })
+	own.Go(func() { policies(ctx) })
+	defer own.Wait()
 	ready()
 	// Upstream spreads the start of controllers over a second, to spare an API
 	// server that many others use. Ours is in this process.

@@ -1,45 +1,144 @@
 package server
 
 import (
+	"crypto/sha256"
+	"encoding/json"
 	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
 
-	"k8s.io/apiserver/pkg/server"
+	"github.com/emicklei/go-restful/v3"
+	genericapiserver "k8s.io/apiserver/pkg/server"
+	"k8s.io/apiserver/pkg/server/mux"
+	"k8s.io/apiserver/pkg/server/routes"
+	"k8s.io/component-base/version"
 	"k8s.io/kube-openapi/pkg/builder"
 	"k8s.io/kube-openapi/pkg/cached"
 	openapicommon "k8s.io/kube-openapi/pkg/common"
 	"k8s.io/kube-openapi/pkg/common/restfuladapter"
 	"k8s.io/kube-openapi/pkg/handler"
+	"k8s.io/kube-openapi/pkg/handler3"
 	"k8s.io/kube-openapi/pkg/validation/spec"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+
+	"kedge/internal/fleeting"
 )
 
-// lateOpenAPIV2 takes the v2 document of Kubernetes' own types out of the start and
-// returns what puts it back in, once the server chain is prepared: made at the first
-// request, and kept from then on. Few clients ask for it since they have v3. It
-// costs a tenth of the start's processor time and an eighth of the idle memory; see
-// docs/performance.md. The small documents of custom resources and of the aggregator
-// stay as upstream makes them.
-func lateOpenAPIV2(config *app.Config) (install func(aggregator *server.GenericAPIServer) error) {
+// keepOpenAPI is how long a document of OpenAPI v3 is held after it was last asked for.
+const keepOpenAPI = time.Minute
+
+// lateOpenAPI takes the documents of Kubernetes' own types out of the start, and returns
+// what puts them back in, once the server chain is prepared: made at a request. That of v2
+// is kept from then on, since few clients ask for it; those of v3 for a minute. They are
+// a third of the idle heap; see docs/performance.md. The small documents of custom
+// resources and of the aggregator stay as upstream makes them.
+func lateOpenAPI(config *app.Config) (install func(aggregator *genericapiserver.GenericAPIServer) error) {
 	generic := config.KubeAPIs.ControlPlane.Generic
-	openapi := generic.OpenAPIConfig
-	generic.OpenAPIConfig = nil
-	return func(aggregator *server.GenericAPIServer) error {
-		kube, ok := aggregator.NextDelegate().(*server.GenericAPIServer)
+	generic.SkipOpenAPIInstallation = true
+	v2, v3 := generic.OpenAPIConfig, generic.OpenAPIV3Config
+	return func(aggregator *genericapiserver.GenericAPIServer) error {
+		kube, ok := aggregator.NextDelegate().(*genericapiserver.GenericAPIServer)
 		if !ok {
-			return fmt.Errorf("the API server behind the aggregator is a %T, so /openapi/v2 cannot be added to it", aggregator.NextDelegate())
+			return fmt.Errorf("the API server behind the aggregator is a %T, so /openapi cannot be added to it", aggregator.NextDelegate())
 		}
 		handler.NewOpenAPIServiceLazy(cached.Once(cached.Func(func() (*spec.Swagger, string, error) {
-			return buildOpenAPIV2(kube, openapi)
+			return buildOpenAPIV2(kube, v2)
 		}))).RegisterOpenAPIVersionedService("/openapi/v2", kube.Handler.NonGoRestfulMux)
-		return nil
+		return installOpenAPIV3(kube, v3)
 	}
 }
 
-func buildOpenAPIV2(s *server.GenericAPIServer, c *openapicommon.Config) (doc *spec.Swagger, etag string, err error) {
+func buildOpenAPIV2(s *genericapiserver.GenericAPIServer, c *openapicommon.Config) (doc *spec.Swagger, etag string, err error) {
 	routes := restfuladapter.AdaptWebServices(s.Handler.GoRestfulContainer.RegisteredWebServices())
 	if doc, err = builder.BuildOpenAPISpecFromRoutes(routes, c); err != nil {
 		return nil, "", fmt.Errorf("build the OpenAPI v2 document: %w", err)
 	}
 	doc.Definitions = handler.PruneDefaults(doc.Definitions)
 	return doc, "of this process", nil // it does not change; what is merged has tags of its own
+}
+
+// installOpenAPIV3 serves the list of all groups' documents, and each of these.
+func installOpenAPIV3(s *genericapiserver.GenericAPIServer, c *openapicommon.OpenAPIV3Config) error {
+	const root = "/openapi/v3"
+	list := handler3.OpenAPIV3Discovery{Paths: map[string]handler3.OpenAPIV3DiscoveryGroupVersion{}}
+	documents := openAPIV3{}
+	for _, ws := range s.Handler.GoRestfulContainer.RegisteredWebServices() {
+		group := strings.TrimPrefix(ws.RootPath(), "/")
+		d := &openAPIV3Document{hash: openAPIHash(c, ws)}
+		d.url = (&url.URL{Path: root + "/" + group, RawQuery: url.Values{"hash": {d.hash}}.Encode()}).String()
+		d.handler = fleeting.New(keepOpenAPI, func() (http.Handler, error) {
+			only := restful.NewContainer()
+			only.Add(ws)
+			m := mux.NewPathRecorderMux("openapi of " + group)
+			routes.OpenAPI{V3Config: c}.InstallV3(only, m)
+			return m, nil
+		})
+		documents[root+"/"+group] = d
+		list.Paths[group] = handler3.OpenAPIV3DiscoveryGroupVersion{ServerRelativeURL: d.url}
+	}
+	text, err := json.Marshal(list)
+	if err != nil {
+		return fmt.Errorf("list the OpenAPI documents: %w", err)
+	}
+	s.Handler.NonGoRestfulMux.HandleFunc(root, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Write(text)
+	})
+	s.Handler.NonGoRestfulMux.HandlePrefix(root+"/", documents)
+	return nil
+}
+
+// openAPIHash stands for a document that has not been made: it is the same in all
+// servers of one version and configuration, and another where the document may be.
+func openAPIHash(c *openapicommon.OpenAPIV3Config, ws *restful.WebService) string {
+	var list []string
+	for _, r := range ws.Routes() {
+		list = append(list, r.Method+" "+r.Path+" "+r.Operation)
+	}
+	slices.Sort(list)
+	sum := sha256.New()
+	fmt.Fprintln(sum, version.Get().GitVersion, version.Get().GitCommit, c.Info.Version)
+	for _, r := range list {
+		fmt.Fprintln(sum, r)
+	}
+	return fmt.Sprintf("%X", sum.Sum(nil))
+}
+
+// openAPIV3 are the documents by their paths.
+type openAPIV3 map[string]*openAPIV3Document
+
+type openAPIV3Document struct {
+	hash    string
+	url     string // with the hash
+	handler *fleeting.Value[http.Handler]
+}
+
+// ServeHTTP serves a document as handler3 does: what is asked for with its hash may be
+// kept by the client for ever, and who has an old hash is sent to the new one.
+func (o openAPIV3) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	d, ok := o[r.URL.Path]
+	if !ok {
+		http.NotFound(w, r)
+		return
+	}
+	switch r.URL.Query().Get("hash") {
+	case "":
+	case d.hash:
+		w.Header().Set("Cache-Control", "public, immutable")
+		w.Header().Set("Expires", time.Now().AddDate(1, 0, 0).UTC().Format(http.TimeFormat))
+	default:
+		http.Redirect(w, r, d.url, http.StatusMovedPermanently)
+		return
+	}
+	h, err := d.handler.Get()
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	plain := r.Clone(r.Context())
+	plain.URL.RawQuery = "" // the handler's own hashes are others
+	h.ServeHTTP(w, plain)
 }

@@ -18,6 +18,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
+	"kedge/server/identity"
 )
 
 // Enter is what a machine is told that is to be one more server of a cluster.
@@ -129,10 +130,10 @@ func (e Enter) mustJoin(t token.Token) (bool, error) {
 		return true, nil
 	case err != nil:
 		return false, err
-	case !Exists(e.Dir):
+	case !identity.Exists(e.Dir):
 		return true, nil
 	}
-	path := filepath.Join(e.Dir, "tls", authorities[0]+".crt")
+	path := identity.AuthorityFile(e.Dir)
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return false, err
@@ -175,7 +176,7 @@ func (e Enter) once(ctx context.Context, t token.Token) (Entered, error) {
 	if err != nil {
 		return Entered{}, err
 	}
-	key, err := pki.EnsureKey(filepath.Join(e.Dir, "tls", nodeKey))
+	key, err := pki.EnsureKey(identity.NodeKeyFile(e.Dir))
 	if err != nil {
 		return Entered{}, err
 	}
@@ -208,7 +209,7 @@ func (e Enter) once(ctx context.Context, t token.Token) (Entered, error) {
 // check makes sure that all files are there that a server needs, and no others, and
 // that the authority among them is the one that the token names.
 func (e Entered) check(authority []byte) error {
-	files, optional := sharedFiles()
+	files, optional := identity.SharedFiles()
 	for _, name := range files {
 		if len(e.Credentials[name]) == 0 {
 			return fmt.Errorf("it has no %s", name)
@@ -219,7 +220,7 @@ func (e Entered) check(authority []byte) error {
 			return fmt.Errorf("it has a file %q, which no server needs", name)
 		}
 	}
-	ca, err := pki.ParseCertificate("server-ca.crt", e.Credentials[filepath.Join("tls", authorities[0]+".crt")])
+	ca, err := pki.ParseCertificate("server-ca.crt", e.Credentials[identity.AuthorityFile("")])
 	if err != nil {
 		return err
 	}

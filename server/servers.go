@@ -19,6 +19,7 @@ import (
 	"kedge/datastore"
 	"kedge/internal/joining"
 	"kedge/server/directory"
+	"kedge/server/identity"
 	"kedge/server/join"
 )
 
@@ -35,6 +36,7 @@ func (l Leading) Holds() (bool, <-chan struct{}) {
 // Servers is what the servers of a cluster have in common: the list of them, the
 // members of the store, and the credentials that a new one gets.
 type Servers struct {
+	name  string // of this server
 	dir   string // of this server
 	store *datastore.Store
 	list  *directory.Directory
@@ -47,19 +49,10 @@ var (
 	_ directory.Members = (*Servers)(nil)
 )
 
-// sharedFiles are what every server has the same of, below its directory. The optional
-// ones are there only where an administrator has fixed secrets.
-func sharedFiles() (files, optional []string) {
-	for _, ca := range authorities {
-		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
-	}
-	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
-}
-
 // Credentials implements join.Servers.
 func (s *Servers) Credentials() (joining.Credentials, error) {
 	c := joining.Credentials{}
-	files, optional := sharedFiles()
+	files, optional := identity.SharedFiles()
 	for _, name := range slices.Concat(files, optional) {
 		data, err := os.ReadFile(filepath.Join(s.dir, name))
 		if slices.Contains(optional, name) && errors.Is(err, fs.ErrNotExist) {
@@ -90,31 +83,56 @@ func (s *Servers) Members(ctx context.Context) ([]datastore.Member, error) {
 	return s.store.Members(ctx)
 }
 
-// Remove takes a server out of the cluster: out of the store first, which refuses when
-// those that remain could not decide anything any more; then its node, its entry in the
-// list, and its key, so that another machine can have the name. It is idempotent.
-func (s *Servers) Remove(ctx context.Context, name string) error {
-	if err := s.store.Remove(ctx, name); err != nil {
-		all, _ := s.list.Servers()
-		if _, listed := all[name]; !listed || !errors.Is(err, datastore.ErrNoMember) {
-			return err
-		}
-		// An earlier removal came as far as the store.
+// Names implements directory.Members.
+func (s *Servers) Names(ctx context.Context) ([]string, error) {
+	members, err := s.store.Members(ctx)
+	if err != nil {
+		return nil, err
 	}
-	// When the leader was removed nothing can be written until there is another.
+	var names []string
+	for _, m := range members {
+		if m.Name == m.ID {
+			return nil, fmt.Errorf("the member %s has not started, and its name is not known", m.ID)
+		}
+		names = append(names, m.Name)
+	}
+	return names, nil
+}
+
+// Remove takes a server out of the cluster: out of the store, which refuses when those
+// that remain could not decide anything any more. What else was its, the server that
+// leads forgets when it sees that (see directory.Endpoints), and Remove waits for it, but
+// not for this server's own, whose process ends. It is idempotent.
+func (s *Servers) Remove(ctx context.Context, name string) error {
+	all, _ := s.list.Servers()
+	_, listed := all[name]
+	if err := s.store.Remove(ctx, name); err != nil && !(listed && errors.Is(err, datastore.ErrNoMember)) {
+		return err
+	}
+	switch {
+	case name == s.name:
+		return nil
+	case !listed: // it was admitted and never came; nobody else knows of it
+		return s.Forget(ctx, name)
+	}
 	ctx, cancel := context.WithTimeout(ctx, forgetWithin)
 	defer cancel()
-	for {
-		err := s.forget(ctx, name)
-		if err == nil || ctx.Err() != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(forgetAgain):
-		}
+	if err := s.list.Gone(ctx, name); err != nil {
+		return fmt.Errorf("server %s is removed, and its node, its key and its entry in the list are not yet; that is done as soon as a server leads: %w", name, err)
 	}
+	return nil
+}
+
+// forgetWithin is how long a server that was removed may stay in the list: when the one
+// that led was removed, there must be another first.
+const forgetWithin = 20 * time.Second
+
+// Expel implements directory.Members.
+func (s *Servers) Expel(ctx context.Context, name string) error {
+	if err := s.store.Remove(ctx, name); err != nil && !errors.Is(err, datastore.ErrNoMember) {
+		return err
+	}
+	return nil
 }
 
 // errIsServer is wrapped when a node is to be removed that is a server's.
@@ -144,13 +162,8 @@ func (s *Servers) RemoveNode(ctx context.Context, name string) error {
 	return nil
 }
 
-const (
-	forgetWithin = 10 * time.Second
-	forgetAgain  = 200 * time.Millisecond
-)
-
-// forget removes what the API knows of a server.
-func (s *Servers) forget(ctx context.Context, name string) error {
+// Forget implements directory.Members.
+func (s *Servers) Forget(ctx context.Context, name string) error {
 	if err := s.api.CoreV1().Nodes().Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("delete the node of server %s: %w", name, err)
 	}

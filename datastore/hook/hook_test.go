@@ -3,12 +3,7 @@ package hook
 import (
 	"context"
 	"go/ast"
-	"go/parser"
-	"go/printer"
-	"go/token"
 	"log/slog"
-	"os/exec"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -24,6 +19,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/storagebackend/factory"
 
 	"kedge/datastore"
+	"kedge/internal/foreign"
 )
 
 const advice = `
@@ -36,37 +32,18 @@ in go.mod, or give TransportConfig.EgressLookup an in-memory dialer to a gRPC se
 
 // TestMatchesUpstream compares names and types with the source, because the linker compares neither.
 func TestMatchesUpstream(t *testing.T) {
-	out, err := exec.Command("go", "list", "-f", "{{.Dir}}", "k8s.io/apiserver/pkg/storage/storagebackend/factory").Output()
-	if err != nil {
-		t.Fatal(err)
+	library := foreign.Parse(t, "k8s.io/apiserver/pkg/storage/storagebackend/factory")
+	variable := library.Variables()["newETCD3Client"]
+	declared, ok := variable.Value.(*ast.FuncLit)
+	if !ok || variable.Type != nil {
+		t.Fatalf("there is no variable newETCD3Client that holds a function.%s", advice)
 	}
-	files, err := filepath.Glob(filepath.Join(strings.TrimSpace(string(out)), "*.go"))
-	if err != nil {
-		t.Fatal(err)
+	const want = "func(c storagebackend.TransportConfig) (*kubernetes.Client, error)"
+	if got := library.Text(t, declared.Type); got != want {
+		t.Errorf("newETCD3Client is a %s, want a %s.%s", got, want, advice)
 	}
-	set := token.NewFileSet()
 	uses := 0
-	var declared *ast.FuncLit
-	for _, name := range files {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		file, err := parser.ParseFile(set, name, nil, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, decl := range file.Decls {
-			general, ok := decl.(*ast.GenDecl)
-			if !ok || general.Tok != token.VAR {
-				continue
-			}
-			for _, spec := range general.Specs {
-				value := spec.(*ast.ValueSpec)
-				if len(value.Names) == 1 && value.Names[0].Name == "newETCD3Client" && value.Type == nil && len(value.Values) == 1 {
-					declared, _ = value.Values[0].(*ast.FuncLit)
-				}
-			}
-		}
+	for _, file := range library.Files {
 		ast.Inspect(file, func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
 			if !ok {
@@ -79,25 +56,14 @@ func TestMatchesUpstream(t *testing.T) {
 				}
 			case *ast.SelectorExpr:
 				// A second way to make a client would bypass the variable.
-				if x, ok := f.X.(*ast.Ident); ok && f.Sel.Name == "New" && (x.Name == "clientv3" || x.Name == "kubernetes") {
-					if declared == nil || call.Pos() < declared.Pos() || call.Pos() > declared.End() {
-						t.Errorf("%s makes a client that the hook does not see.%s", set.Position(call.Pos()), advice)
-					}
+				x, ok := f.X.(*ast.Ident)
+				outside := call.Pos() < declared.Pos() || call.Pos() > declared.End()
+				if ok && outside && f.Sel.Name == "New" && (x.Name == "clientv3" || x.Name == "kubernetes") {
+					t.Errorf("%s makes a client that the hook does not see.%s", library.Set.Position(call.Pos()), advice)
 				}
 			}
 			return true
 		})
-	}
-	if declared == nil {
-		t.Fatalf("there is no variable newETCD3Client that holds a function.%s", advice)
-	}
-	var got strings.Builder
-	if err := printer.Fprint(&got, set, declared.Type); err != nil {
-		t.Fatal(err)
-	}
-	const want = "func(c storagebackend.TransportConfig) (*kubernetes.Client, error)"
-	if got.String() != want {
-		t.Errorf("newETCD3Client is a %s, want a %s.%s", &got, want, advice)
 	}
 	// One each for storages, probes and the compactor.
 	if uses < 3 {

@@ -2,7 +2,7 @@
 // one below which a node's pods are, and those of whole machines.
 //
 // It is not for the groups of pods and containers: kubelet and runc make those.
-// Packages agent and internal/machines import it.
+// Packages agent and internal/machines import it, and the benchmarks.
 package cgroup
 
 import (

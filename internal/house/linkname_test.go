@@ -2,15 +2,13 @@ package house
 
 import (
 	"go/ast"
-	"go/parser"
-	"go/printer"
 	"go/token"
 	"maps"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"kedge/internal/foreign"
 )
 
 // TestVolumesMatchUpstream compares what agent/embed_volumes.go believes about upstream's
@@ -23,59 +21,20 @@ agent/embed_volumes.go saves and restores the variables in which the CSI plugin 
 through go:linkname. Look at the plugin's Init in this Kubernetes: whatever it sets must be given back after the
 controllers were built, or must not be set by a host that is no kubelet. Adapt Volumes.Build, and then this test.`
 
-	out, err := exec.Command("go", "list", "-f", "{{.Dir}}", "k8s.io/kubernetes/pkg/volume/csi").Output()
-	if err != nil {
-		t.Fatal(err)
+	plugin := foreign.Parse(t, "k8s.io/kubernetes/pkg/volume/csi")
+	variables := plugin.Variables()
+	if v := variables["nim"]; v.Type == nil || plugin.Text(t, v.Type) != "nodeinfomanager.Interface" {
+		t.Errorf("there is no variable nim of the type nodeinfomanager.Interface.%s", advice)
 	}
-	files, err := filepath.Glob(filepath.Join(strings.TrimSpace(string(out)), "*.go"))
-	if err != nil {
-		t.Fatal(err)
+	if v := variables["PluginHandler"]; v.Value == nil || plugin.Text(t, v.Value) != "&RegistrationHandler{}" {
+		t.Errorf("there is no variable PluginHandler that begins as &RegistrationHandler{}.%s", advice)
 	}
-	set := token.NewFileSet()
-	text := func(n ast.Node) string {
-		var b strings.Builder
-		if err := printer.Fprint(&b, set, n); err != nil {
-			t.Fatal(err)
-		}
-		return b.String()
-	}
-	variables := map[string]string{} // of the package: type, or value where it has none
 	var initialise *ast.FuncDecl
-	for _, name := range files {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		file, err := parser.ParseFile(set, name, nil, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+	for _, file := range plugin.Files {
 		for _, decl := range file.Decls {
-			switch d := decl.(type) {
-			case *ast.FuncDecl:
-				if d.Name.Name == "Init" && d.Recv != nil && text(d.Recv.List[0].Type) == "*csiPlugin" {
-					initialise = d
-				}
-			case *ast.GenDecl:
-				if d.Tok != token.VAR {
-					continue
-				}
-				for _, spec := range d.Specs {
-					v := spec.(*ast.ValueSpec)
-					for i, name := range v.Names {
-						switch {
-						case v.Type != nil:
-							variables[name.Name] = text(v.Type)
-						case i < len(v.Values):
-							variables[name.Name] = text(v.Values[i])
-						}
-					}
-				}
+			if d, ok := decl.(*ast.FuncDecl); ok && d.Name.Name == "Init" && d.Recv != nil && plugin.Text(t, d.Recv.List[0].Type) == "*csiPlugin" {
+				initialise = d
 			}
-		}
-	}
-	for name, want := range map[string]string{"nim": "nodeinfomanager.Interface", "PluginHandler": "&RegistrationHandler{}"} {
-		if variables[name] != want {
-			t.Errorf("the variable %s is %q, want %q.%s", name, variables[name], want, advice)
 		}
 	}
 	if initialise == nil {
@@ -88,9 +47,9 @@ controllers were built, or must not be set by a host that is no kubelet. Adapt V
 			return true
 		}
 		for _, left := range a.Lhs {
-			root, _, _ := strings.Cut(text(left), ".")
+			root, _, _ := strings.Cut(plugin.Text(t, left), ".")
 			if _, ours := variables[root]; ours {
-				assigned[text(left)] = true
+				assigned[plugin.Text(t, left)] = true
 			}
 		}
 		return true

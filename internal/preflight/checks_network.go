@@ -88,8 +88,7 @@ func checkRanges(_ context.Context, c Config, p probes) []finding {
 		return warn("the machine's routes cannot be read: "+err.Error(), "run kedge as root")
 	}
 	for _, r := range routes {
-		// What leads to the loopback interface is this machine, or a kedge's own.
-		if r.to.Bits() == 0 || r.link == "lo" || r.link == "" /* leads nowhere, as the one that kedge makes for addresses that no pod has */ || c.OwnLinks != "" && strings.HasPrefix(r.link, c.OwnLinks) {
+		if r.to.Bits() == 0 || !leadsAway(r, c) {
 			continue
 		}
 		for _, mine := range c.Ranges {
@@ -100,6 +99,16 @@ func checkRanges(_ context.Context, c Config, p probes) []finding {
 		}
 	}
 	return fine("no route of this machine leads into the ranges of pods and services")
+}
+
+// leadsAway reports whether a route reaches another network. One to the loopback
+// interface is to this machine, or a kedge's; one to no interface refuses packets, as the
+// one does that a kedge makes for addresses that no pod has.
+func leadsAway(r route, c Config) bool {
+	if r.link == "" || r.link == "lo" {
+		return false
+	}
+	return c.OwnLinks == "" || !strings.HasPrefix(r.link, c.OwnLinks)
 }
 
 // checkHostsFile looks for a file that minimal systems may lack. The runtime makes

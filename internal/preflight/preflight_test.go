@@ -228,6 +228,12 @@ func TestFindings(t *testing.T) {
 				return []route{{netip.MustParsePrefix("0.0.0.0/0"), "eth0"}, {netip.MustParsePrefix("10.42.0.7/32"), "kdg1abc"}, {netip.MustParsePrefix("10.42.9.0/24"), "tun0"}}, nil
 			}
 		}, "ranges", Warning, "--cluster-cidr"},
+		{"routes that lead nowhere else", func(c *Config, p *probes) {
+			c.Ranges, c.OwnLinks = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, "kdg1"
+			p.routes = func() ([]route, error) {
+				return []route{{netip.MustParsePrefix("10.42.0.0/24"), ""}, {netip.MustParsePrefix("10.42.0.1/32"), "lo"}, {netip.MustParsePrefix("10.42.0.7/32"), "kdg1abc"}}, nil
+			}
+		}, "ranges", OK, "no route"},
 		{"offline", func(_ *Config, p *probes) { p.defaultRoute = func() (bool, error) { return false, nil } }, "default-route", Warning, "--node-ip"},
 		{"port in use", func(_ *Config, p *probes) {
 			p.listen = func(network, addr string) error {

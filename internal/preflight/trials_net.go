@@ -166,10 +166,10 @@ func dropsForwards() ([]string, error) {
 	return found, nil
 }
 
-// route is a network that the machine reaches.
+// route is a network that the machine reaches, or refuses packets to.
 type route struct {
 	to   netip.Prefix
-	link string
+	link string // empty: none, packets are refused
 }
 
 func readRoutes() ([]route, error) {
@@ -195,7 +195,16 @@ func readRoutes() ([]route, error) {
 			continue
 		}
 		bits, _ := r.Dst.Mask.Size()
-		out = append(out, route{netip.PrefixFrom(addr.Unmap(), bits), names[r.LinkIndex]})
+		through := []int{r.LinkIndex}
+		if len(r.MultiPath) > 0 { // of its paths each has its own
+			through = nil
+			for _, path := range r.MultiPath {
+				through = append(through, path.LinkIndex)
+			}
+		}
+		for _, index := range through {
+			out = append(out, route{netip.PrefixFrom(addr.Unmap(), bits), names[index]})
+		}
 	}
 	return out, nil
 }

@@ -148,8 +148,10 @@ func (b *Backend) loop(ctx context.Context, ready func()) {
 		if err != nil {
 			again = time.After(retryAfter)
 		}
-		if !sleep(ctx, roundPause) {
+		select {
+		case <-ctx.Done():
 			return
+		case <-time.After(roundPause):
 		}
 		var otherKey <-chan time.Time
 		if b.secret != nil {
@@ -162,8 +164,10 @@ func (b *Backend) loop(ctx context.Context, ready func()) {
 		case <-again:
 		case <-otherKey:
 		case <-b.wake:
-			if !sleep(ctx, settle) {
+			select {
+			case <-ctx.Done():
 				return
+			case <-time.After(settle):
 			}
 		}
 	}
@@ -347,16 +351,4 @@ func (b *Backend) plan(own node, peers []node) (*plan, error) {
 		}
 	}
 	return &p, err
-}
-
-// sleep waits and says whether ctx is still valid.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }

@@ -15,6 +15,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
+
+	"kedge/internal/cgroup"
 )
 
 // limitCgroup holds the process under test; pods are in groups of their own, their
@@ -22,7 +24,7 @@ import (
 const limitCgroup = "/kbench-limit"
 
 // limitSteps are what is tried, in MiB.
-var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 256, 320}
+var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272, 288, 320}
 
 // limitPods is how many pods a limit must carry.
 const limitPods = 10
@@ -63,10 +65,10 @@ func tryLimit(ctx context.Context, o options, images string, mib int) (err error
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("it takes longer than two minutes"))
 	defer cancel()
 	k := newKedge(o)
-	if err := makeCgroup(limitCgroup); err != nil {
+	if err := cgroup.EnsureGroup(limitCgroup); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, k.remove(), removeCgroup(limitCgroup)) }()
+	defer func() { err = errors.Join(err, k.remove(), cgroup.Clear(limitCgroup)) }()
 	group, err := limitMemory(mib)
 	if err != nil {
 		return err
@@ -142,7 +144,7 @@ func answers(ctx context.Context, client *kubernetes.Clientset) error {
 
 // limitMemory limits the group and returns its folder in the memory hierarchy.
 func limitMemory(mib int) (string, error) {
-	dirs, err := cgroupDirs(limitCgroup)
+	dirs, err := cgroup.Dirs(limitCgroup)
 	if err != nil {
 		return "", err
 	}

@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
+	"kedge/internal/cgroup"
 	"kedge/internal/hostaddr"
 	"kedge/internal/mounts"
 	"kedge/internal/pki"
@@ -93,7 +94,7 @@ func (p *plainNode) prepare(ctx context.Context, images string) error {
 			return err
 		}
 	}
-	if err := makeCgroup(plainCgroup); err != nil {
+	if err := cgroup.EnsureGroup(plainCgroup); err != nil {
 		return err
 	}
 	if err := p.identity(); err != nil {
@@ -304,7 +305,7 @@ func (p *plainNode) remove() error {
 	for _, pid := range below(p.dir) { // shims
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
-	errs = append(errs, removeCgroup(plainCgroup), mounts.DetachBelow(p.dir))
+	errs = append(errs, cgroup.Clear(plainCgroup), mounts.DetachBelow(p.dir))
 	if link, err := netlink.LinkByName(plainBridge); err == nil {
 		errs = append(errs, netlink.LinkDel(link))
 	}

@@ -72,6 +72,26 @@ func TestDiscoveryAndSchemas(t *testing.T) {
 	if err := json.Unmarshal([]byte(n.kubectl(t, "get", "--raw", "/openapi/v3/apis/apps/v1")), &v3); err != nil || !strings.HasPrefix(v3.OpenAPI, "3.") || v3.Components.Schemas["io.k8s.api.apps.v1.Deployment"] == nil {
 		t.Errorf("OpenAPI v3: %v, %q, %d schemas", err, v3.OpenAPI, len(v3.Components.Schemas))
 	}
+	var list struct {
+		Paths map[string]struct{ ServerRelativeURL string }
+	}
+	if err := json.Unmarshal([]byte(n.kubectl(t, "get", "--raw", "/openapi/v3")), &list); err != nil {
+		t.Fatal(err)
+	}
+	// What is served under the hash of the list, what an old hash leads to, and what is
+	// served without one are the same.
+	for _, group := range []string{"api/v1", "apis/batch/v1", "version"} {
+		named := list.Paths[group].ServerRelativeURL
+		path, hash, _ := strings.Cut(named, "?hash=")
+		if path != "/openapi/v3/"+group || hash == "" {
+			t.Errorf("OpenAPI v3 of %s is at %q", group, named)
+			continue
+		}
+		plain := n.kubectl(t, "get", "--raw", path)
+		if n.kubectl(t, "get", "--raw", named) != plain || n.kubectl(t, "get", "--raw", path+"?hash=OLD") != plain || !strings.Contains(plain, `"/`+group) {
+			t.Errorf("OpenAPI v3 of %s is not the same under every address", group)
+		}
+	}
 	if out := n.kubectl(t, "explain", "pod.spec.containers.livenessProbe.grpc.port"); !strings.Contains(out, "FIELD: port <integer>") || !strings.Contains(out, "Port number of the gRPC service") {
 		t.Errorf("explain: %s", out)
 	}

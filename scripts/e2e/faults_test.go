@@ -469,7 +469,7 @@ func TestFaults(t *testing.T) {
 		t.Logf("its node was Ready again after %s", since(begin))
 		f.untouched(t)
 	})
-	h.end(t)
+	h.End(t)
 
 	t.Run("a server is switched off and on", func(t *testing.T) {
 		_, rest := f.leader(t)

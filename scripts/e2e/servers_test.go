@@ -12,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 )
@@ -98,6 +99,25 @@ func (n *node) published(t *testing.T, servers ...*node) {
 		}
 		return nil
 	})
+}
+
+// forgot returns nil when nothing in the API says that there is a server of the name.
+func (n *node) forgot(name string) error {
+	ctx := context.Background()
+	list, err := n.client.CoreV1().ConfigMaps("kube-system").Get(ctx, "kedge-servers", metav1.GetOptions{})
+	if err != nil {
+		return err
+	}
+	if entry, there := list.Data[name]; there {
+		return fmt.Errorf("it is listed: %s", entry)
+	}
+	if _, err := n.client.CoreV1().Secrets("kube-system").Get(ctx, "kedge-node-"+name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+		return fmt.Errorf("its key: %v, want that there is none", err)
+	}
+	if _, err := n.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+		return fmt.Errorf("its node: %v, want that there is none", err)
+	}
+	return nil
 }
 
 // ledger writes through servers until stopped, and remembers what was acknowledged.
@@ -290,6 +310,9 @@ func TestServers(t *testing.T) {
 			t.Errorf("a server that there is not: %v, %s", err, out)
 		}
 		servers[0].kedge(t, "server", "remove", gone.name)
+		if err := servers[0].forgot(gone.name); err != nil {
+			t.Errorf("after the command: %v", err)
+		}
 		select {
 		case <-gone.done:
 		case <-time.After(20 * time.Second):
@@ -309,6 +332,32 @@ func TestServers(t *testing.T) {
 		}
 		voting(t, servers[0])
 		servers[0].published(t, servers...)
+	})
+
+	// Nothing is left of it, though it could not tidy up itself.
+	t.Run("the leader removes itself", func(t *testing.T) {
+		gone := leaderOf(t, f.node, servers)
+		rest := others(gone)
+		by, err := rest[0].client.CoreV1().Nodes().Get(context.Background(), rest[0].name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone.kedge(t, "server", "remove", gone.name)
+		select {
+		case <-gone.done:
+		case <-time.After(20 * time.Second):
+			t.Fatal("a removed server goes on")
+		}
+		begin := time.Now()
+		eventually(t, 30*time.Second, func() error { return rest[0].forgot(gone.name) })
+		t.Logf("the others had forgotten it after %s", since(begin))
+		rest[1].published(t, rest...)
+		gone.flags = []string{fmt.Sprintf("--server=https://%s:%d", by.Status.Addresses[0].Address, f.apiPort), "--token=" + rest[0].serverToken(t)}
+		if err := gone.start(); err != nil {
+			t.Fatal(err)
+		}
+		voting(t, rest[0])
+		rest[0].published(t, servers...)
 	})
 
 	t.Run("one goes with its node", func(t *testing.T) {
@@ -393,5 +442,5 @@ func TestGrowth(t *testing.T) {
 	step("five servers", grow)
 	step("three servers again", shrink)
 	step("one server again", shrink)
-	h.end(t)
+	h.End(t)
 }

@@ -133,9 +133,8 @@ func debian(cmd []string, packages ...string) recipe {
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// busybox is Debian's with all of its tools, but for its shell: that of this version
-// drops what is no name of a variable, as in "data-1=x", from the environment that it
-// passes on, and tests print such with "sh -c env".
+// busybox is Debian's with all of its tools. Its shell is that, or bash where it would
+// lose something: see musl/sh.c.
 func busybox(w workshop) (testimage.Image, error) {
 	img, err := testimage.NewBusybox("")
 	if err != nil {
@@ -159,7 +158,11 @@ func busybox(w workshop) (testimage.Image, error) {
 	if !ok {
 		return img, fmt.Errorf("the package bash-static has no %s", shell)
 	}
-	img.Files["/bin/bash"], img.Files["/bin/sh"] = bash, testimage.File{Link: "bash"}
+	sh, err := w.program("sh")
+	if err != nil {
+		return img, err
+	}
+	img.Files["/bin/bash"], img.Files["/bin/sh"] = bash, sh
 	return img, nil
 }
 

@@ -183,6 +183,21 @@ func (d *Directory) Forget(ctx context.Context, name string) error {
 	return patch(ctx, d.client.CoreV1().ConfigMaps(metav1.NamespaceSystem), map[string]any{name: nil})
 }
 
+// Gone returns when another server is not in the list, or when ctx ends.
+func (d *Directory) Gone(ctx context.Context, name string) error {
+	for {
+		servers, changed := d.Servers()
+		if _, there := servers[name]; !there {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-changed:
+		}
+	}
+}
+
 // patch changes single entries, so that servers that write at once do not meet.
 func patch(ctx context.Context, lists v1core.ConfigMapInterface, entries map[string]any) error {
 	body, err := json.Marshal(map[string]any{"data": entries})

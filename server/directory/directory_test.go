@@ -120,11 +120,15 @@ func TestEveryServerKeepsItsEntry(t *testing.T) {
 
 // world is what Endpoints sees of the other servers.
 type world struct {
-	mu      sync.Mutex
-	dead    map[netip.AddrPort]bool
-	removed []string
-	refuse  error
-	dir     *Directory
+	dir *Directory
+
+	mu        sync.Mutex // guards what follows
+	dead      map[netip.AddrPort]bool
+	members   map[string]bool // of the store
+	forgotten []string
+	unknown   error // why Names fails
+	refuse    error // why Expel does
+	fails     error // why Forget does
 }
 
 func (w *world) ask(_ context.Context, a netip.AddrPort) error {
@@ -142,15 +146,40 @@ func (w *world) kill(a netip.AddrPort, dead bool) {
 	w.dead[a] = dead
 }
 
-// Remove implements Members.
-func (w *world) Remove(ctx context.Context, name string) error {
+// Names implements Members.
+func (w *world) Names(context.Context) ([]string, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.refuse != nil {
-		return w.refuse
+	return slices.Sorted(maps.Keys(w.members)), w.unknown
+}
+
+// Expel implements Members.
+func (w *world) Expel(_ context.Context, name string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.refuse == nil {
+		delete(w.members, name)
 	}
-	w.removed = append(w.removed, name)
+	return w.refuse
+}
+
+// Forget implements Members.
+func (w *world) Forget(ctx context.Context, name string) error {
+	w.mu.Lock()
+	w.forgotten = append(w.forgotten, name)
+	err := w.fails
+	w.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	return w.dir.Forget(ctx, name)
+}
+
+// set changes the world.
+func (w *world) set(change func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	change()
 }
 
 // published are the addresses that the service has.
@@ -192,7 +221,7 @@ func newWorld(t *testing.T) (*fake.Clientset, *world, *Endpoints) {
 	}
 	d := New("a", api("192.0.2.1:6443"), c, quiet)
 	run(t, d)
-	w := &world{dead: map[netip.AddrPort]bool{}, dir: d}
+	w := &world{dir: d, dead: map[netip.AddrPort]bool{}, members: map[string]bool{"a": true, "b": true, "c": true}}
 	return c, w, &Endpoints{dir: d, members: w, client: c, log: quiet, ask: w.ask, failures: map[string]int{}, refused: map[string]bool{}}
 }
 
@@ -246,13 +275,53 @@ func TestServerGoesWithItsNode(t *testing.T) {
 		}
 		return nil
 	})
-	w.mu.Lock()
-	w.refuse = nil
-	w.mu.Unlock()
+	w.set(func() { w.refuse = nil })
 	published(t, c, "192.0.2.1", "192.0.2.2")
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !slices.Equal(w.removed, []string{"c"}) {
-		t.Errorf("removed %v", w.removed)
+	w.set(func() {
+		if !maps.Equal(w.members, map[string]bool{"a": true, "b": true}) || !slices.Contains(w.forgotten, "c") || slices.Contains(w.forgotten, "b") {
+			t.Errorf("the members are %v, forgotten are %v", w.members, w.forgotten)
+		}
+	})
+}
+
+// However far a removal came: who is no member of the store is no server, and what it
+// left is tidied up until nothing is left.
+func TestWhoIsNoMemberIsForgotten(t *testing.T) {
+	c, w, e := newWorld(t)
+	delete(w.members, "c")
+	w.unknown = errors.New("a member has not said its name")
+	servers, _ := e.dir.Servers()
+	e.followMembers(t.Context(), servers)
+	if len(w.forgotten) > 0 {
+		t.Fatalf("forgotten are %v, and one member may be it", w.forgotten)
 	}
+	w.unknown, w.fails = nil, errors.New("nothing can be written")
+	run(t, e)
+	eventually(t, func() error {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if len(w.forgotten) < 2 { // it is tried again
+			return errors.New("forgotten are " + toJSON(w.forgotten))
+		}
+		return nil
+	})
+	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := e.dir.Gone(short, "c"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("c is gone: %v", err)
+	}
+	w.set(func() { w.fails = nil })
+	if err := e.dir.Gone(t.Context(), "c"); err != nil {
+		t.Error(err)
+	}
+	published(t, c, "192.0.2.1", "192.0.2.2")
+	// This server's own end is not its business.
+	w.set(func() { delete(w.members, "a") })
+	servers, _ = e.dir.Servers()
+	e.followMembers(t.Context(), servers)
+	w.set(func() {
+		if slices.Contains(w.forgotten, "a") || slices.Contains(w.forgotten, "b") {
+			t.Errorf("forgotten are %v", w.forgotten)
+		}
+	})
 }

@@ -35,16 +35,24 @@ const (
 	apiName = "kubernetes"
 )
 
-// Members is the store's membership, as far as it is needed here.
+// Members is who the store's members are, and what else is a server's, as far as it is
+// needed here.
 type Members interface {
-	// Remove takes a server out of the store and frees its name. It refuses when
-	// those that remain could not decide anything any more.
-	Remove(ctx context.Context, name string) error
+	// Names are the names of the store's members, as a majority has agreed on them. It
+	// fails while one is among them whose name nobody knows.
+	Names(ctx context.Context) ([]string, error)
+	// Expel takes a server out of the store. It refuses when those that remain could
+	// not decide anything any more, and does nothing for one that is no member.
+	Expel(ctx context.Context, name string) error
+	// Forget removes what the API knows of a server that is no member: its node, its
+	// key, so that another machine can have the name, and at last its entry in the list.
+	Forget(ctx context.Context, name string) error
 }
 
 // Endpoints is the component that runs on one server at a time: it publishes the
-// servers that answer as the endpoints of the service "kubernetes", and removes those
-// whose nodes were deleted.
+// servers that answer as the endpoints of the service "kubernetes", takes those out of
+// the store whose nodes were deleted, and forgets those that are not in the store, by
+// whomever and however far they were removed.
 type Endpoints struct {
 	dir     *Directory
 	members Members
@@ -136,7 +144,7 @@ func (e *Endpoints) Run(ctx context.Context, ready func()) error {
 				others = tick.C
 			}
 		} else {
-			e.removeDeleted(ctx, servers)
+			e.followMembers(ctx, servers)
 		}
 		select {
 		case <-ctx.Done():
@@ -213,40 +221,56 @@ func (e *Endpoints) healthy(servers map[string]Entry) []netip.AddrPort {
 	return slices.Compact(out)
 }
 
-// removeDeleted takes out of the cluster the servers whose nodes were deleted.
-func (e *Endpoints) removeDeleted(ctx context.Context, servers map[string]Entry) {
+// followMembers expels the servers whose nodes were deleted, and forgets those that are
+// no members of the store. A server is listed only after it became one.
+func (e *Endpoints) followMembers(ctx context.Context, servers map[string]Entry) {
+	// The members as of after the list: one that has joined since is among them.
+	members, err := e.members.Names(ctx)
+	if err != nil {
+		e.log.Debug("the members of the store are not known", "err", err, "again", interval)
+		return
+	}
 	for name, s := range servers {
-		if s.Node == "" {
+		member := slices.Contains(members, name)
+		if member && s.Node != "" && e.nodeDeleted(ctx, name) {
+			member = !e.expel(ctx, name)
+		}
+		if member || name == e.dir.name { // this one would not forget itself: it stops
 			continue
 		}
-		// Not from a cache: it could be older than the entry, which was written when
-		// the node was there.
-		_, err := e.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
-		if !apierrors.IsNotFound(err) {
-			delete(e.refused, name)
-			continue
-		}
-		err = e.members.Remove(ctx, name)
-		switch {
-		case ctx.Err() != nil:
-			return
+		switch err := e.members.Forget(ctx, name); {
 		case err == nil:
-			e.log.Info("a server was removed, since its node was deleted", "server", name)
-			delete(e.refused, name)
-		case !e.listed(name):
-			// Somebody else has removed it meanwhile.
-		case !e.refused[name]:
-			e.refused[name] = true
-			e.log.Error("the node of a server was deleted, and the server stays", "server", name, "err", err)
+			e.log.Info("a server was removed", "server", name)
+		case ctx.Err() == nil:
+			e.log.Warn("a server was removed, and not all that it left", "server", name, "err", err, "again", interval)
 		}
 	}
 }
 
-// listed reports whether the list of servers has a server by now.
-func (e *Endpoints) listed(name string) bool {
-	servers, _ := e.dir.Servers()
-	_, there := servers[name]
-	return there
+// nodeDeleted reports whether a server's node is not there any more.
+func (e *Endpoints) nodeDeleted(ctx context.Context, name string) bool {
+	// Not from a cache: it could be older than the entry, which was written when the
+	// node was there.
+	_, err := e.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
+	if !apierrors.IsNotFound(err) {
+		delete(e.refused, name)
+		return false
+	}
+	return true
+}
+
+// expel takes a server out of the store whose node was deleted, and reports whether it
+// is.
+func (e *Endpoints) expel(ctx context.Context, name string) bool {
+	err := e.members.Expel(ctx, name)
+	switch {
+	case err == nil:
+		delete(e.refused, name)
+	case ctx.Err() == nil && !e.refused[name]:
+		e.refused[name] = true
+		e.log.Error("the node of a server was deleted, and the server stays", "server", name, "err", err)
+	}
+	return err == nil
 }
 
 // serviceName is the service, in the namespace default.

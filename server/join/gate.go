@@ -23,14 +23,16 @@ var errRevoked = errors.New("this key is not the node's any more: the node was r
 // Gate is the component that refuses requests to the API with certificates of nodes whose
 // keys do not have the name any more, long before they expire, and ends those that are
 // under way. It judges nothing else: who a request is from decides the API server after it.
+// It is the one that watches the keys, also for others.
 type Gate struct {
 	nodes   *Nodes
 	network string // of the user names of nodes' data paths
 	log     *slog.Logger
 	known   chan struct{} // closed when keys are known
 
-	mu      sync.Mutex // guards what follows
-	keys    map[string]string
+	mu      sync.Mutex        // guards what follows
+	keys    map[string]string // as [Gate.Keys] returns them: replaced, never changed
+	changed chan struct{}     // closed when keys is another
 	running map[*passing]struct{}
 }
 
@@ -43,7 +45,7 @@ type passing struct {
 // Gate makes the component of a service's nodes. It is asked by the handler that
 // [Gate.Handler] returns.
 func (s *Service) Gate(log *slog.Logger) *Gate {
-	return &Gate{nodes: s.nodes, network: s.cfg.NetworkGroup + ":", log: log, known: make(chan struct{}), running: map[*passing]struct{}{}}
+	return &Gate{nodes: s.nodes, network: s.cfg.NetworkGroup + ":", log: log, known: make(chan struct{}), changed: make(chan struct{}), running: map[*passing]struct{}{}}
 }
 
 // Name implements lifecycle.Component.
@@ -80,11 +82,22 @@ func (g *Gate) keep(keys map[string]string) {
 		close(g.known)
 	}
 	g.keys = keys
+	close(g.changed)
+	g.changed = make(chan struct{})
 	for p := range g.running {
 		if keys[p.node] != p.key {
 			p.end(errRevoked)
 		}
 	}
+}
+
+// Keys returns the fingerprints of all nodes' keys as this server knows them, by name,
+// which are not to be changed, and nil before they are known; and a channel that is
+// closed when they are others.
+func (g *Gate) Keys() (map[string]string, <-chan struct{}) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.keys, g.changed
 }
 
 // Handler passes requests on to next, but for those of keys that have lost their name.

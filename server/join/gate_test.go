@@ -41,6 +41,10 @@ func TestGate(t *testing.T) {
 			t.Errorf("%s gets %d", what, code)
 		}
 	}
+	if keys, _ := g.Keys(); len(keys) != 2 || keys["a"] == "" || keys["a"] == keys["b"] {
+		t.Errorf("the keys are %v", keys)
+	}
+	_, changed := g.Keys()
 	go ask(a.NetworkCertFile(), "/watch")
 	<-entered
 	if err := c.Nodes().Forget(t.Context(), "a"); err != nil {
@@ -53,6 +57,10 @@ func TestGate(t *testing.T) {
 		}
 	case <-time.After(5 * time.Second):
 		t.Fatal("the watch of a node that was removed goes on")
+	}
+	<-changed
+	if keys, _ := g.Keys(); keys["a"] != "" || keys["b"] == "" {
+		t.Errorf("after the removal the keys are %v", keys)
 	}
 	for what, file := range map[string]string{"kubelet": a.ClientCertFile(), "network": a.NetworkCertFile()} {
 		if code := ask(file, "/"); code != http.StatusUnauthorized {

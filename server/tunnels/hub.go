@@ -37,11 +37,12 @@ type Door interface {
 	Refuse(w http.ResponseWriter, r *http.Request, err error)
 }
 
-// Keys knows which key each node has.
+// Keys knows which key each node has. It is [*join.Gate].
 type Keys interface {
-	// Follow tells the fingerprints of all nodes' keys, by name, and tells them again
-	// whenever they change, until ctx ends or it fails.
-	Follow(ctx context.Context, tell func(map[string]string)) error
+	// Keys returns the fingerprints of all nodes' keys, by name, which are not to be
+	// changed, and nil before they are known; and a channel that is closed when they
+	// are others.
+	Keys() (keys map[string]string, changed <-chan struct{})
 }
 
 // Nodes knows the nodes of the cluster.
@@ -113,20 +114,18 @@ func (h *Hub) SetKubelet(a netip.AddrPort) {
 // Name implements lifecycle.Component.
 func (h *Hub) Name() string { return "tunnels" }
 
-// retryAfter is how long keys that cannot be followed are left alone.
-const retryAfter = time.Second
-
 // Run implements lifecycle.Component. It is ready at once; nodes may have connected
 // before. All sessions have ended when it returns, and no new ones are taken.
 func (h *Hub) Run(ctx context.Context, ready func()) error {
 	ready()
 	for ctx.Err() == nil {
-		if err := h.cfg.Keys.Follow(ctx, h.keep); err != nil && ctx.Err() == nil {
-			h.log.Debug("watch of the nodes' keys ended", "err", err)
+		keys, changed := h.cfg.Keys.Keys()
+		if keys != nil {
+			h.keep(keys)
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(retryAfter):
+		case <-changed:
 		}
 	}
 	h.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -28,16 +29,16 @@ type world struct {
 	t   *testing.T
 	srv *httptest.Server
 
-	mu   sync.Mutex
-	keys map[string]string
-	tell chan struct{}
+	mu      sync.Mutex
+	keys    map[string]string
+	newKeys chan struct{} // closed when keys has changed
 
 	owners map[string]string // of addresses
 }
 
 func newWorld(t *testing.T, change func(*Config)) *world {
 	t.Helper()
-	w := &world{t: t, keys: map[string]string{"a": "key-a", "b": "key-b"}, tell: make(chan struct{}, 1), owners: map[string]string{}}
+	w := &world{t: t, keys: map[string]string{"a": "key-a", "b": "key-b"}, newKeys: make(chan struct{}), owners: map[string]string{}}
 	c := Config{
 		Door: w, Keys: w, PodRanges: []netip.Prefix{netip.MustParsePrefix("127.0.1.0/24")}, ServiceRanges: []netip.Prefix{netip.MustParsePrefix("127.0.2.0/24")},
 	}
@@ -79,30 +80,20 @@ func (w *world) Refuse(rw http.ResponseWriter, _ *http.Request, err error) {
 	http.Error(rw, err.Error(), http.StatusForbidden)
 }
 
-// Follow implements Keys.
-func (w *world) Follow(ctx context.Context, tell func(map[string]string)) error {
-	for {
-		w.mu.Lock()
-		keys := map[string]string{}
-		for node, key := range w.keys {
-			keys[node] = key
-		}
-		w.mu.Unlock()
-		tell(keys)
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-w.tell:
-		}
-	}
+// Keys implements Keys.
+func (w *world) Keys() (map[string]string, <-chan struct{}) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.keys), w.newKeys
 }
 
 // setKey gives a name to a key, or takes it from all.
 func (w *world) setKey(node, key string) {
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.keys[node] = key
-	w.mu.Unlock()
-	w.tell <- struct{}{}
+	close(w.newKeys)
+	w.newKeys = make(chan struct{})
 }
 
 // Owner implements Nodes.

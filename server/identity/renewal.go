@@ -1,4 +1,4 @@
-package server
+package identity
 
 import (
 	"context"
@@ -49,6 +49,19 @@ func (r *Renewal) Run(ctx context.Context, ready func()) error {
 	}
 }
 
+// Moved makes the certificates anew that name this machine's addresses, which are those
+// of cfg from now on.
+func (r *Renewal) Moved(cfg Config, now time.Time) error {
+	r.mu.Lock()
+	r.cfg = cfg
+	r.mu.Unlock()
+	if err := r.renew(now); err != nil {
+		return fmt.Errorf("make certificates for this machine's addresses: %w", err)
+	}
+	return nil
+}
+
+// renew makes those certificates anew that are not good any more, or not for long.
 func (r *Renewal) renew(now time.Time) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -62,16 +75,4 @@ func (r *Renewal) renew(now time.Time) error {
 		}
 	}
 	return fresh.writeKubeconfig(r.cfg)
-}
-
-// Moved makes the certificates anew that name this machine's addresses, which are those
-// of cfg from now on.
-func (r *Renewal) Moved(cfg Config, now time.Time) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cfg = cfg
-	if err := r.id.Moved(cfg, now); err != nil {
-		return fmt.Errorf("make certificates for this machine's addresses: %w", err)
-	}
-	return nil
 }

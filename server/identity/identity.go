@@ -1,4 +1,4 @@
-package server
+package identity
 
 import (
 	"crypto/rand"
@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -52,10 +51,9 @@ type Identity struct {
 	URL string // of the API, for the kubeconfig
 }
 
-// Files of the server's directory that several parts name.
+// Files of the server's directory that are named more than once.
 const (
 	serviceAccountKey = "service-account.key" // in tls
-	nodeKey           = servingKubelet + ".key"
 	servingKubelet    = "serving-kubelet"
 	encryptionConfig  = "encryption-config.yaml"
 	tokenFile         = "token"
@@ -82,7 +80,7 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 		ServiceAccountKey: filepath.Join(dir, serviceAccountKey),
 		EncryptionConfig:  filepath.Join(cfg.Dir, encryptionConfig),
 		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
-		URL:               "https://" + net.JoinHostPort(loopbackHost(cfg), strconv.Itoa(cfg.HTTPSPort)),
+		URL:               cfg.url(),
 	}
 	for i, ca := range []**pki.Authority{&id.ServerCA, &id.KubeletCA, &id.ClientCA, &id.ProxyCA, &id.PeerCA} {
 		var err error
@@ -118,11 +116,28 @@ type leafOf struct {
 	into *pki.Pair
 }
 
+// leaves makes the leaf certificates.
+func (id *Identity) leaves(cfg Config, now time.Time) error {
+	for _, l := range append(id.serving(cfg), []leafOf{
+		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: bootstrap.KubeletClientUser, Client: true}, &id.KubeletClient},
+		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
+		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
+		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: ProxyUser, Client: true}, &id.ProxyClient},
+	}...) {
+		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
+		if err != nil {
+			return err
+		}
+		*l.into = pair
+	}
+	return id.nodeClient(cfg, now)
+}
+
 // serving are the certificates with this machine's addresses in them.
 func (id *Identity) serving(cfg Config) []leafOf {
 	names := []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc",
 		"kubernetes.default.svc." + cfg.ClusterDomain, cfg.NodeName}
-	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback, cfg.APIServiceIP().AsSlice(), cfg.AdvertiseAddress.AsSlice()}
+	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback, cfg.ServiceIP.AsSlice(), cfg.AdvertiseAddress.AsSlice()}
 	var nodeIPs []net.IP
 	for _, a := range cfg.NodeIPs {
 		nodeIPs = append(nodeIPs, a.AsSlice())
@@ -145,34 +160,6 @@ func (id *Identity) serving(cfg Config) []leafOf {
 	}
 }
 
-// Moved makes the certificates anew that name this machine's addresses. Whoever serves
-// with them reads the files again.
-func (id *Identity) Moved(cfg Config, now time.Time) error {
-	for _, l := range id.serving(cfg) {
-		if _, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// leaves makes the leaf certificates.
-func (id *Identity) leaves(cfg Config, now time.Time) error {
-	for _, l := range append(id.serving(cfg), []leafOf{
-		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: bootstrap.KubeletClientUser, Client: true}, &id.KubeletClient},
-		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
-		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
-		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: proxyUser, Client: true}, &id.ProxyClient},
-	}...) {
-		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
-		if err != nil {
-			return err
-		}
-		*l.into = pair
-	}
-	return id.nodeClient(cfg, now)
-}
-
 // nodeClient makes the certificate with which this machine's node calls the other
 // servers, for the key that proves the node. It is signed anew at each start.
 func (id *Identity) nodeClient(cfg Config, now time.Time) error {
@@ -188,8 +175,8 @@ func (id *Identity) nodeClient(cfg Config, now time.Time) error {
 	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
 }
 
-// proxyUser is who the aggregator is when it calls an extension API server.
-const proxyUser = "system:auth-proxy"
+// ProxyUser is who the aggregator is when it calls an extension API server.
+const ProxyUser = "system:auth-proxy"
 
 // authnConfig allows anonymous requests to the health endpoints and nowhere else.
 const authnConfig = `apiVersion: apiserver.config.k8s.io/v1
@@ -242,7 +229,7 @@ func ensureToken(path string, given token.Secret, caHash string) error {
 // PeerConfig is how the store of the server in dir meets others: with a port, and with
 // what [Prepare] signs.
 func PeerConfig(dir string, port uint16, addresses []netip.Addr) datastore.PeerConfig {
-	tls := filepath.Join(dir, "tls")
+	tls := tlsDir(dir)
 	return datastore.PeerConfig{
 		Port: port, CAFile: filepath.Join(tls, peerCA+".crt"),
 		CertFile: filepath.Join(tls, peerLeaf+".crt"), KeyFile: filepath.Join(tls, peerLeaf+".key"), Addresses: addresses,
@@ -251,8 +238,25 @@ func PeerConfig(dir string, port uint16, addresses []netip.Addr) datastore.PeerC
 
 // Exists reports whether dir is a server's that has its cluster's credentials.
 func Exists(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, "tls", authorities[0]+".crt"))
+	_, err := os.Stat(AuthorityFile(dir))
 	return err == nil
+}
+
+// AuthorityFile is where the server in dir has the certificate of the API's authority, by
+// which clusters are told apart.
+func AuthorityFile(dir string) string { return filepath.Join(tlsDir(dir), authorities[0]+".crt") }
+
+// NodeKeyFile is where the server in dir has the key that proves its node. It is the
+// first file that a machine has which is to become a server.
+func NodeKeyFile(dir string) string { return filepath.Join(tlsDir(dir), servingKubelet+".key") }
+
+// SharedFiles are what every server of a cluster has the same of, below its directory.
+// The optional ones are there only where an administrator has fixed secrets.
+func SharedFiles() (files, optional []string) {
+	for _, ca := range authorities {
+		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
+	}
+	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
 }
 
 // FixedTokens returns the secrets that the servers of the cluster share in dir, the
@@ -278,14 +282,6 @@ func fixedToken(path string) (token.Secret, error) {
 		return "", fmt.Errorf("%s: %w", path, err)
 	}
 	return t.Secret, nil
-}
-
-// loopbackHost is the address by which this machine reaches its own API.
-func loopbackHost(cfg Config) string {
-	if cfg.BindAddress.IsValid() && !cfg.BindAddress.IsUnspecified() {
-		return cfg.BindAddress.String()
-	}
-	return "127.0.0.1"
 }
 
 func (id *Identity) writeKubeconfig(cfg Config) error {
