@@ -146,7 +146,7 @@ func (x *Index) change(k key, apply func(*source)) {
 	}
 	for a, p := range next.pointers() {
 		if _, several := x.reverse[a]; several {
-			x.reverseToo[a] = append(slices.Clip(x.reverseToo[a]), p)
+			x.reverseToo[a] = append(x.reverseToo[a], p)
 		} else {
 			x.reverse[a] = p
 		}
@@ -159,8 +159,7 @@ func (x *Index) change(k key, apply func(*source)) {
 	}
 }
 
-// unpoint removes what a record contributed to the reverse name of an address. Like
-// records, the lists are replaced and not changed: queries read them without the lock.
+// unpoint removes what a record contributed to the reverse name of an address.
 func (x *Index) unpoint(a netip.Addr, r *record) {
 	var left []pointer
 	for _, p := range x.pointersOf(a, nil) {
