@@ -176,7 +176,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 
 	var group *lifecycle.Group
 	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() {
-		announce(log, notify, group, s.dataDir)
+		announce(ctx, log, notify, group, s.dataDir)
 		r.ready(s, log)
 	}), lifecycle.WithOnStop(func() {
 		logging.Stopping()
@@ -250,8 +250,9 @@ func signals(ctx context.Context, log *slog.Logger) (stopping context.Context, h
 	}
 }
 
-// announce tells the log and the service manager that start-up is complete.
-func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, dataDir string) {
+// announce tells the log and the service manager that start-up is complete, and ends
+// what was for the start alone.
+func announce(ctx context.Context, log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, dataDir string) {
 	var table strings.Builder
 	_ = lifecycle.WriteTable(&table, group.Status(nil)) //nolint:staticcheck // nil: do not ask checkers
 	fmt.Fprint(os.Stderr, table.String())
@@ -264,6 +265,7 @@ func announce(log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Grou
 		if err := footprint.Settle(); err != nil {
 			log.Debug("memory of the start was not given back", "err", err)
 		}
+		go footprint.Tend(ctx)
 		if err := keepProgram(dataDir); err != nil {
 			log.Warn("the unpacked program may not survive a power cut; the next start unpacks it again", "err", err)
 		}

@@ -71,3 +71,35 @@ func residentFile(t *testing.T) (pages int64) {
 	}
 	return shared
 }
+
+// Whatever the load, the pace does not swing: what made it busy keeps it busy, unless the
+// load becomes a good deal less.
+func TestPace(t *testing.T) {
+	// At a percentage p, a program that makes garbage at a rate r (in live heaps a
+	// second) has r/(p/100) collections a second.
+	run := func(rate float64, percent int) (changes, last int) {
+		for range 20 {
+			period := settledPeriod
+			if percent == busyGC {
+				period = busyPeriod
+			}
+			next, _ := pace(percent, uint64(rate*100/float64(percent)*period.Seconds()))
+			if next != percent {
+				changes++
+			}
+			percent = next
+		}
+		return changes, percent
+	}
+	for rate := 0.01; rate < 10; rate *= 1.1 {
+		for _, begin := range []int{settledGC, busyGC} {
+			changes, last := run(rate, begin)
+			if changes > 1 {
+				t.Errorf("at a rate of %.2f from %d it changes %d times", rate, begin, changes)
+			}
+			if rate < 0.1 && last != settledGC || rate > 1 && last != busyGC {
+				t.Errorf("at a rate of %.2f from %d it ends at %d", rate, begin, last)
+			}
+		}
+	}
+}
