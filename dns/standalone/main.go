@@ -75,6 +75,7 @@ func run() error {
 			if err := footprint.Settle(); err != nil {
 				fmt.Fprintln(os.Stderr, "standalone:", err)
 			}
+			footprint.Tend(ctx)
 		})
 	})
 }

@@ -50,7 +50,7 @@ func reducePod(p *corev1.Pod) {
 	ports := func(all []corev1.Container) (out []corev1.Container) {
 		for _, c := range all {
 			if len(c.Ports) > 0 {
-				out = append(out, corev1.Container{Name: same(c.Name), Ports: slices.Clone(c.Ports), RestartPolicy: c.RestartPolicy})
+				out = append(out, corev1.Container{Name: same(c.Name), Ports: exact(c.Ports), RestartPolicy: c.RestartPolicy})
 			}
 		}
 		return out
@@ -65,7 +65,7 @@ func reducePod(p *corev1.Pod) {
 		NodeName: same(p.Spec.NodeName), HostNetwork: p.Spec.HostNetwork,
 		Containers: ports(p.Spec.Containers), InitContainers: ports(p.Spec.InitContainers),
 	}
-	p.Status = corev1.PodStatus{Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: slices.Clone(p.Status.PodIPs)}
+	p.Status = corev1.PodStatus{Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: exact(p.Status.PodIPs)}
 }
 
 // reduceService keeps what is said of addresses and ports, and the annotations that
@@ -74,7 +74,7 @@ func reduceService(s *corev1.Service) {
 	s.OwnerReferences, s.Finalizers, s.Spec.Selector = nil, nil, nil
 	s.Labels = only(s.Labels, func(key string) bool { return strings.HasPrefix(key, serviceLabels) })
 	s.Annotations = only(s.Annotations, func(key string) bool { return key != corev1.LastAppliedConfigAnnotation })
-	s.Spec.Ports = slices.Clone(s.Spec.Ports)
+	s.Spec.Ports = exact(s.Spec.Ports)
 	for i := range s.Spec.Ports {
 		p := &s.Spec.Ports[i]
 		p.Name, p.Protocol = same(p.Name), corev1.Protocol(same(string(p.Protocol)))
@@ -89,16 +89,16 @@ func reduceSlice(s *discoveryv1.EndpointSlice) {
 		return key == discoveryv1.LabelServiceName || strings.HasPrefix(key, serviceLabels)
 	})
 	s.Annotations = only(s.Annotations, func(key string) bool { return key == corev1.EndpointsLastChangeTriggerTime })
-	s.Endpoints = slices.Clone(s.Endpoints)
+	s.Endpoints = exact(s.Endpoints)
 	var node, zone *string // most endpoints have those of the one before
 	for i := range s.Endpoints {
 		e := &s.Endpoints[i]
 		e.TargetRef, e.DeprecatedTopology = nil, nil
-		e.Addresses = slices.Clone(e.Addresses)
+		e.Addresses = exact(e.Addresses)
 		node, zone = sameAs(node, e.NodeName), sameAs(zone, e.Zone)
 		e.NodeName, e.Zone = node, zone
 	}
-	s.Ports = slices.Clone(s.Ports)
+	s.Ports = exact(s.Ports)
 	for i := range s.Ports {
 		s.Ports[i].Name = sameAs(nil, s.Ports[i].Name)
 	}
@@ -135,12 +135,19 @@ func same(s string) string { return unique.Make(s).Value() }
 
 // sameAs is the pointer that an endpoint before had, if it points to the same.
 func sameAs(before, now *string) *string {
-	switch {
-	case now == nil:
-		return nil
-	case before != nil && *before == *now:
+	if before != nil && now != nil && *before == *now {
 		return before
 	}
-	s := same(*now)
-	return &s
+	if now != nil {
+		*now = same(*now)
+	}
+	return now
+}
+
+// exact is the list without room for more: decoders leave some.
+func exact[T any](list []T) []T {
+	if cap(list) == len(list) {
+		return list
+	}
+	return slices.Clone(list)
 }
