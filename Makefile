@@ -91,7 +91,8 @@ e2e: build build-e2e
 endif
 
 # What both ways to run upstream's suite can be told.
-UPSTREAM = $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL))
+UPSTREAM = $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SKIP),-skip '$(SKIP)') $(if $(PARALLEL),-procs $(PARALLEL)) \
+	$(if $(DUALSTACK),-dual-stack) $(if $(POOL),-pool)
 
 .PHONY: conformance
 conformance: build build-conformance ## upstream's conformance suite on a cluster of its own; FOCUS=, SKIP=, PARALLEL=4, SERVERS=1, AGENTS=2, RESUME=1; needs root

@@ -52,6 +52,7 @@ func upCommand() *cli.Command {
 		&cli.StringSliceFlag{Name: "image", Category: catCluster, Usage: "`ARCHIVE` with images for every node (can be repeated)"},
 		&cli.StringSliceFlag{Name: "manifest", Category: catCluster, Usage: "`PATH` of a file or folder to apply (can be repeated)"},
 		&cli.StringSliceFlag{Name: "port", Category: catCluster, Usage: "`[ADDRESS:]PORT:NODEPORT` of this machine, by default of 127.0.0.1, that leads to a node port (can be repeated)"},
+		&cli.BoolFlag{Name: "dual-stack", Category: catCluster, Usage: "Give nodes, pods and services addresses of both families"},
 		&cli.StringFlag{Name: "kubeconfig", Category: catCluster, Usage: "`FILE` to add the context kedge-NAME to (default: that of kubectl)"},
 		&cli.BoolFlag{Name: "ephemeral", Category: catCluster, Usage: "Run the command after -- with KUBECONFIG set, and remove the cluster when it ends"},
 	}
@@ -109,7 +110,7 @@ func upConfig(c *cli.Context) (throwaway.Config, error) {
 	p := &flagParser{c: c}
 	cfg := throwaway.Config{
 		Name: c.String("name"), Servers: c.Int("servers"), Agents: c.Int("agents"), Images: c.StringSlice("image"), Manifests: c.StringSlice("manifest"),
-		Wait: c.Duration("wait"), Ephemeral: c.Bool("ephemeral"), Program: ownExecutable(p), Version: version, Kubeconfig: c.String("kubeconfig"),
+		Wait: c.Duration("wait"), Ephemeral: c.Bool("ephemeral"), DualStack: c.Bool("dual-stack"), Program: ownExecutable(p), Version: version, Kubeconfig: c.String("kubeconfig"),
 	}
 	for _, text := range c.StringSlice("port") {
 		port, err := parsePort(text)

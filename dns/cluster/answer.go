@@ -435,8 +435,9 @@ func (x *Index) backward(q *message.Query, r *message.Reply, prefix netip.Prefix
 	}
 	out := noName
 	if prefix.IsSingleIP() {
+		var few [8]pointer // so that nothing is allocated
 		x.mu.RLock()
-		targets := x.reverse[prefix.Addr()]
+		targets := x.pointersOf(prefix.Addr(), few[:0])
 		x.mu.RUnlock()
 		if len(targets) > 0 {
 			out = x.point(q, r, targets)
@@ -462,7 +463,7 @@ func (x *Index) point(q *message.Query, r *message.Reply, targets []pointer) out
 		return noData
 	}
 	for _, t := range targets {
-		if t.host == "" { // a service's own address
+		if t.endpoint == itself {
 			r.Pointer(x.cfg.TTL, x.nameOf(t.record, ""))
 			return found
 		}
@@ -471,7 +472,7 @@ func (x *Index) point(q *message.Query, r *message.Reply, targets []pointer) out
 	// one: it leads back to the address.
 	for _, headless := range []bool{true, false} {
 		for _, t := range targets {
-			if t.record.headless == headless && !r.Pointer(x.cfg.TTL, x.nameOf(t.record, t.host)) {
+			if t.record.headless == headless && !r.Pointer(x.cfg.TTL, x.nameOf(t.record, t.host())) {
 				return found
 			}
 		}

@@ -38,7 +38,8 @@ type Index struct {
 	mu         sync.RWMutex // guards what queries read; taken after events
 	namespaces map[string]bool
 	services   map[string]*record // by service and namespace in wire format
-	reverse    map[netip.Addr][]pointer
+	reverse    map[netip.Addr]pointer
+	reverseToo map[netip.Addr][]pointer // more of them, for the few addresses that have several
 
 	serial atomic.Uint32 // grows with every change
 }
@@ -48,7 +49,7 @@ type key struct{ namespace, name string }
 // source is what the API says of a service. The objects are the watches' own.
 type source struct {
 	service *corev1.Service
-	slices  map[string]*discoveryv1.EndpointSlice
+	slices  []*discoveryv1.EndpointSlice
 	record  *record // what became of them
 }
 
@@ -59,7 +60,7 @@ func New(cfg Config) *Index {
 	x := &Index{
 		cfg: cfg, zone: zone, svc: "\x03svc" + zone, labels: message.CountLabels(zone),
 		namespaces: map[string]bool{}, services: map[string]*record{},
-		reverse: map[netip.Addr][]pointer{}, sources: map[key]*source{},
+		reverse: map[netip.Addr]pointer{}, reverseToo: map[netip.Addr][]pointer{}, sources: map[key]*source{},
 	}
 	x.soa = message.SOA{
 		Server:  message.Name{"\x02ns\x03dns", zone},
@@ -86,16 +87,26 @@ func (x *Index) SetSlice(s *discoveryv1.EndpointSlice) {
 		return
 	}
 	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) {
-		if src.slices == nil {
-			src.slices = map[string]*discoveryv1.EndpointSlice{}
+		if i := src.find(s.Name); i >= 0 {
+			src.slices[i] = s
+		} else {
+			src.slices = append(src.slices, s)
 		}
-		src.slices[s.Name] = s
 	})
 }
 
 // DeleteSlice forgets a slice.
 func (x *Index) DeleteSlice(s *discoveryv1.EndpointSlice) {
-	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) { delete(src.slices, s.Name) })
+	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) {
+		if i := src.find(s.Name); i >= 0 {
+			src.slices = slices.Delete(src.slices, i, i+1)
+		}
+	})
+}
+
+// find is where the slice of a name is, or negative.
+func (src *source) find(name string) int {
+	return slices.IndexFunc(src.slices, func(s *discoveryv1.EndpointSlice) bool { return s.Name == name })
 }
 
 // SetNamespace says whether a namespace exists.
@@ -133,8 +144,12 @@ func (x *Index) change(k key, apply func(*source)) {
 	for a := range src.record.pointers() {
 		x.unpoint(a, src.record)
 	}
-	for a, host := range next.pointers() {
-		x.reverse[a] = append(slices.Clip(x.reverse[a]), pointer{next, host})
+	for a, p := range next.pointers() {
+		if _, several := x.reverse[a]; several {
+			x.reverseToo[a] = append(x.reverseToo[a], p)
+		} else {
+			x.reverse[a] = p
+		}
 	}
 	src.record = next
 	if next != nil {
@@ -144,20 +159,30 @@ func (x *Index) change(k key, apply func(*source)) {
 	}
 }
 
-// unpoint removes what a record contributed to the reverse name of an address. Like
-// records, the lists are replaced and not changed: queries read them without the lock.
+// unpoint removes what a record contributed to the reverse name of an address.
 func (x *Index) unpoint(a netip.Addr, r *record) {
 	var left []pointer
-	for _, p := range x.reverse[a] {
+	for _, p := range x.pointersOf(a, nil) {
 		if p.record != r {
 			left = append(left, p)
 		}
 	}
-	if len(left) == 0 {
-		delete(x.reverse, a)
-	} else {
-		x.reverse[a] = left
+	delete(x.reverse, a)
+	delete(x.reverseToo, a)
+	if len(left) > 0 {
+		x.reverse[a] = left[0]
 	}
+	if len(left) > 1 {
+		x.reverseToo[a] = left[1:]
+	}
+}
+
+// pointersOf appends what the reverse name of an address leads to. Caller holds mu.
+func (x *Index) pointersOf(a netip.Addr, to []pointer) []pointer {
+	if first, ok := x.reverse[a]; ok {
+		to = append(append(to, first), x.reverseToo[a]...)
+	}
+	return to
 }
 
 // Services is how many services have names.

@@ -38,11 +38,21 @@ type endpoint struct {
 	ports []port // shared by the endpoints of a slice
 }
 
-// pointer is a reverse name's target: a host of a service, or with an empty host
-// the service itself.
+// pointer is a reverse name's target: a host of a service, or the service itself.
 type pointer struct {
-	record *record
-	host   string // label in wire format
+	record   *record
+	endpoint int32 // which of the record's, or itself
+}
+
+// itself is the endpoint of a pointer to a service.
+const itself = -1
+
+// host is the label of the endpoint in wire format, empty for the service.
+func (p pointer) host() string {
+	if p.endpoint == itself {
+		return ""
+	}
+	return p.record.endpoints[p.endpoint].host
 }
 
 // newRecord makes the record of a service, or nil when it has no names.
@@ -105,8 +115,15 @@ func externalName(name string) string {
 // endpoints lists those that may be named: ready ones, which includes unready ones of
 // services with publishNotReadyAddresses, since the slices say ready then. An unset
 // condition means ready. While endpoints move between slices both may have them.
-func endpoints(all map[string]*discoveryv1.EndpointSlice) []endpoint {
-	var out []endpoint
+func endpoints(all []*discoveryv1.EndpointSlice) []endpoint {
+	n := 0
+	for _, s := range all {
+		n += len(s.Endpoints)
+	}
+	if n == 0 {
+		return nil
+	}
+	out := make([]endpoint, 0, n) // an endpoint has one address
 	for _, s := range all {
 		var ports []port
 		for _, p := range s.Ports {
@@ -173,15 +190,15 @@ func (r *record) equal(o *record) bool {
 }
 
 // pointers yields which addresses have reverse names because of the record, and
-// to which host of it they lead.
-func (r *record) pointers() iter.Seq2[netip.Addr, string] {
+// to what of it they lead.
+func (r *record) pointers() iter.Seq2[netip.Addr, pointer] {
 	if r == nil {
-		return maps.All[map[netip.Addr]string](nil)
+		return maps.All[map[netip.Addr]pointer](nil)
 	}
-	return func(yield func(netip.Addr, string) bool) {
+	return func(yield func(netip.Addr, pointer) bool) {
 		if !r.headless {
 			for _, a := range r.addrs {
-				if !yield(a, "") {
+				if !yield(a, pointer{r, itself}) {
 					return
 				}
 			}
@@ -190,7 +207,7 @@ func (r *record) pointers() iter.Seq2[netip.Addr, string] {
 			if i > 0 && e.host == r.endpoints[i-1].host && e.addr == r.endpoints[i-1].addr {
 				continue // the same with other ports
 			}
-			if !yield(e.addr, e.host) {
+			if !yield(e.addr, pointer{r, int32(i)}) {
 				return
 			}
 		}

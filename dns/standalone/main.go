@@ -21,6 +21,7 @@ import (
 
 	"kedge/dns"
 	"kedge/internal/footprint"
+	"kedge/internal/watched"
 )
 
 func main() {
@@ -61,7 +62,7 @@ func run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	watches := informers.NewSharedInformerFactory(client, 0)
+	watches := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(watched.Reduce)) // as a node has them
 	r, err := dns.New(cfg, watches, client, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
@@ -74,6 +75,7 @@ func run() error {
 			if err := footprint.Settle(); err != nil {
 				fmt.Fprintln(os.Stderr, "standalone:", err)
 			}
+			footprint.Tend(ctx)
 		})
 	})
 }

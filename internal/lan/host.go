@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/linkwait"
 	"kedge/internal/netns"
 )
 
@@ -91,7 +92,7 @@ func (h *Host) join(addrs []netip.Prefix) error {
 			return err
 		}
 	}
-	return nil
+	return linkwait.Carrier(h.lan.nl, cable.Attrs().Index) // that was set up before the uplink
 }
 
 // find learns of an adopted host what newHost and join would know.

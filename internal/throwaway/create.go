@@ -28,6 +28,7 @@ type Config struct {
 	Ports           []machines.Port // published on this machine
 	Wait            time.Duration   // for all of it to be ready
 	Ephemeral       bool            // it ends with this process
+	DualStack       bool            // nodes, pods and services have addresses of both families
 	// Program is the executable that the nodes run. Version tells it from others.
 	Program, Version string
 	// Kubeconfig is a file to merge a context into; none when empty.
@@ -158,6 +159,7 @@ func (r Root) begin(cfg Config) (*Cluster, error) {
 	}
 	c := &Cluster{root: r, record: record{
 		Name: cfg.Name, Created: time.Now().UTC().Truncate(time.Second), Subnet: subnet, Token: newSecret(), ServerToken: newSecret(), Next: 2,
+		DualStack: cfg.DualStack,
 	}}
 	for _, path := range cfg.Images {
 		abs, err := filepath.Abs(path)
@@ -279,6 +281,12 @@ func start(m *machines.Machine, role Role) error {
 // settings are the configuration file of a node.
 func (c *Cluster) settings(m *machines.Machine, role Role) string {
 	text := fmt.Sprintf("node-ip: [%s]\n", m.Addrs()[0].Addr())
+	if c.record.DualStack {
+		text = fmt.Sprintf("node-ip: [%s, \"%s\"]\n", m.Addrs()[0].Addr(), m.Addrs()[1].Addr())
+		if role == Server { // agents are told by servers
+			text += "cluster-cidr: [10.42.0.0/16, \"fd42::/56\"]\nservice-cidr: [10.43.0.0/16, \"fd43::/112\"]\n"
+		}
+	}
 	first := c.site.Machines()[0]
 	switch {
 	case m == first:

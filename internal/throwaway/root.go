@@ -42,6 +42,7 @@ type record struct {
 	ServerToken string       `json:"serverToken"`     // with which its servers join
 	Next        int          `json:"next"`            // address of the next machine
 	Names       map[Role]int `json:"names,omitempty"` // how many machines of each role there were
+	DualStack   bool         `json:"dualStack,omitempty"`
 	// Kubeconfig is the user's file with a context of this cluster.
 	Kubeconfig string   `json:"kubeconfig,omitempty"`
 	Images     []string `json:"images,omitempty"` // archives that every node has

@@ -7,11 +7,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/linkwait"
 	"kedge/internal/netns"
 )
 
@@ -77,65 +77,24 @@ func (a *attachment) connect(ns *netns.NS) error {
 	return a.settled(node, pod, outer.Attrs().Index)
 }
 
-// settled returns when the link carries packets. The kernel leaves some of what it was
-// told to workers of its own, which come late on a busy machine; until then a pod's first
-// packet would be lost, and sent again after seconds.
+// settled returns when the link carries packets: otherwise a pod's first one is lost.
 func (a *attachment) settled(node, pod *netlink.Handle, outer int) error {
-	// The end that was set up before the other one throws away what it is to send until
-	// a worker has seen its carrier. To be asked about one link makes the kernel do that
-	// at once since version 6.9; with older ones, the answer changes when it is done.
-	err := await(func() (bool, error) {
-		link, err := node.LinkByIndex(outer)
-		if err != nil {
-			return false, err
-		}
-		state := link.Attrs().OperState
-		return state != netlink.OperDown && state != netlink.OperLowerLayerDown, nil
-	})
-	if err != nil {
-		return fmt.Errorf("carrier of %s: %w", a.host, err)
+	if err := linkwait.Carrier(node, outer); err != nil { // its end was set up before the pod's
+		return err
 	}
-	// IPv6 addresses are local when a worker has made their routes, also without
-	// duplicate detection.
 	for _, p := range a.addrs {
 		if !p.addr.Is6() {
 			continue
 		}
-		for addr, handle := range map[netip.Addr]*netlink.Handle{p.addr: pod, p.gateway: node} {
-			if err := await(func() (bool, error) { return isLocal(handle, addr) }); err != nil {
-				return fmt.Errorf("route to the own address %s: %w", addr, err)
-			}
+		if err := linkwait.Local(pod, p.addr); err != nil {
+			return fmt.Errorf("in the pod: %w", err)
+		}
+		if err := linkwait.Local(node, p.gateway); err != nil {
+			return err
 		}
 	}
 	return nil
 }
-
-func isLocal(h *netlink.Handle, addr netip.Addr) (bool, error) {
-	routes, err := h.RouteGet(addr.AsSlice())
-	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
-		return false, nil
-	}
-	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, err
-}
-
-// await asks the kernel until it has done what it was told. Mostly it has when it is asked
-// first, so that a socket that listens for its news would cost more.
-func await(done func() (bool, error)) error {
-	for deadline := time.Now().Add(workersLimit); ; time.Sleep(workersPause) {
-		if ok, err := done(); ok || err != nil {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("the kernel has not done it within %v", workersLimit)
-		}
-	}
-}
-
-const (
-	// workersLimit is how long the kernel may take; the next attempt goes on there.
-	workersLimit = 2 * time.Second
-	workersPause = 500 * time.Microsecond
-)
 
 func (a *attachment) handles(ns *netns.NS) (node, pod *netlink.Handle, err error) {
 	if node, err = routeSocket(); err != nil {

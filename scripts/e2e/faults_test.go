@@ -215,19 +215,25 @@ func (n *node) uplink() netip.Prefix {
 
 // detail is what "kedge status" says of a component.
 func (n *node) detail(component string) (string, error) {
+	_, detail, err := n.component(component)
+	return detail, err
+}
+
+// component is what "kedge status" knows of one.
+func (n *node) component(name string) (state, detail string, err error) {
 	out, err := exec.Command(binary(), "status", "-o", "json", "--run-dir="+n.runDir()).Output()
 	var report struct {
-		Components []struct{ Name, Detail string }
+		Components []struct{ Name, State, Detail string }
 	}
 	if jsonErr := json.Unmarshal(out, &report); jsonErr != nil {
-		return "", errors.Join(err, jsonErr)
+		return "", "", errors.Join(err, jsonErr)
 	}
 	for _, c := range report.Components {
-		if c.Name == component {
-			return c.Detail, nil
+		if c.Name == name {
+			return c.State, c.Detail, nil
 		}
 	}
-	return "", fmt.Errorf("no component %s", component)
+	return "", "", fmt.Errorf("no component %s", name)
 }
 
 // says waits until "kedge status" has the text about a component.

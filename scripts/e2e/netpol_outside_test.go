@@ -1,26 +1,12 @@
 package e2e
 
 import (
-	"bytes"
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
 )
-
-// trace explains the connection from the pod client to the service web.
-func (n *lanNode) trace(t *testing.T, namespace string) string {
-	t.Helper()
-	var out bytes.Buffer
-	cmd := exec.Command(binary(), "net", "trace", "--run-dir="+n.runDir(), "--namespace="+namespace, "from", "client", "to", "web")
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Run(); err != nil {
-		t.Logf("trace: %v", err) // so it ends for a connection that is refused
-	}
-	return out.String()
-}
 
 // TestPoliciesServicesAndNames: what policies say of pods holds for connections
 // through services, from pods and from outside, in both families, and for the
@@ -73,7 +59,7 @@ func TestPoliciesServicesAndNames(t *testing.T) {
 	// The usual policy for names, as it is written for clusters whose resolver is a pod.
 	policy("names", `podSelector: {}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: kube-system}}, podSelector: {matchLabels: {k8s-app: kube-dns}}}], ports: [{port: 53, protocol: UDP}, {port: 53}]}]`)
 	want("the name, but not whom it names", false, byName("client"))
-	refused := n.trace(t, ns)
+	refused, _ := n.trace(ns, "from", "client", "to", "web") // of a refused connection, it ends with an error
 	for _, w := range []string{"policy " + ns + "/names", "allowed by none of " + ns + "/deny, " + ns + "/names", "refuses the connection from " + ns + "/client"} {
 		if !strings.Contains(refused, w) {
 			t.Errorf("no %q in the explanation:\n%s", w, refused)
@@ -83,8 +69,8 @@ func TestPoliciesServicesAndNames(t *testing.T) {
 	want("allowed at one end only", false, byName("client"))
 	policy("web", `podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress], ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]`)
 	want("allowed at both ends", true, byName("client"))
-	if out := n.trace(t, ns); !strings.Contains(out, "allows the connection to "+ns+"/web-0") {
-		t.Errorf("not explained:\n%s", out)
+	if out, err := n.trace(ns, "from", "client", "to", "web"); err != nil || !strings.Contains(out, "allows the connection to "+ns+"/web-0") {
+		t.Errorf("not explained: %v\n%s", err, out)
 	}
 	want("a pod reaches itself through its service", true, byName("web-0"))
 }

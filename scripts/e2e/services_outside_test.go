@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"strings"
 	"syscall"
@@ -17,92 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
 )
-
-// lanNode is a dual-stack node on a machine of its own, and another machine on the
-// same switch, which is its default route too.
-type lanNode struct {
-	*node
-	outside *testhost.Host
-}
-
-var (
-	lanNodeV4    = netip.MustParsePrefix("198.51.100.10/24")
-	lanNodeV6    = netip.MustParsePrefix("2001:db8:51::10/64")
-	lanOutsideV4 = netip.MustParsePrefix("198.51.100.20/24")
-	lanOutsideV6 = netip.MustParsePrefix("2001:db8:51::20/64")
-)
-
-// onLAN starts one with all that an own node has.
-func onLAN(t *testing.T, flags ...string) *lanNode {
-	t.Helper()
-	lan, err := testhost.NewLAN()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lan.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	machine, err := lan.Host("machine", lanNodeV4, lanNodeV6)
-	must(err)
-	outside, err := lan.Host("outside", lanOutsideV4, lanOutsideV6)
-	must(err)
-	for _, h := range []struct {
-		host *testhost.Host
-		v4   netip.Prefix
-		v6   netip.Prefix
-	}{{machine, lanOutsideV4, lanOutsideV6}, {outside, lanNodeV4, lanNodeV6}} {
-		must(h.host.Route(netip.MustParsePrefix("0.0.0.0/0"), h.v4.Addr()))
-		must(h.host.Route(netip.MustParsePrefix("::/0"), h.v6.Addr()))
-	}
-	n := own(t, append([]string{
-		"--cluster-cidr=10.42.0.0/16,fd42::/56", "--service-cidr=10.43.0.0/16,fd43::/112",
-		fmt.Sprintf("--node-ip=%s,%s", lanNodeV4.Addr(), lanNodeV6.Addr()),
-	}, flags...)...)
-	n.flags = n.flags[2:] // not the ranges that own has chosen
-	n.network, err = netns.Open(machine.Path())
-	must(err)
-	must(prepareImages(n.dataDir()))
-	must(n.start())
-	return &lanNode{n, outside}
-}
-
-// get asks from the other machine.
-func (n *lanNode) getOutside(url string, timeout time.Duration) (string, error) {
-	client := http.Client{Timeout: timeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-		return n.outside.Dial(ctx, network, address)
-	}}}
-	resp, err := client.Get(url)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if resp.StatusCode >= 400 && err == nil {
-		err = fmt.Errorf("%s: %s", resp.Status, body)
-	}
-	return strings.TrimSpace(string(body)), err
-}
-
-// seen is the address that "/addr" answers, without the port.
-func seen(answer string) string {
-	host, _, err := net.SplitHostPort(answer)
-	if err != nil {
-		return answer
-	}
-	return host
-}
 
 func TestServicesFromOutside(t *testing.T) {
 	t.Parallel()
@@ -190,22 +103,6 @@ func TestServicesFromOutside(t *testing.T) {
 		}
 		return nil
 	})
-}
-
-// hostTable checks that a table of the host's is still there.
-func (n *node) hostTable(t *testing.T, name string) {
-	t.Helper()
-	err := n.inside(func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		_, err = conn.ListTableOfFamily(name, nftables.TableFamilyINet)
-		return err
-	})
-	if err != nil {
-		t.Errorf("table %s of the host: %v", name, err)
-	}
 }
 
 // TestServiceAffinity: a client keeps its endpoint, and finds another when that goes.
@@ -320,9 +217,6 @@ func TestNetTrace(t *testing.T) {
 	n.service(t, ns, "nowhere", "nobody", "")
 	n.apply(t, ns, shellWith("hosted", "exec probe serve :8080 hosted", "", fmt.Sprintf("ports: [{containerPort: 8080, hostPort: %d}],", n.apiPort+3001)))
 	hosted := n.waitPod(t, ns, "hosted", false).Status.PodIP
-	trace := func(args ...string) (string, error) {
-		return n.run(append([]string{"net", "trace", "--run-dir=" + n.runDir(), "-n", ns}, args...)...)
-	}
 	for _, c := range []struct {
 		args []string
 		want []string
@@ -336,7 +230,7 @@ func TestNetTrace(t *testing.T) {
 		{[]string{"web:81"}, []string{"none of them has the port", "it ends here"}},
 	} {
 		eventually(t, 5*time.Second, func() error {
-			out, err := trace(c.args...)
+			out, err := n.trace(ns, c.args...)
 			for _, want := range c.want {
 				if err == nil && !strings.Contains(out, want) {
 					err = fmt.Errorf("%v does not say %q", c.args, want)
@@ -351,7 +245,7 @@ func TestNetTrace(t *testing.T) {
 			return err
 		})
 	}
-	if out, err := trace("nothing"); err == nil || !strings.Contains(out, "there is no service or pod "+ns+"/nothing") {
+	if out, err := n.trace(ns, "nothing"); err == nil || !strings.Contains(out, "there is no service or pod "+ns+"/nothing") {
 		t.Errorf("an unknown name: %v, %s", err, out)
 	}
 }

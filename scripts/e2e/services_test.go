@@ -48,23 +48,31 @@ func (n *node) service(t *testing.T, namespace, name, app, fields string) *corev
 	return s
 }
 
-// get asks from the node itself, as processes on it do.
-func (n *node) get(url string) (string, error) {
-	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
-		var conn net.Conn
-		err := n.inside(func() (err error) {
-			conn, err = net.DialTimeout(network, address, 2*time.Second)
-			return err
-		})
-		return conn, err
-	}}}
+// get asks by connections of dial and returns the answer, without spaces around it. An
+// answer that says that something is wrong is an error.
+func get(url string, timeout time.Duration, dial func(ctx context.Context, network, address string) (net.Conn, error)) (string, error) {
+	client := http.Client{Timeout: timeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
 	resp, err := client.Get(url)
 	if err != nil {
 		return "", err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
+	if resp.StatusCode >= 400 && err == nil {
+		err = fmt.Errorf("%s: %s", resp.Status, body)
+	}
 	return strings.TrimSpace(string(body)), err
+}
+
+// get asks from the node itself, as processes on it do.
+func (n *node) get(url string) (string, error) {
+	return get(url, 2*time.Second, func(_ context.Context, network, address string) (conn net.Conn, err error) {
+		err = n.inside(func() (err error) {
+			conn, err = net.DialTimeout(network, address, 2*time.Second)
+			return err
+		})
+		return conn, err
+	})
 }
 
 // getFrom asks from a pod.

@@ -207,8 +207,14 @@ spec:
 		t.Errorf("%d nodes are Ready, want 2", n)
 	}
 
-	c.must(t, "up", "--name=two")
+	c.must(t, "up", "--name=two", "--dual-stack")
 	ids = append(ids, c.ids()...)
+	both := c.must(t, "kubectl", "--context=kedge-two", "get", "nodes", "-o", "jsonpath={.items[*].spec.podCIDRs} {.items[*].status.addresses[?(@.type=='InternalIP')].address}")
+	for _, want := range []string{`"10.42.0.0/24"`, `"fd42::/64"`, " 10.89.", " fd6b:6564:6765:"} {
+		if !strings.Contains(both, want) {
+			t.Errorf("ranges and addresses of a dual-stack node: %s; want %s", both, want)
+		}
+	}
 	if out := c.must(t, "ls"); strings.Count(out, "running") != 3 || !strings.Contains(out, "two") {
 		t.Errorf("kedge ls:\n%s", out)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -46,8 +47,12 @@ func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err err
 	if err := os.Symlink(o.kedge, link); err != nil {
 		return nil, err
 	}
-	up := c.command(ctx, "up", "--name", clusterName, "--servers", fmt.Sprint(o.servers), "--agents", fmt.Sprint(o.agents),
-		"--image", filepath.Join(o.build, "images.tar"), "--kubeconfig", c.kubeconfig, "--wait", "5m")
+	args := []string{"up", "--name", clusterName, "--servers", fmt.Sprint(o.servers), "--agents", fmt.Sprint(o.agents),
+		"--image", filepath.Join(o.build, "images.tar"), "--kubeconfig", c.kubeconfig, "--wait", "5m"}
+	if o.dualStack {
+		args = append(args, "--dual-stack")
+	}
+	up := c.command(ctx, args...)
 	up.Stderr = os.Stderr
 	up.Cancel = func() error { return up.Process.Signal(os.Interrupt) } // it removes what it has made
 	up.WaitDelay = time.Minute
@@ -60,15 +65,16 @@ func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err err
 	for i := range o.agents {
 		c.nodes = append(c.nodes, fmt.Sprint("agent-", i+1))
 	}
-	if err := c.serveImages(ctx); err != nil {
+	if err := c.configure(ctx); err != nil {
 		return nil, errors.Join(err, c.remove())
 	}
 	return c, nil
 }
 
-// serveImages gives the nodes a registry on this machine, at its address on their
-// network, which is known only when they run: they are restarted for it.
-func (c *cluster) serveImages(ctx context.Context) (err error) {
+// configure gives the nodes what depends on their network, which is known only when they
+// run: a registry on this machine, at its address there, and a pool of addresses that
+// this machine reaches. They are restarted for it.
+func (c *cluster) configure(ctx context.Context) (err error) {
 	if c.registry, err = openRegistry(filepath.Join(c.o.build, "images.tar")); err != nil {
 		return err
 	}
@@ -80,9 +86,12 @@ func (c *cluster) serveImages(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	node := net.ParseIP(api.Hostname())
+	node, err := netip.ParseAddr(api.Hostname())
+	if err != nil {
+		return err
+	}
 	// The kernel knows by which of its addresses it reaches the node.
-	conn, err := net.DialUDP("udp", nil, &net.UDPAddr{IP: node, Port: 9})
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(node, 9)))
 	if err != nil {
 		return err
 	}
@@ -91,10 +100,18 @@ func (c *cluster) serveImages(ctx context.Context) (err error) {
 	if address, err = c.registry.serve(address); err != nil {
 		return err
 	}
-	settings := fmt.Sprintf("mirrors: {%s: {endpoint: [\"http://%s\"]}}\n", mirrored, address)
-	for _, node := range c.nodes {
+	forAll := fmt.Sprintf("printf %%s 'mirrors: {%s: {endpoint: [\"http://%s\"]}}' > /etc/kedge/registries.yaml", mirrored, address)
+	forServers := forAll
+	if c.o.pool {
+		forServers += fmt.Sprintf(" && echo 'lb-pool: [%s]' >> /etc/kedge/config.yaml", poolOf(node))
+	}
+	for i, node := range c.nodes {
+		settings := forAll
+		if i < c.o.servers {
+			settings = forServers
+		}
 		for _, args := range [][]string{
-			{"node", "shell", "--name", clusterName, node, "--", "sh", "-c", "printf %s '" + settings + "' > /etc/kedge/registries.yaml"},
+			{"node", "shell", "--name", clusterName, node, "--", "sh", "-c", settings},
 			{"node", "stop", "--name", clusterName, node},
 			{"node", "start", "--name", clusterName, node},
 		} {
@@ -104,6 +121,14 @@ func (c *cluster) serveImages(ctx context.Context) (err error) {
 		}
 	}
 	return nil
+}
+
+// poolOf is a range of a node's network in which "kedge up" gives machines no addresses
+// before there are more than two hundred of them.
+func poolOf(node netip.Addr) string {
+	first, last := node.As4(), node.As4()
+	first[3], last[3] = 210, 250
+	return netip.AddrFrom4(first).String() + "-" + netip.AddrFrom4(last).String()
 }
 
 // command is kedge with the folder of this program's clusters.

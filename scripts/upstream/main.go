@@ -31,6 +31,8 @@ type options struct {
 	procs          int
 	servers        int
 	agents         int
+	dualStack      bool
+	pool           bool
 	resume         bool
 	timeout        time.Duration
 	runs, clusters string // folders
@@ -46,6 +48,8 @@ func main() {
 	flag.IntVar(&o.procs, "procs", 4, "specs that run at the same time, but for [Serial] ones")
 	flag.IntVar(&o.servers, "servers", 1, "servers of the cluster")
 	flag.IntVar(&o.agents, "agents", 2, "agents of the cluster")
+	flag.BoolVar(&o.dualStack, "dual-stack", false, "a cluster with addresses of both families")
+	flag.BoolVar(&o.pool, "pool", false, "services of type LoadBalancer get addresses of their own, of a pool, rather than those of nodes")
 	flag.BoolVar(&o.resume, "resume", true, "go on with an earlier run of the same executables and options")
 	flag.DurationVar(&o.timeout, "timeout", 6*time.Hour, "how long the whole run may take")
 	flag.Parse()

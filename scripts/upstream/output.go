@@ -102,10 +102,13 @@ func status(sign, word string) string {
 	return failed // also timed out and panicked
 }
 
+// nodeKind is where a spec failed.
+var nodeKind = regexp.MustCompile(`\[(It|(Just)?(Before|After)Each|DeferCleanup \(Each\))\] `)
+
 // nameIn is the spec that a line names: with its labels behind it and, when it failed,
 // with the kind of node before its last part.
 func nameIn(line string, known map[string]bool) string {
-	line = strings.Replace(line, "[It] ", "", 1)
+	line = strings.Replace(line, nodeKind.FindString(line), "", 1)
 	if known[line] {
 		return line
 	}

@@ -69,7 +69,7 @@ func runKey(o options) (string, error) {
 			return "", err
 		}
 	}
-	fmt.Fprintf(h, "%q %q %q", o.focus, o.skip, o.list)
+	fmt.Fprintf(h, "%q %q %q %v %v", o.focus, o.skip, o.list, o.dualStack, o.pool)
 	return fmt.Sprintf("%dservers-%dagents-%s", o.servers, o.agents, hex.EncodeToString(h.Sum(nil))[:8]), nil
 }
 

@@ -47,7 +47,7 @@ swap.go:9
 [sig-node] Pods should go [sig-node]
 ------------------------------
 • [TIMEDOUT] [600.000 seconds]
-[sig-node] Pods should stay [sig-node]
+[sig-node] Pods [BeforeEach] should stay [sig-node]
 ------------------------------
 [sig-node] Pods should be alone [Serial] [sig-node, Serial]
 pods.go:7
@@ -62,7 +62,8 @@ Summarizing 1 Failure:
 `
 
 func TestParse(t *testing.T) {
-	// The name as ginkgo has it lacks "[It] ", which its output puts before the last part.
+	// The name as ginkgo has it lacks "[It] " and "[BeforeEach] ", which its output puts
+	// before the last part.
 	known := map[string]bool{}
 	for _, n := range []string{"[sig-apps] CronJob should run [Conformance] [Slow]", "[sig-node] Secrets should be seen [Conformance]",
 		"[sig-node] Swap should work", "[sig-node] Pods should go", "[sig-node] Pods should stay", "[sig-node] Pods should be alone [Serial]"} {
