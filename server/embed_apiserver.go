@@ -121,8 +121,10 @@ func (s *APIServer) defaults() map[string]string {
 }
 
 // When the server stops, watches of clients are ended within watchGrace, and
-// connections that are still open after connectionGrace are cut. Upstream's minute
-// is for load balancers in front; here every second is one in which nothing answers.
+// connections that are still open after connectionGrace are cut, and requests that
+// still wait for something ended: where the store has no majority that is seven seconds.
+// Upstream's minute is for load balancers in front; here every second is one in which
+// nothing answers.
 const (
 	watchGrace      = time.Second
 	connectionGrace = 3 * time.Second
@@ -157,12 +159,15 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	defer listener.Close() // harmless after the server has closed it
-	server, err := s.assemble(ctx, listener)
+	requests, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	server, err := s.assemble(ctx, requests, listener)
 	if err != nil {
 		return err
 	}
 	stop, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(connectionGrace, end) })()
 	done := make(chan error, 1)
 	go func() { done <- server.run(stop) }()
 	go s.cut.Follow(stop)
@@ -231,7 +236,19 @@ type assembled struct {
 	run     func(context.Context) error
 }
 
-func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assembled, error) {
+// until ends requests with ctx.
+func until(ctx context.Context, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		own, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		defer context.AfterFunc(ctx, cancel)()
+		next.ServeHTTP(w, r.WithContext(own))
+	})
+}
+
+// assemble makes the API server. Requests that are under way end with the context
+// requests.
+func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listener) (*assembled, error) {
 	// The API server calls itself and pods; its warnings are not for our log.
 	rest.SetDefaultWarningHandler(rest.NoWarnings{})
 	s.opts.SecureServing.Listener = listener
@@ -258,7 +275,7 @@ func (s *APIServer) assemble(ctx context.Context, listener net.Listener) (*assem
 	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
-		return s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c))))
+		return until(requests, s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c)))))
 	}
 	if err := throughTunnels(config, s.hub); err != nil {
 		return nil, err
