@@ -278,6 +278,13 @@ func start(m *machines.Machine, role Role) error {
 	return m.StartKedge(string(role))
 }
 
+// sharedDisk are settings of a node for which the disk is everybody's: how full it is says
+// nothing of its pods, none of which is evicted, and none of its images removed for it.
+const sharedDisk = `kubelet-arg:
+- eviction-hard=memory.available<100Mi,nodefs.available<0%,nodefs.inodesFree<0%,imagefs.available<0%,imagefs.inodesFree<0%
+- image-gc-high-threshold=100
+`
+
 // settings are the configuration file of a node.
 func (c *Cluster) settings(m *machines.Machine, role Role) string {
 	text := fmt.Sprintf("node-ip: [%s]\n", m.Addrs()[0].Addr())
@@ -287,6 +294,7 @@ func (c *Cluster) settings(m *machines.Machine, role Role) string {
 			text += "cluster-cidr: [10.42.0.0/16, \"fd42::/56\"]\nservice-cidr: [10.43.0.0/16, \"fd43::/112\"]\n"
 		}
 	}
+	text += sharedDisk
 	first := c.site.Machines()[0]
 	switch {
 	case m == first:
