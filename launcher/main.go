@@ -61,7 +61,12 @@ func launch(args, env []string) error {
 type place struct {
 	dir    string
 	create bool // unpack here when the program is nowhere yet
+	cache  bool // nobody else removes older programs from here
 }
+
+// others is how many programs stay in a cache beside the one that was just unpacked:
+// those of versions that are still in use, or were a moment ago.
+const others = 2
 
 const defaultDataDir = "/var/lib/kedge"
 
@@ -88,9 +93,9 @@ func places(args, env []string, uid int) []place {
 		cache = filepath.Join(vars["HOME"], ".cache")
 	}
 	if cache != "" {
-		out = append(out, place{dir: filepath.Join(cache, "kedge", "program"), create: true})
+		out = append(out, place{dir: filepath.Join(cache, "kedge", "program"), create: true, cache: true})
 	}
-	return append(out, place{dir: filepath.Join(os.TempDir(), fmt.Sprintf("kedge-%d", uid), "program"), create: true})
+	return append(out, place{dir: filepath.Join(os.TempDir(), fmt.Sprintf("kedge-%d", uid), "program"), create: true, cache: true})
 }
 
 // dataDirOf finds --data-dir as the large program will: the flag, the environment,
@@ -162,6 +167,9 @@ func find(m packed.Manifest, in []place) (string, error) {
 		}
 		name, err := unpack(m, p.dir)
 		if err == nil {
+			if p.cache {
+				_ = packed.Prune(p.dir, m.ID(), others) // what cannot be removed takes space, and no more
+			}
 			return name, nil
 		}
 		errs = append(errs, err)

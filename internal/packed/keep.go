@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"kedge/internal/atomicfile"
@@ -40,16 +41,30 @@ func Keep(dir, program string) error {
 			return err
 		}
 	}
+	return Prune(dir, filepath.Base(own), 0)
+}
+
+// Prune removes programs from dir, but for own, an ID, and the others that were unpacked
+// last. A program that runs is not disturbed.
+func Prune(dir, own string, others int) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
-	var errs []error
+	var old []fs.FileInfo
 	for _, e := range entries {
 		// Temporary folders may be of a launcher that is at work just now.
-		if e.IsDir() && e.Name() != filepath.Base(own) && !strings.HasPrefix(e.Name(), ".") {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		if !e.IsDir() || e.Name() == own || strings.HasPrefix(e.Name(), ".") {
+			continue
 		}
+		if st, err := e.Info(); err == nil { // else somebody has removed it
+			old = append(old, st)
+		}
+	}
+	slices.SortFunc(old, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
+	var errs []error
+	for _, st := range old[min(others, len(old)):] {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, st.Name())))
 	}
 	return errors.Join(errs...)
 }
