@@ -115,6 +115,11 @@ test-long: build build-e2e ## what takes too long for make test: five servers, a
 	KEDGE_TEST_LONG=1 KEDGE_SOAK=60 go test -count=1 -timeout 60m -v -run 'TestGrowth$$|TestBackends$$' ./scripts/e2e
 	go run ./scripts/bench/up -stress 50
 
+.PHONY: power-cuts
+power-cuts: build ## pull the plug of an emulated machine with kedge on it, under load; ARCH=arm64, CYCLES=5
+	@[ $(ARCH) = $(HOSTARCH) ] || $(MAKE) build ARCH=$(HOSTARCH)
+	scripts/power-cuts.sh $(ARCH) $(or $(CYCLES),5)
+
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream

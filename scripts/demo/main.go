@@ -3,24 +3,29 @@
 package main
 
 import (
+	"flag"
 	"fmt"
 	"os"
+	"runtime"
 
 	"kedge/internal/testimage"
 )
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: demo PROGRAM ARCHIVE")
+	arch := flag.String("arch", runtime.GOARCH, "what PROGRAM runs on")
+	flag.Parse()
+	if flag.NArg() != 2 {
+		fmt.Fprintln(os.Stderr, "usage: demo [-arch ARCH] PROGRAM ARCHIVE")
 		os.Exit(2)
 	}
-	data, err := os.ReadFile(os.Args[1])
+	data, err := os.ReadFile(flag.Arg(0))
 	if err == nil {
-		err = testimage.WriteFile(os.Args[2], testimage.Docker, testimage.Image{
-			Name:       "kedge.local/hello:1",
-			Files:      map[string]testimage.File{"/hello": {Data: data, Mode: 0o755}},
-			Entrypoint: []string{"/hello"},
-			Cmd:        []string{"serve", ":8080", "Hello from kedge!"},
+		err = testimage.WriteFile(flag.Arg(1), testimage.Docker, testimage.Image{
+			Name:         "kedge.local/hello:1",
+			Architecture: *arch,
+			Files:        map[string]testimage.File{"/hello": {Data: data, Mode: 0o755}},
+			Entrypoint:   []string{"/hello"},
+			Cmd:          []string{"serve", ":8080", "Hello from kedge!"},
 		})
 	}
 	if err != nil {
