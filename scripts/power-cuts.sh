@@ -92,6 +92,7 @@ make_disk() {
 	chmod +x "$init/init" "$root/sbin/init"
 	ln -s ../bin/busybox "$root/sbin/modprobe" # for modules that the kernel asks for
 	echo '127.0.0.1 localhost' >"$root/etc/hosts"
+	echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
 	echo 'nameserver 10.0.2.3' >"$root/etc/resolv.conf"
 	cp "$guest" "$root/usr/bin/kedge"
 	CGO_ENABLED=0 GOARCH=$arch go build -ldflags '-s -w' -o "$dir/probe" ./scripts/e2e/probe

@@ -114,9 +114,17 @@ func leadsAway(r route, c Config) bool {
 // checkHostsFile looks for a file that minimal systems may lack. The runtime makes
 // the one of every pod from it.
 func checkHostsFile(_ context.Context, _ Config, p probes) []finding {
-	const path = "/etc/hosts"
+	return needFile(p, "/etc/hosts", "no pod starts", "127.0.0.1 localhost")
+}
+
+// checkUsersFile looks for another one, in which the kubelet looks for a user of its own.
+func checkUsersFile(_ context.Context, _ Config, p probes) []finding {
+	return needFile(p, "/etc/passwd", "the kubelet does not start", "root:x:0:0:root:/root:/bin/sh")
+}
+
+func needFile(p probes, path, without, line string) []finding {
 	if err := p.readable(path); err != nil {
-		return fail(fmt.Sprintf("%s cannot be read, and without it no pod starts: %v", path, err), "create it, with the line: 127.0.0.1 localhost")
+		return fail(fmt.Sprintf("%s cannot be read, and without it %s: %v", path, without, err), "create it, with the line: "+line)
 	}
 	return fine("%s is there", path)
 }

@@ -121,6 +121,7 @@ func checks() []check {
 		{"ranges", checkRanges},
 		{"ports", checkPorts},
 		{"hosts-file", checkHostsFile},
+		{"users-file", checkUsersFile},
 		{"node-name", checkNodeName},
 		{"clock", checkClock},
 	}

@@ -222,6 +222,7 @@ func TestFindings(t *testing.T) {
 			p.dropsForwards = func() ([]string, error) { return []string{"firewalld/filter_FORWARD"}, nil }
 		}, "firewall", Warning, "firewalld/filter_FORWARD"},
 		{"no hosts file", func(_ *Config, p *probes) { p.unreadable("/etc/hosts", fs.ErrNotExist) }, "hosts-file", Error, "127.0.0.1 localhost"},
+		{"no users file", func(_ *Config, p *probes) { p.unreadable("/etc/passwd", fs.ErrNotExist) }, "users-file", Error, "root:x:0:0"},
 		{"tunnel into the pods' range", func(c *Config, p *probes) {
 			c.Ranges, c.OwnLinks = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, "kdg1"
 			p.routes = func() ([]route, error) {
