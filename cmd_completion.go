@@ -27,7 +27,6 @@ var completions = map[string]string{
 complete -o default -F _kedge kedge
 `,
 	"zsh": `#compdef kedge
-autoload -U compinit bashcompinit
 _kedge() {
   local -a opts
   if [[ "${words[2]}" == kubectl ]]; then
@@ -39,7 +38,8 @@ _kedge() {
   fi
   compadd -- "${opts[@]}"
 }
-compdef _kedge kedge
+# From a folder of fpath the first completion runs this file; else it is sourced.
+if [[ "${funcstack[1]}" == _kedge ]]; then _kedge "$@"; else compdef _kedge kedge; fi
 `,
 	"fish": `function __kedge_complete
   set -l words (commandline -opc)

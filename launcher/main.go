@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -80,7 +81,7 @@ func places(args, env []string, uid int) []place {
 		vars[name] = value
 	}
 	dataDir := dataDirOf(args, vars)
-	server := len(args) > 1 && (args[1] == "server" || args[1] == "agent")
+	server := len(args) > 1 && (args[1] == "server" || args[1] == "agent") && !asks(args)
 	out := []place{{dir: filepath.Join(dataDir, "program"), create: server && uid == 0}}
 	if out[0].create {
 		return out
@@ -96,6 +97,13 @@ func places(args, env []string, uid int) []place {
 		out = append(out, place{dir: filepath.Join(cache, "kedge", "program"), create: true, cache: true})
 	}
 	return append(out, place{dir: filepath.Join(os.TempDir(), fmt.Sprintf("kedge-%d", uid), "program"), create: true, cache: true})
+}
+
+// asks reports whether a command line only asks what there is to say.
+func asks(args []string) bool {
+	return slices.ContainsFunc(args, func(a string) bool {
+		return a == "--help" || a == "-h" || a == "--generate-bash-completion"
+	})
 }
 
 // dataDirOf finds --data-dir as the large program will: the flag, the environment,

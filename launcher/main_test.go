@@ -43,6 +43,8 @@ func TestPlaces(t *testing.T) {
 		create string // the first folder in which to unpack
 	}{
 		{[]string{"kedge", "server"}, 0, "/d/program"},
+		{[]string{"kedge", "server", "--help"}, 0, "/home/u/.cache/kedge/program"},
+		{[]string{"kedge", "agent", "--no", "--generate-bash-completion"}, 0, "/home/u/.cache/kedge/program"},
 		{[]string{"kedge", "kubectl", "get", "nodes"}, 0, "/home/u/.cache/kedge/program"},
 		{[]string{"kedge", "server"}, 1000, "/home/u/.cache/kedge/program"},
 		{[]string{"kubectl"}, 1000, "/home/u/.cache/kedge/program"},
