@@ -37,8 +37,8 @@ const (
 func TestKubectlDay(t *testing.T) {
 	t.Parallel()
 	d := newDay(t)
-	// These two take nodes away: when nobody else needs them.
-	for _, scripts := range [][]string{{"workloads", "apply", "look", "config", "configmaps", "volumes", "network", "top"}, {"scheduling", "nodes", "cron"}} {
+	// The last two take nodes away: when nobody else needs them.
+	for _, scripts := range [][]string{{"workloads", "apply", "look", "config", "configmaps", "volumes", "network", "top", "cron"}, {"scheduling", "nodes"}} {
 		t.Run("together", func(t *testing.T) {
 			for _, name := range scripts {
 				t.Run(name, func(t *testing.T) {
