@@ -57,7 +57,7 @@ pod modest agent-2 "$NS-low" "$half"
 kubectl wait --for=condition=Ready pod/modest --timeout=90s
 pod important agent-2 "$NS-high" "$half"
 kubectl wait --for=condition=Ready pod/important --timeout=90s
-refused NotFound kubectl get pod modest
+eventually refused NotFound kubectl get pod modest
 has Preempted kubectl events
 
 kubectl cordon agent-2
