@@ -65,11 +65,17 @@ func installOpenAPIV3(s *genericapiserver.GenericAPIServer, c *openapicommon.Ope
 	const root = "/openapi/v3"
 	list := handler3.OpenAPIV3Discovery{Paths: map[string]handler3.OpenAPIV3DiscoveryGroupVersion{}}
 	documents := openAPIV3{}
+	// Documents that are asked for together are made of the same schemas.
+	full := fleeting.New(keepOpenAPI, func() (*openapicommon.OpenAPIV3Config, error) { return withDefinitions(*c), nil })
 	for _, ws := range s.Handler.GoRestfulContainer.RegisteredWebServices() {
 		group := strings.TrimPrefix(ws.RootPath(), "/")
 		d := &openAPIV3Document{hash: openAPIHash(c, ws)}
 		d.url = (&url.URL{Path: root + "/" + group, RawQuery: url.Values{"hash": {d.hash}}.Encode()}).String()
 		d.handler = fleeting.New(keepOpenAPI, func() (http.Handler, error) {
+			c, err := full.Get()
+			if err != nil {
+				return nil, err
+			}
 			only := restful.NewContainer()
 			only.Add(ws)
 			m := mux.NewPathRecorderMux("openapi of " + group)
@@ -89,6 +95,15 @@ func installOpenAPIV3(s *genericapiserver.GenericAPIServer, c *openapicommon.Ope
 	})
 	s.Handler.NonGoRestfulMux.HandlePrefix(root+"/", documents)
 	return nil
+}
+
+// withDefinitions is the configuration with the schemas of all types.
+func withDefinitions(c openapicommon.OpenAPIV3Config) *openapicommon.OpenAPIV3Config {
+	c.Definitions = c.GetDefinitions(func(name string) spec.Ref {
+		defined, _ := c.GetDefinitionName(name)
+		return spec.MustCreateRef("#/components/schemas/" + openapicommon.EscapeJsonPointer(defined))
+	})
+	return &c
 }
 
 // openAPIHash stands for a document that has not been made: it is the same in all
