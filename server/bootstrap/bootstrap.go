@@ -50,7 +50,7 @@ func try(ctx context.Context, c kubernetes.Interface, dns []netip.Addr) error {
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:kubelet-api-admin"},
 		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: KubeletClientUser}},
 	}
-	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	if err := ensureThere(ctx, c.RbacV1().ClusterRoleBindings(), binding); err != nil {
 		return fmt.Errorf("bind the API server's kubelet client: %w", err)
 	}
 	if err := ensureNetworkRole(ctx, c); err != nil {
@@ -86,24 +86,61 @@ func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
 // ensureClusterRole lets somebody do what the rules say.
 func ensureClusterRole(ctx context.Context, c kubernetes.Interface, name string, who rbacv1.Subject, rules []rbacv1.PolicyRule) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: name}, Rules: rules}
-	roles := c.RbacV1().ClusterRoles()
-	old, err := roles.Get(ctx, role.Name, metav1.GetOptions{})
-	switch {
-	case apierrors.IsNotFound(err):
-		_, err = roles.Create(ctx, role, metav1.CreateOptions{})
-	case err == nil && !equality.Semantic.DeepEqual(old.Rules, role.Rules): // an older kedge's
-		role.ResourceVersion = old.ResourceVersion
-		_, err = roles.Update(ctx, role, metav1.UpdateOptions{})
-	}
-	if err != nil {
-		return err
-	}
 	binding := &rbacv1.ClusterRoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
 		Subjects:   []rbacv1.Subject{who},
 	}
-	if _, err := c.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	same := func(old *rbacv1.ClusterRole) bool { return equality.Semantic.DeepEqual(old.Rules, rules) }
+	if err := ensureEqual(ctx, c.RbacV1().ClusterRoles(), role, same); err != nil {
+		return err
+	}
+	return ensureThere(ctx, c.RbacV1().ClusterRoleBindings(), binding)
+}
+
+// ensureRole does the same in a namespace.
+func ensureRole(ctx context.Context, c kubernetes.Interface, meta metav1.ObjectMeta, who rbacv1.Subject, rules []rbacv1.PolicyRule) error {
+	role := &rbacv1.Role{ObjectMeta: meta, Rules: rules}
+	binding := &rbacv1.RoleBinding{
+		ObjectMeta: meta,
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: meta.Name},
+		Subjects:   []rbacv1.Subject{who},
+	}
+	same := func(old *rbacv1.Role) bool { return equality.Semantic.DeepEqual(old.Rules, rules) }
+	if err := ensureEqual(ctx, c.RbacV1().Roles(meta.Namespace), role, same); err != nil {
+		return err
+	}
+	return ensureThere(ctx, c.RbacV1().RoleBindings(meta.Namespace), binding)
+}
+
+// creator is a client of one kind of object.
+type creator[T any] interface {
+	Create(ctx context.Context, object T, o metav1.CreateOptions) (T, error)
+}
+
+// updater can change them too.
+type updater[T any] interface {
+	creator[T]
+	Get(ctx context.Context, name string, o metav1.GetOptions) (T, error)
+	Update(ctx context.Context, object T, o metav1.UpdateOptions) (T, error)
+}
+
+// ensureEqual makes an object, or changes an older kedge's, which is not the same.
+func ensureEqual[T metav1.Object](ctx context.Context, client updater[T], object T, same func(old T) bool) error {
+	old, err := client.Get(ctx, object.GetName(), metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		_, err = client.Create(ctx, object, metav1.CreateOptions{})
+	case err == nil && !same(old):
+		object.SetResourceVersion(old.GetResourceVersion())
+		_, err = client.Update(ctx, object, metav1.UpdateOptions{})
+	}
+	return err
+}
+
+// ensureThere makes an object, and leaves one that is there.
+func ensureThere[T any](ctx context.Context, client creator[T], object T) error {
+	if _, err := client.Create(ctx, object, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return err
 	}
 	return nil

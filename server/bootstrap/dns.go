@@ -111,27 +111,6 @@ func ensureSystemRole(ctx context.Context, c kubernetes.Interface, name string, 
 	if err := waitNamespace(ctx, c, metav1.NamespaceSystem); err != nil {
 		return err
 	}
-	meta := metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceSystem}
-	role := &rbacv1.Role{ObjectMeta: meta, Rules: rules}
-	roles := c.RbacV1().Roles(meta.Namespace)
-	old, err := roles.Get(ctx, name, metav1.GetOptions{})
-	switch {
-	case apierrors.IsNotFound(err):
-		_, err = roles.Create(ctx, role, metav1.CreateOptions{})
-	case err == nil && !equality.Semantic.DeepEqual(old.Rules, role.Rules): // an older kedge's
-		role.ResourceVersion = old.ResourceVersion
-		_, err = roles.Update(ctx, role, metav1.UpdateOptions{})
-	}
-	if err != nil {
-		return err
-	}
-	binding := &rbacv1.RoleBinding{
-		ObjectMeta: meta,
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: meta.Name},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: NetworkGroup}},
-	}
-	if _, err := c.RbacV1().RoleBindings(meta.Namespace).Create(ctx, binding, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
-		return err
-	}
-	return nil
+	return ensureRole(ctx, c, metav1.ObjectMeta{Name: name, Namespace: metav1.NamespaceSystem},
+		rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: NetworkGroup}, rules)
 }
