@@ -116,8 +116,11 @@ func TestRestartPolicies(t *testing.T) {
 				return nil
 			}
 		}
-		eventually(t, 30*time.Second, waiting("back-off 10s"))
-		eventually(t, 40*time.Second, waiting("back-off 20s"))
+		// The kubelet says that a container waits at the sync after the one that
+		// put it off, which may be the one that starts it again; and it comes up
+		// to a half later than the back-off asks for.
+		eventually(t, 60*time.Second, waiting("back-off 10s"))
+		eventually(t, 90*time.Second, waiting("back-off 20s"))
 		var times []int
 		for _, l := range strings.Fields(n.kubectl(t, "logs", "-n", ns, "back-off")) {
 			var s int
