@@ -120,9 +120,7 @@ func (h *Hub) Run(ctx context.Context, ready func()) error {
 	ready()
 	for ctx.Err() == nil {
 		keys, changed := h.cfg.Keys.Keys()
-		if keys != nil {
-			h.keep(keys)
-		}
+		h.keep(keys)
 		select {
 		case <-ctx.Done():
 		case <-changed:
@@ -147,8 +145,12 @@ func (h *Hub) all() []*session {
 	return out
 }
 
-// keep ends the sessions of keys that are not their node's any more.
+// keep ends the sessions of keys that are not their node's any more; nil: nothing is
+// known of them.
 func (h *Hub) keep(keys map[string]string) {
+	if keys == nil {
+		return
+	}
 	h.mu.Lock()
 	all := h.all()
 	h.mu.Unlock()
@@ -174,6 +176,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
 		return
 	}
+	_, changed := h.cfg.Keys.Keys()
 	node, key, err := h.cfg.Door.Identify(r)
 	if err != nil {
 		h.cfg.Door.Refuse(w, r, err)
@@ -190,6 +193,14 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.add(&session{node: node, key: key, since: time.Now(), opener: opener}, r.RemoteAddr)
+	select {
+	case <-changed:
+		// Run may have looked for sessions of lost names before this one was there. Keys
+		// that have not changed are not asked: they may not have a new node's yet.
+		keys, _ := h.cfg.Keys.Keys()
+		h.keep(keys)
+	default:
+	}
 }
 
 // maxSessions is how many sessions a node has at a time.

@@ -33,7 +33,8 @@ type world struct {
 	keys    map[string]string
 	newKeys chan struct{} // closed when keys has changed
 
-	owners map[string]string // of addresses
+	owners     map[string]string // of addresses
+	identified func()            // called between the answer of Identify and the session; may be nil
 }
 
 func newWorld(t *testing.T, change func(*Config)) *world {
@@ -68,9 +69,13 @@ var errStranger = errors.New("nobody knows this key")
 func (w *world) Identify(r *http.Request) (node, key string, err error) {
 	node, key, _ = strings.Cut(r.TLS.ServerName, ".")
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.keys[node] != key {
+	known := w.keys[node] == key
+	w.mu.Unlock()
+	if !known {
 		return "", "", errStranger
+	}
+	if w.identified != nil {
+		w.identified()
 	}
 	return node, key, nil
 }
@@ -256,6 +261,25 @@ func TestSessionEndsWithItsKey(t *testing.T) {
 }
 
 // A node that is just coming back is waited for, and one that does not is named.
+// TestKeyIsLostWhileItConnects: the name goes after the door was asked, and before there
+// is a session that could be ended.
+func TestKeyIsLostWhileItConnects(t *testing.T) {
+	w := newWorld(t, nil)
+	w.identified = func() {
+		w.setKey("a", "key-new")
+		time.Sleep(50 * time.Millisecond) // so that Run has looked
+	}
+	ended, err := w.connect("a", "key-a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("a key that has lost its name keeps its session")
+	}
+}
+
 func TestNodeIsWaitedFor(t *testing.T) {
 	w := newWorld(t, nil)
 	got := make(chan string)
