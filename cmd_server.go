@@ -144,12 +144,9 @@ func runNode(ctx context.Context, s settings, r role) error {
 	ctx, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
 	logging.OnFatal(func() { giveUp(errGaveUp) })
-	if err := clock.Wait(ctx, buildTime(), log); err != nil {
-		return nil // a signal came while it waited
-	}
-	if s, err = r.settle(ctx, s, log); err != nil {
+	if s, err = settle(ctx, s, r, log); err != nil {
 		if ctx.Err() != nil {
-			return nil // likewise
+			return nil // a signal came while it waited
 		}
 		return err
 	}
@@ -192,6 +189,18 @@ func runNode(ctx context.Context, s settings, r role) error {
 		return cause
 	}
 	return err
+}
+
+// settle waits for what has to be right before anything else, and completes the settings.
+func settle(ctx context.Context, s settings, r role, log *slog.Logger) (settings, error) {
+	e := &early{began: time.Now()}
+	e.step("clock", "it shows a time before this kedge was built; set it, or connect a time server")
+	defer e.answer(ctx, s, log)()
+	if err := clock.Wait(ctx, buildTime(), log); err != nil {
+		return settings{}, err
+	}
+	e.step("join", "asks the cluster's servers; the log says what they answer")
+	return r.settle(ctx, s, log)
 }
 
 // stayInside exempts the cluster from the proxy that the environment may name. Nothing

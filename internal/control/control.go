@@ -72,6 +72,14 @@ func (s *Server) Obey(path string, do func(context.Context, url.Values) (any, er
 	s.handle(http.MethodPost, path, do)
 }
 
+// Otherwise makes the server answer all other questions with an error. It must be called
+// before Run.
+func (s *Server) Otherwise(why func() error) {
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, why().Error(), http.StatusServiceUnavailable)
+	})
+}
+
 func (s *Server) handle(method, path string, answer func(context.Context, url.Values) (any, error)) {
 	s.mux.HandleFunc(method+" "+path, func(w http.ResponseWriter, r *http.Request) {
 		v, err := answer(r.Context(), r.URL.Query())

@@ -52,8 +52,17 @@ func TestClockBehind(t *testing.T) {
 			t.Errorf("%s was made while the clock is wrong", path)
 		}
 	}
-	if out, err := exec.Command(binary(), "status", "--run-dir="+n.runDir()).CombinedOutput(); err == nil {
-		t.Errorf("status calls it ready:\n%s", out)
+	for _, tc := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"status"}, "set it, or connect a time server"},
+		{[]string{"token", "ls"}, "kedge cannot do that yet: clock: "},
+	} {
+		out, err := exec.Command(binary(), append(tc.args, "--run-dir="+n.runDir())...).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), tc.want) {
+			t.Errorf("%v (%v) does not say %q:\n%s", tc.args, err, tc.want, out)
+		}
 	}
 	n.stop(t, syscall.SIGTERM, 5*time.Second)
 }
