@@ -38,6 +38,7 @@ const keepOpenAPI = time.Minute
 func lateOpenAPI(config *app.Config) (install func(aggregator *genericapiserver.GenericAPIServer) error) {
 	generic := config.KubeAPIs.ControlPlane.Generic
 	generic.SkipOpenAPIInstallation = true
+	nameOperations(config)
 	v2, v3 := generic.OpenAPIConfig, generic.OpenAPIV3Config
 	return func(aggregator *genericapiserver.GenericAPIServer) error {
 		kube, ok := aggregator.NextDelegate().(*genericapiserver.GenericAPIServer)
@@ -48,6 +49,29 @@ func lateOpenAPI(config *app.Config) (install func(aggregator *genericapiserver.
 			return buildOpenAPIV2(kube, v2)
 		}))).RegisterOpenAPIVersionedService("/openapi/v2", kube.Handler.NonGoRestfulMux)
 		return installOpenAPIV3(kube, v3)
+	}
+}
+
+// nameOperations gives all servers the function that names operations in documents. A
+// builder that finds none makes one that holds the builder, with the schemas of all types
+// that it has read, for as long as there is the configuration: for ever.
+func nameOperations(config *app.Config) {
+	by := func(of func(*restful.Route) (string, []string, error)) func(openapicommon.Route) (string, []string, error) {
+		return func(r openapicommon.Route) (string, []string, error) {
+			a, ok := r.(*restfuladapter.RouteAdapter)
+			if !ok {
+				return "", nil, fmt.Errorf("the route %s is a %T, not one of go-restful", r.Path(), r)
+			}
+			return of(a.Route)
+		}
+	}
+	for _, c := range []*genericapiserver.Config{config.KubeAPIs.ControlPlane.Generic, &config.ApiExtensions.GenericConfig.Config, &config.Aggregator.GenericConfig.Config} {
+		if v2 := c.OpenAPIConfig; v2 != nil && v2.GetOperationIDAndTagsFromRoute == nil && v2.GetOperationIDAndTags != nil {
+			v2.GetOperationIDAndTagsFromRoute = by(v2.GetOperationIDAndTags)
+		}
+		if v3 := c.OpenAPIV3Config; v3 != nil && v3.GetOperationIDAndTagsFromRoute == nil && v3.GetOperationIDAndTags != nil {
+			v3.GetOperationIDAndTagsFromRoute = by(v3.GetOperationIDAndTags)
+		}
 	}
 }
 
