@@ -402,6 +402,9 @@ func TestFaultsFromInside(t *testing.T) {
 		answers(t, other, 1)
 	}
 	must(h.Impair(lan.Fault{Delay: 20 * time.Millisecond, Loss: 0.05, Duplicate: 0.1, Reorder: 0.1}, lan.Fault{Delay: 20 * time.Millisecond}))
+	answers(t, other, 1)
+	must(h.Repair())
+	must(h.Impair(lan.Fault{Delay: 20 * time.Millisecond}, lan.Fault{Delay: 20 * time.Millisecond}))
 	begin := time.Now()
 	answers(t, other, 1)
 	if took := time.Since(begin); took < 80*time.Millisecond { // connecting and asking: two ways each

@@ -22,25 +22,28 @@ var quiet = slog.New(slog.DiscardHandler)
 
 func api(text string) netip.AddrPort { return netip.MustParseAddrPort(text) }
 
-// run runs a component until the test ends, and returns when it is ready.
+// run runs a component until the test ends or stop is called, and returns when it is
+// ready.
 func run(t *testing.T, c interface {
 	Run(context.Context, func()) error
-}) {
+}) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- c.Run(ctx, sync.OnceFunc(func() { close(ready) })) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(stop)
 	select {
 	case <-ready:
 	case <-time.After(10 * time.Second):
 		t.Fatal("never ready")
 	}
+	return stop
 }
 
 // eventually waits until f returns nil.
@@ -296,7 +299,7 @@ func TestWhoIsNoMemberIsForgotten(t *testing.T) {
 		t.Fatalf("forgotten are %v, and one member may be it", w.forgotten)
 	}
 	w.unknown, w.fails = nil, errors.New("nothing can be written")
-	run(t, e)
+	stop := run(t, e)
 	eventually(t, func() error {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -315,6 +318,7 @@ func TestWhoIsNoMemberIsForgotten(t *testing.T) {
 		t.Error(err)
 	}
 	published(t, c, "192.0.2.1", "192.0.2.2")
+	stop()
 	// This server's own end is not its business.
 	w.set(func() { delete(w.members, "a") })
 	servers, _ = e.dir.Servers()
