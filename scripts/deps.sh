@@ -58,7 +58,7 @@ if [ -n "$missing" ]; then
 	*:"$arch"*) dpkg --print-foreign-architectures | grep -qx "$arch" || $sudo dpkg --add-architecture "$arch" ;;
 	esac
 	$sudo apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+	$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
 
 # Go: any version from 1.21 on fetches the one that go.mod names by itself. Debian's
@@ -71,7 +71,7 @@ fi
 if ! command -v go >/dev/null; then
 	echo "installing: golang-go"
 	$sudo apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends golang-go >/dev/null
+	$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends golang-go >/dev/null
 fi
 if [ "$(minor || echo 0)" -lt 21 ]; then
 	want=$(sed -n 's/^toolchain go//p' go.mod)
