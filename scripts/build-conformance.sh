@@ -23,7 +23,7 @@ if ! command -v apt-get >/dev/null; then
 	exit 1
 fi
 $sudo apt-get update -qq
-[ -z "$missing" ] || DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+[ -z "$missing" ] || $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 
 mkdir -p "$out/bin"
 images=k8s.io/kubernetes/test/images
