@@ -7,8 +7,8 @@
 // line, as they are in those machines' reports. It works until that ends. What it has
 // made in the kernel stays, as flanneld's does.
 //
-// Flannel's backend udp is not among them: it is C, and kedge is built without. Its
-// wireguard needs that of the kernel.
+// Flannel's backend udp is not among them: it is C, and this is built without a C
+// compiler. Its wireguard needs that of the kernel.
 package main
 
 import (
