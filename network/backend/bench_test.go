@@ -187,27 +187,8 @@ func (e ends) datagrams(count int) (arrived int, took time.Duration, err error) 
 	defer client.Close()
 	defer server.Close()
 	begin := time.Now()
-	last := begin
-	received := make(chan error, 1)
-	go func() {
-		buf := make([]byte, e.mtu)
-		for arrived < count {
-			n, err := server.Read(buf)
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				break
-			}
-			if err == nil && n != e.mtu-udpHeaders {
-				err = fmt.Errorf("a datagram of %d bytes arrived", n)
-			}
-			if err != nil {
-				received <- err
-				return
-			}
-			arrived++
-			last = time.Now()
-		}
-		received <- nil
-	}()
+	received := make(chan arrivals, 1)
+	go func() { received <- receive(server, count, e.mtu-udpHeaders) }()
 	datagram := make([]byte, e.mtu-udpHeaders)
 	for range count {
 		// A queue on the way that is full loses datagrams; the first one may say so.
@@ -218,13 +199,40 @@ func (e ends) datagrams(count int) (arrived int, took time.Duration, err error) 
 	if err := server.SetReadDeadline(time.Now().Add(stragglers)); err != nil {
 		return 0, 0, err
 	}
-	if err := <-received; err != nil {
-		return 0, 0, err
+	got := <-received
+	if got.err == nil && got.count == 0 {
+		got.err = fmt.Errorf("of %d datagrams none arrived", count)
 	}
-	if arrived == 0 {
-		return 0, 0, fmt.Errorf("of %d datagrams none arrived", count)
+	return got.count, got.last.Sub(begin), got.err
+}
+
+// arrivals are datagrams that have arrived.
+type arrivals struct {
+	count int
+	last  time.Time // when the last one did
+	err   error
+}
+
+// receive takes datagrams of one size until all are there or the connection's deadline
+// has passed.
+func receive(conn net.Conn, all, size int) (got arrivals) {
+	buf := make([]byte, size+1) // a larger one shows
+	for got.count < all {
+		n, err := conn.Read(buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		}
+		if err == nil && n != size {
+			err = fmt.Errorf("a datagram of %d bytes arrived", n)
+		}
+		if err != nil {
+			got.err = err
+			break
+		}
+		got.count++
+		got.last = time.Now()
 	}
-	return arrived, last.Sub(begin), nil
+	return got
 }
 
 // roundTrips sends a byte there and back so many times, one after the other.
