@@ -151,9 +151,15 @@ bench-services: ## measure the service proxy beside kube-proxy's nftables mode; 
 	go test ./network/nft -run '^$$' -bench 'Services(All|One|Moved|Repair)' -benchtime 10x
 	go test ./network/nft -run '^$$' -bench ServicesNew -benchtime 200000x
 
+.PHONY: bench-flannel-program
+bench-flannel-program: deps ## build flannel's own backends, a module of its own
+	@mkdir -p build/bench
+	@go build -C scripts/bench/flannel -ldflags '-s -w' -o $(CURDIR)/build/bench/flannel .
+
 .PHONY: bench-network
-bench-network: ## measure TCP between pods of two nodes, by each way and by the bare cable; needs root
-	go test ./network/backend -run '^$$' -bench . -benchtime 2s -count 3
+bench-network: bench-flannel-program ## measure TCP and UDP between pods of two nodes, by each way and by flannel's; BENCHFLAGS="-v -count 5"; needs root
+	go test ./network/backend -run '^$$' -bench Ways -benchtime 1s -count 3 -timeout 30m $(BENCHFLAGS)
+	go test ./network/backend -run '^$$' -bench BesidePlain -benchtime 15x -timeout 30m $(BENCHFLAGS)
 
 .PHONY: bench-tunnel
 bench-tunnel: build build-e2e ## measure logs, exec and port-forward through a node's tunnel, and how soon agents leave a dead server; needs root

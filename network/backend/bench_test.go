@@ -1,100 +1,332 @@
 package backend_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
+	"os"
+	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/network/backend"
 )
 
-// way is how two places of a benchmark are joined: two pods by a mode, or, for
-// comparison, the two hosts themselves, whose cable is a veth pair and a bridge.
-type way struct {
-	name     string
-	from, to place
-	addr     netip.Addr
-}
+const (
+	// benchPort is where the second place is called.
+	benchPort = 5201
+	// piece is how much of a stream the sender hands to the kernel at once, in bytes.
+	piece = 1 << 20
+	// udpHeaders are what a packet is larger than the datagram in it, in bytes.
+	udpHeaders = 20 + 8
+	// receiveBuffer is what may wait for the receiver of datagrams, in bytes: with the
+	// kernel's own 200 kB it is the receiver's waiting for a processor that is measured.
+	receiveBuffer = 4 << 20
+	// stragglers is how long datagrams are waited for after the last one was sent.
+	stragglers = 500 * time.Millisecond
+	// answerWithin is how long answers are waited for, beside a millisecond for each.
+	answerWithin = 5 * time.Second
+)
 
-func eachWay(b *testing.B, f func(b *testing.B, c *cluster, w way)) {
-	for _, mode := range []backend.Mode{"cable", backend.HostGW, backend.VXLAN, backend.WireGuard, backend.UDP} {
-		b.Run(string(mode), func(b *testing.B) {
-			if mode == "cable" {
-				c := newCluster(b, backend.HostGW)
-				one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})
-				f(b, c, way{"cable", one.Do, two.Do, two.cfg.Addrs[0]})
-				return
+// BenchmarkWays measures each way on its own: what a stream and datagrams carry, and how
+// long a byte takes there and back. Of datagrams, which are sent as fast as one thread can
+// and are as large as is not divided, MB/s are those that arrive, and lost-% the others.
+func BenchmarkWays(b *testing.B) {
+	for _, w := range ways() {
+		b.Run(w.name, func(b *testing.B) {
+			e := w.open(b)
+			b.Run("tcp", func(b *testing.B) {
+				took, err := e.stream(b.N)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(b.N)*piece/1e6/took.Seconds(), "MB/s")
+			})
+			b.Run("udp", func(b *testing.B) {
+				arrived, took, err := e.datagrams(b.N)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(e.megabytes(arrived)/took.Seconds(), "MB/s")
+				b.ReportMetric(100*float64(b.N-arrived)/float64(b.N), "lost-%")
+			})
+			for _, network := range []string{"tcp", "udp"} {
+				b.Run(network+"-round-trip", func(b *testing.B) {
+					if _, err := e.roundTrips(network, b.N); err != nil {
+						b.Fatal(err)
+					}
+				})
 			}
-			c := newCluster(b, mode)
-			one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})
-			p, q := one.pod(), two.pod()
-			c.serve(q.ns.Do, 80)
-			c.within(patience, "two nodes", func() error { return c.reaches(p, q, false) })
-			f(b, c, way{string(mode), p.ns.Do, q.ns.Do, q.addr(false)})
 		})
 	}
 }
 
-// dial joins the two places by TCP.
-func (c *cluster) dial(w way) (client, server net.Conn) {
-	var l net.Listener
-	c.must(w.to(func() (err error) { l, err = net.Listen("tcp", ":5201"); return err }))
-	defer l.Close()
-	c.must(w.from(func() (err error) {
-		client, err = net.DialTimeout("tcp", fmt.Sprintf("%s:5201", w.addr), time.Second)
-		return err
-	}))
-	server, err := l.Accept()
-	c.must(err)
-	return client, server
+// turn is what each way does in a round of BenchmarkBesidePlain.
+type turn struct {
+	name, unit string
+	take       func(ends) (rate float64, err error)
 }
 
-// BenchmarkThroughput is one TCP stream, in pieces of 1 MiB.
-func BenchmarkThroughput(b *testing.B) {
-	eachWay(b, func(b *testing.B, c *cluster, w way) {
-		client, server := c.dial(w)
-		defer client.Close()
-		piece, got := make([]byte, 1<<20), make(chan int64)
-		go func() {
-			n, _ := io.CopyBuffer(io.Discard, struct{ io.Reader }{server}, make([]byte, 1<<20))
-			server.Close()
-			got <- n
-		}()
-		b.SetBytes(int64(len(piece)))
-		b.ResetTimer()
-		for range b.N {
-			if _, err := client.Write(piece); err != nil {
-				b.Fatal(err)
+func turns() []turn {
+	roundTrips := func(network string) turn {
+		return turn{network + "-round-trip", "/s", func(e ends) (float64, error) {
+			const count = 5000
+			took, err := e.roundTrips(network, count)
+			return count / took.Seconds(), err
+		}}
+	}
+	return []turn{
+		{"tcp", "MB/s", func(e ends) (float64, error) {
+			const pieces = 256
+			took, err := e.stream(pieces)
+			return pieces * piece / 1e6 / took.Seconds(), err
+		}},
+		{"udp", "MB/s", func(e ends) (float64, error) {
+			arrived, took, err := e.datagrams(100_000)
+			return e.megabytes(arrived) / took.Seconds(), err
+		}},
+		roundTrips("tcp"),
+		roundTrips("udp"),
+	}
+}
+
+// BenchmarkBesidePlain compares tunnels with routing without one, at the same MTU. All are
+// there at once and take turns, so that what else the machine does slows all of them. Of
+// each it reports the median rate of its turns, and of tunnels the median of what that is
+// of plain routing's in the same round.
+func BenchmarkBesidePlain(b *testing.B) {
+	compared := []way{plain(), kedge("vxlan", backend.VXLAN, vxlanMTU)}
+	if err := flannelBuilt(); err != nil {
+		b.Log(err)
+	} else {
+		compared = append(compared, flannel("vxlan", vxlanMTU))
+	}
+	var open []ends
+	for _, w := range compared {
+		open = append(open, w.open(b))
+	}
+	for _, turn := range turns() {
+		b.Run(turn.name, func(b *testing.B) {
+			rates := make([][]float64, len(open))
+			for round := range b.N {
+				for i := range open {
+					i = (i + round) % len(open) // nobody is always the first
+					rate, err := turn.take(open[i])
+					if err != nil {
+						b.Fatalf("%s: %v", compared[i].name, err)
+					}
+					rates[i] = append(rates[i], rate)
+				}
 			}
-		}
-		client.Close()
-		if n := <-got; n != int64(b.N)*int64(len(piece)) {
-			b.Fatalf("%d bytes arrived", n)
-		}
-		b.StopTimer()
-	})
+			b.ReportMetric(0, "ns/op") // how long a round takes says nothing
+			for i, w := range compared {
+				b.ReportMetric(median(rates[i]), w.name+"-"+turn.unit)
+				if i == 0 {
+					continue
+				}
+				var shares []float64
+				for round, rate := range rates[i] {
+					shares = append(shares, 100*rate/rates[0][round])
+				}
+				b.ReportMetric(median(shares), w.name+"-%-of-plain")
+			}
+		})
+	}
 }
 
-// BenchmarkRoundTrip is one byte there and back by TCP.
-func BenchmarkRoundTrip(b *testing.B) {
-	eachWay(b, func(b *testing.B, c *cluster, w way) {
-		client, server := c.dial(w)
-		defer client.Close()
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
+}
+
+// megabytes are what is in so many datagrams of the largest size.
+func (e ends) megabytes(datagrams int) float64 {
+	return float64(datagrams) * float64(e.mtu-udpHeaders) / 1e6
+}
+
+// stream sends pieces in one TCP connection, and returns how long it took until all had
+// arrived.
+func (e ends) stream(pieces int) (time.Duration, error) {
+	client, server, err := e.dialTCP()
+	if err != nil {
+		return 0, err
+	}
+	defer client.Close()
+	arrived := make(chan int64, 1)
+	go func() {
 		defer server.Close()
-		go io.Copy(struct{ io.Writer }{server}, struct{ io.Reader }{server})
-		buf := []byte{1}
-		b.ResetTimer()
-		for range b.N {
-			if _, err := client.Write(buf); err != nil {
-				b.Fatal(err)
-			}
-			if _, err := io.ReadFull(client, buf); err != nil {
-				b.Fatal(err)
-			}
+		n, _ := io.CopyBuffer(io.Discard, struct{ io.Reader }{server}, make([]byte, piece)) // n says whether it failed
+		arrived <- n
+	}()
+	zeros := make([]byte, piece)
+	begin := time.Now()
+	for range pieces {
+		if _, err := client.Write(zeros); err != nil {
+			return 0, err
 		}
-		b.StopTimer()
+	}
+	if err := client.Close(); err != nil {
+		return 0, err
+	}
+	if n := <-arrived; n != int64(pieces)*piece {
+		return 0, fmt.Errorf("of %d MiB %d bytes arrived", pieces, n)
+	}
+	return time.Since(begin), nil
+}
+
+// datagrams sends so many of the largest size that fits the way, as fast as one thread
+// can. It returns how many arrived, and how long it took until the last of them did.
+func (e ends) datagrams(count int) (arrived int, took time.Duration, err error) {
+	client, server, err := e.dialUDP()
+	if err != nil {
+		return 0, 0, err
+	}
+	defer client.Close()
+	defer server.Close()
+	begin := time.Now()
+	received := make(chan arrivals, 1)
+	go func() { received <- receive(server, count, e.mtu-udpHeaders) }()
+	datagram := make([]byte, e.mtu-udpHeaders)
+	for range count {
+		// A queue on the way that is full loses datagrams; the first one may say so.
+		if _, err := client.Write(datagram); err != nil && !errors.Is(err, unix.ENOBUFS) {
+			return 0, 0, err
+		}
+	}
+	if err := server.SetReadDeadline(time.Now().Add(stragglers)); err != nil {
+		return 0, 0, err
+	}
+	got := <-received
+	if got.err == nil && got.count == 0 {
+		got.err = fmt.Errorf("of %d datagrams none arrived", count)
+	}
+	return got.count, got.last.Sub(begin), got.err
+}
+
+// arrivals are datagrams that have arrived.
+type arrivals struct {
+	count int
+	last  time.Time // when the last one did
+	err   error
+}
+
+// receive takes datagrams of one size until all are there or the connection's deadline
+// has passed.
+func receive(conn net.Conn, all, size int) (got arrivals) {
+	buf := make([]byte, size+1) // a larger one shows
+	for got.count < all {
+		n, err := conn.Read(buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		}
+		if err == nil && n != size {
+			err = fmt.Errorf("a datagram of %d bytes arrived", n)
+		}
+		if err != nil {
+			got.err = err
+			break
+		}
+		got.count++
+		got.last = time.Now()
+	}
+	return got
+}
+
+// roundTrips sends a byte there and back so many times, one after the other.
+func (e ends) roundTrips(network string, count int) (time.Duration, error) {
+	dial := map[string]func() (client, server net.Conn, err error){"tcp": e.dialTCP, "udp": e.dialUDP}[network]
+	client, server, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer client.Close()
+	defer server.Close()
+	go answer(server)
+	if err := client.SetReadDeadline(time.Now().Add(answerWithin + time.Duration(count)*time.Millisecond)); err != nil {
+		return 0, err
+	}
+	buf := []byte{1}
+	begin := time.Now()
+	for range count {
+		if _, err := client.Write(buf); err != nil {
+			return 0, err
+		}
+		if _, err := io.ReadFull(client, buf); err != nil {
+			return 0, err
+		}
+	}
+	return time.Since(begin), nil
+}
+
+// answer sends each byte back until the connection is closed.
+func answer(conn net.Conn) {
+	buf := make([]byte, 1)
+	for {
+		if _, err := io.ReadFull(conn, buf); err != nil {
+			return
+		}
+		if _, err := conn.Write(buf); err != nil {
+			return
+		}
+	}
+}
+
+// dialTCP makes a connection, and returns both ends of it.
+func (e ends) dialTCP() (client, server net.Conn, err error) {
+	var l net.Listener
+	if err := e.to(func() (err error) { l, err = net.Listen("tcp", fmt.Sprintf(":%d", benchPort)); return err }); err != nil {
+		return nil, nil, err
+	}
+	defer l.Close()
+	if err := e.from(func() (err error) {
+		client, err = net.DialTimeout("tcp", fmt.Sprintf("%s:%d", e.addr, benchPort), time.Second)
+		return err
+	}); err != nil {
+		return nil, nil, err
+	}
+	if server, err = l.Accept(); err != nil {
+		client.Close()
+		return nil, nil, err
+	}
+	return client, server, nil
+}
+
+// dialUDP makes two sockets that send to each other and to nobody else.
+func (e ends) dialUDP() (client, server net.Conn, err error) {
+	if err := e.from(func() (err error) {
+		client, err = net.DialUDP("udp", nil, &net.UDPAddr{IP: e.addr.AsSlice(), Port: benchPort})
+		return err
+	}); err != nil {
+		return nil, nil, err
+	}
+	var socket *net.UDPConn
+	if err := e.to(func() (err error) {
+		socket, err = net.DialUDP("udp", &net.UDPAddr{Port: benchPort}, client.LocalAddr().(*net.UDPAddr))
+		return err
+	}); err != nil {
+		client.Close()
+		return nil, nil, err
+	}
+	if err := enlarge(socket, receiveBuffer); err != nil {
+		client.Close()
+		socket.Close()
+		return nil, nil, err
+	}
+	return client, socket, nil
+}
+
+// enlarge gives a socket a buffer for reading that may be larger than the kernel's limit.
+func enlarge(conn *net.UDPConn, size int) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size)
 	})
+	return errors.Join(err, failed)
 }

@@ -46,6 +46,7 @@ type nodeConfig struct {
 	Cluster                    []netip.Prefix
 	Ranges                     []netip.Prefix
 	KeyLife                    time.Duration
+	MTU                        int // of pods; 0 for the most that fits
 }
 
 // update is a line that a node's process prints.
@@ -80,6 +81,7 @@ func nodeMain() error {
 	n := network.DefaultConfig()
 	n.NodeName, n.DataDir, n.RunDir = cfg.Name, filepath.Join(cfg.Dir, "data"), filepath.Join(cfg.Dir, "run")
 	n.PodCIDRs, n.ClusterCIDRs, n.NodeIPs, n.Overhead = cfg.Ranges, cfg.Cluster, cfg.Addrs, b.Overhead()
+	n.MTU = cfg.MTU
 	pods := network.New(n, nil, log)
 
 	api := fake.NewClientset()
@@ -156,6 +158,7 @@ func follow(ctx context.Context, api *fake.Clientset, list []byte) error {
 type cluster struct {
 	t    testing.TB
 	mode backend.Mode
+	mtu  int // of pods of machines that are added; 0 for the most that fits
 	lan  *testhost.LAN
 
 	mu       sync.Mutex // guards what follows
@@ -220,7 +223,7 @@ func (c *cluster) machine(i int, f families) *machine {
 	c.t.Helper()
 	var addrs []netip.Prefix
 	m := &machine{c: c}
-	m.cfg = nodeConfig{Name: fmt.Sprintf("node%d", i), Mode: string(c.mode)}
+	m.cfg = nodeConfig{Name: fmt.Sprintf("node%d", i), Mode: string(c.mode), MTU: c.mtu}
 	if has(f.nodes, false) {
 		addrs = append(addrs, netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", i)))
 	}
