@@ -16,6 +16,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"kedge/internal/interspersed"
 	"kedge/internal/machines/keeper"
 	"kedge/network/cniclient"
 )
@@ -37,7 +38,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if completeFlag(app, args) {
 		return 0
 	}
-	err := app.RunContext(ctx, args)
+	err := app.RunContext(ctx, interspersed.Reorder(app, args))
 	if err == nil {
 		return 0
 	}
