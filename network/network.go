@@ -39,6 +39,7 @@ type Network struct {
 	mu       sync.Mutex // guards what follows
 	podCIDRs []netip.Prefix
 	nodes    []netip.Addr // others that have a route to our pods
+	tunnels  []string     // by which they are reached
 	nodeIPs  []netip.Addr // of this node
 	plugin   *cni.Plugin  // while running
 	failure  error        // why the last repair failed
@@ -87,21 +88,22 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 }
 
 // SetNodes says which addresses are other nodes' that have a route to this node's
-// pods: those see the pods' own addresses. It may be called before, during and after
-// Run. The caller must not change the list afterwards.
-func (n *Network) SetNodes(addrs []netip.Addr) error {
+// pods: those see the pods' own addresses. tunnels are the interfaces by which they are
+// reached, if not directly. It may be called before, during and after Run. The caller must
+// not change the lists afterwards.
+func (n *Network) SetNodes(addrs []netip.Addr, tunnels []string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if slices.Equal(n.nodes, addrs) {
+	if slices.Equal(n.nodes, addrs) && slices.Equal(n.tunnels, tunnels) {
 		return nil
 	}
-	before := n.nodes
-	n.nodes = addrs
+	nodesBefore, tunnelsBefore := n.nodes, n.tunnels
+	n.nodes, n.tunnels = addrs, tunnels
 	if n.plugin == nil {
 		return nil // Run begins with them
 	}
 	if err := n.applyRules(n.plugin.HostPorts()); err != nil {
-		n.nodes = before // so that the same call may be tried again
+		n.nodes, n.tunnels = nodesBefore, tunnelsBefore // so that the same call may be tried again
 		return err
 	}
 	return nil
@@ -267,6 +269,7 @@ func (n *Network) applyRules(ports []nft.HostPort) error {
 		PodRanges:  n.podCIDRs,
 		Inside:     slices.Concat(n.cfg.ClusterCIDRs, n.cfg.ServiceCIDRs),
 		Nodes:      n.nodes,
+		Tunnels:    n.tunnels,
 		HostPorts:  ports,
 	})
 }

@@ -39,7 +39,7 @@ type Backend struct {
 	nodes    corelisters.NodeLister
 	informed cache.ResourceEventHandlerRegistration
 	annotate func(ctx context.Context, key, value string) error
-	setPeers func([]netip.Addr) error
+	setPeers func(addrs []netip.Addr, tunnels []string) error
 	tunnel   *userTunnel // in mode UDP only
 	secret   *wireGuard  // in mode WireGuard only
 
@@ -51,9 +51,9 @@ type Backend struct {
 
 // New makes the component; the caller runs the watches. annotate writes an annotation
 // of this node's object. setPeers is told which addresses of other nodes see the pods'
-// own addresses, sorted.
+// own addresses, sorted, and by which interfaces they are reached, if by any of ours.
 func New(cfg Config, watches informers.SharedInformerFactory, annotate func(ctx context.Context, key, value string) error,
-	setPeers func([]netip.Addr) error, log *slog.Logger) (*Backend, error) {
+	setPeers func(addrs []netip.Addr, tunnels []string) error, log *slog.Logger) (*Backend, error) {
 	b := &Backend{
 		cfg: cfg, log: log, nodes: watches.Core().V1().Nodes().Lister(),
 		annotate: annotate, setPeers: setPeers, wake: make(chan struct{}, 1),
@@ -211,7 +211,11 @@ func (b *Backend) round(ctx context.Context) error {
 	p.peers = slices.Compact(p.peers)
 	// Rules before routes: what goes out untranslated without a route comes nowhere
 	// anyway, and a connection that was translated once stays so.
-	errs = append(errs, b.setPeers(p.peers), apply(marks(b.cfg.NodeName), *p))
+	var tunnels []string
+	for _, l := range p.links {
+		tunnels = append(tunnels, l.name)
+	}
+	errs = append(errs, b.setPeers(p.peers, tunnels), apply(marks(b.cfg.NodeName), *p))
 	if b.tunnel != nil {
 		b.tunnel.set(*own, peers, len(p.links) > 0)
 	}

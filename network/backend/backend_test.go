@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
 	"kedge/network/backend"
@@ -415,4 +416,52 @@ func TestOwnAnnotationIsMended(t *testing.T) {
 		return nil
 	})
 	c.within(patience, "and they meet again", func() error { return c.reaches(a, b, false) })
+}
+
+// TestTunnelCostsNoRule: whoever has a routing rule pays for it with every packet; IPv4 needs
+// none of ours. What pods say of the type of service of their packets reaches other pods.
+func TestTunnelCostsNoRule(t *testing.T) {
+	c := newCluster(t, backend.VXLAN)
+	one, two := c.machine(1, families{"4", "4"}), c.machine(2, families{"4", "4"})
+	a, b := one.pod(), two.pod()
+	c.serve(b.ns.Do, 80)
+	c.within(patience, "pod to pod", func() error { return c.reaches(a, b, false) })
+	rules, err := one.Netlink().RuleList(syscall.AF_INET)
+	c.must(err)
+	for _, r := range rules {
+		if r.Protocol == 213 {
+			t.Errorf("there is a routing rule: %s", r)
+		}
+	}
+
+	const want = 0xb8 // expedited forwarding
+	var to *net.UDPConn
+	c.must(b.ns.Do(func() (err error) { to, err = net.ListenUDP("udp4", &net.UDPAddr{Port: 90}); return err }))
+	defer to.Close()
+	option := func(conn *net.UDPConn, name, value int) {
+		raw, err := conn.SyscallConn()
+		c.must(err)
+		var set error
+		c.must(raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, name, value) }))
+		c.must(set)
+	}
+	option(to, unix.IP_RECVTOS, 1)
+	var from net.Conn
+	c.must(a.ns.Do(func() (err error) {
+		from, err = net.Dial("udp4", netip.AddrPortFrom(b.addr(false), 90).String())
+		return err
+	}))
+	defer from.Close()
+	option(from.(*net.UDPConn), unix.IP_TOS, want)
+	_, err = from.Write([]byte("x"))
+	c.must(err)
+	c.must(to.SetReadDeadline(time.Now().Add(patience)))
+	data, control := make([]byte, 10), make([]byte, 64)
+	_, n, _, _, err := to.ReadMsgUDP(data, control)
+	c.must(err)
+	messages, err := unix.ParseSocketControlMessage(control[:n])
+	c.must(err)
+	if len(messages) != 1 || len(messages[0].Data) < 1 || messages[0].Data[0] != want {
+		t.Errorf("the type of service arrives as %v, want %#x", messages, want)
+	}
 }

@@ -278,7 +278,7 @@ func ourRoutes(m names) (map[route]netlink.Route, error) {
 			}
 			dst, _ := netip.AddrFromSlice(r.Dst.IP)
 			bits, _ := r.Dst.Mask.Size()
-			k := route{dst: netip.PrefixFrom(dst.Unmap(), bits), link: linkNames[r.LinkIndex], table: r.Table}
+			k := route{dst: netip.PrefixFrom(dst.Unmap(), bits), link: linkNames[r.LinkIndex], table: r.Table, tos: r.Tos}
 			if r.Type == unix.RTN_UNREACHABLE {
 				k.link, k.nowhere = "", true // for IPv6 the kernel says that it is lo
 			}
@@ -329,7 +329,7 @@ func syncRoutes(m names, want []route, index map[string]int) error {
 			}
 			i = link.Attrs().Index
 		}
-		n := &netlink.Route{LinkIndex: i, Dst: ipNet(r.dst), Table: r.table, Protocol: routeProtocol, Priority: m.number}
+		n := &netlink.Route{LinkIndex: i, Dst: ipNet(r.dst), Table: r.table, Tos: r.tos, Protocol: routeProtocol, Priority: m.number}
 		if r.via.IsValid() {
 			n.Gw, n.Flags = r.via.AsSlice(), int(netlink.FLAG_ONLINK)
 		} else {

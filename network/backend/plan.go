@@ -161,6 +161,7 @@ type route struct {
 	src   netip.Addr // zero for the kernel's choice
 	link  string     // name; empty to let the kernel find the interface of via
 	table int        // unix.RT_TABLE_MAIN or the node's own
+	tos   int        // of the packets that it is for; 0 for all
 	// nowhere says that there is nobody: link, via and src are empty.
 	nowhere bool
 }

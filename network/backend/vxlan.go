@@ -6,6 +6,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/network/nft"
 )
 
 // planVXLAN is one interface for each family between nodes that is in use, usually
@@ -65,18 +67,26 @@ func planVXLAN(cfg Config, own node, peers []node, mtu int) (plan, error) {
 // tunnelToNode sends what pods send to a peer's own addresses through the tunnel. It
 // would find its way outside of the tunnel too, but not the answers: the peer sends
 // what is for pods through the tunnel, and what comes from there with the peer's
-// address must be what went there. Only pods' packets are concerned, which a rule by
-// source says: the tunnel's own would go round in circles.
+// address must be what went there. Only pods' packets are concerned: the tunnel's own
+// would go round in circles. IPv4 packets are known by a mark (nft.TunnelTOS), and IPv6
+// packets, for which the kernel finds no routes by that, by a rule for their source.
 func (p *plan) tunnelToNode(own, peer node, ipv6 bool, via netip.Addr, link string, table int) {
 	for _, a := range peer.addrs {
 		if a.Is6() != ipv6 {
 			continue
 		}
 		p.peers = append(p.peers, a)
-		p.routes = append(p.routes, route{dst: netip.PrefixFrom(a, a.BitLen()), via: via, link: link, table: table})
+		r := route{dst: netip.PrefixFrom(a, a.BitLen()), via: via, link: link, table: unix.RT_TABLE_MAIN, tos: nft.TunnelTOS}
+		if ipv6 {
+			r.table, r.tos = table, 0
+		}
+		p.routes = append(p.routes, r)
+	}
+	if !ipv6 {
+		return
 	}
 	for _, r := range own.ranges {
-		if r.Addr().Is6() == ipv6 && !slices.Contains(p.rules, r) {
+		if r.Addr().Is6() && !slices.Contains(p.rules, r) {
 			p.rules = append(p.rules, r)
 		}
 	}

@@ -71,6 +71,32 @@ func linkStartsWith(key expr.MetaKey, prefix string) rule {
 	}
 }
 
+// linkIs matches one interface.
+func linkIs(key expr.MetaKey, name string) rule {
+	padded := make([]byte, unix.IFNAMSIZ)
+	copy(padded, name)
+	return rule{
+		&expr.Meta{Key: key, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: padded},
+	}
+}
+
+// tosBits are those of an IPv4 header's second byte that are not about congestion.
+const tosBits = 0xfc
+
+// setTOS writes the type of service of an IPv4 packet, as the two bytes with which its
+// checksum can be mended.
+func setTOS(tos byte) rule {
+	return rule{
+		&expr.Payload{OperationType: expr.PayloadLoad, Base: expr.PayloadBaseNetworkHeader, Offset: 0, Len: 2, DestRegister: reg1},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 2, Mask: []byte{0xff, 0xff &^ tosBits}, Xor: []byte{0, tos}},
+		&expr.Payload{
+			OperationType: expr.PayloadWrite, Base: expr.PayloadBaseNetworkHeader, Offset: 0, Len: 2, SourceRegister: reg1,
+			CsumType: expr.CsumTypeInet, CsumOffset: 10,
+		},
+	}
+}
+
 // addrIn matches the address at an offset of the network header.
 func (f family) addrIn(offset uint32, p netip.Prefix, op expr.CmpOp) rule {
 	p = p.Masked()

@@ -16,8 +16,15 @@ type PodRules struct {
 	PodRanges  []netip.Prefix // of this node's pods
 	Inside     []netip.Prefix // destinations that see a pod's own address
 	Nodes      []netip.Addr   // other nodes, which do so too: they have a route back
+	Tunnels    []string       // interfaces by which they are reached; see TunnelTOS
 	HostPorts  []HostPort
 }
+
+// TunnelTOS is the type of service of IPv4 packets that go between pods and other nodes' own
+// addresses through a tunnel: the kernel finds the routes for them by it, without a routing
+// rule, which would cost every packet of the machine. All kernels compare these three bits,
+// and no class of service in use has all of them set. What the sender has set is lost.
+const TunnelTOS = 0x1c
 
 // HostPort says that a port of the node is one of a pod.
 type HostPort struct {
@@ -95,7 +102,8 @@ func (t *PodTable) Repair() (bool, error) {
 }
 
 func (r PodRules) sameButSets(o PodRules) bool {
-	return r.LinkPrefix == o.LinkPrefix && slices.Equal(r.PodRanges, o.PodRanges) && slices.Equal(r.Inside, o.Inside)
+	return r.LinkPrefix == o.LinkPrefix && slices.Equal(r.PodRanges, o.PodRanges) && slices.Equal(r.Inside, o.Inside) &&
+		slices.Equal(r.Tunnels, o.Tunnels)
 }
 
 // Names of the table's parts.
@@ -106,6 +114,8 @@ const (
 	chainPostrouting = "postrouting"
 	chainHostPorts   = "host-ports"
 	chainOutbound    = "outbound"
+	chainToTunnel    = "to-tunnel"
+	chainNodeToPods  = "node-to-pods"
 
 	setNodes         = "nodes-"          // addresses of nodes with routes to our pods
 	setHostPorts     = "host-ports-"     // protocol, port -> pod
@@ -129,6 +139,8 @@ const (
 //	    from a pod to itself through a host port: likewise, or the pod would
 //	        drop a packet from its own address.
 //	    from this node's pods to the outside, which other nodes are not: the node's address.
+//	to-tunnel, node-to-pods
+//	    see tunnelChains.
 func (r PodRules) ruleset() ruleset {
 	var rs ruleset
 	guard := chain{name: chainGuard, kind: nftables.ChainTypeFilter,
@@ -175,8 +187,31 @@ func (r PodRules) ruleset() ruleset {
 	}
 	outbound.add("the outside sees the node's address", masquerade())
 
-	rs.chains = []chain{guard, pre, out, post, ports, outbound}
+	rs.chains = append([]chain{guard, pre, out, post, ports, outbound}, r.tunnelChains(fromPod)...)
 	return rs
+}
+
+// tunnelChains mark what has to go through a tunnel although its destination is an address
+// of another node, and the answers, which come from such an address: what checks sources
+// looks for the way back by the mark too. There are none without tunnels. The mark is not
+// taken off at the other end: chains for that cost all packets more than it is worth, since
+// nobody looks at it there.
+func (r PodRules) tunnelChains(fromPod rule) []chain {
+	if len(r.Tunnels) == 0 {
+		return nil
+	}
+	// After services have chosen the destination, and before the kernel looks for the way.
+	to := chain{name: chainToTunnel, kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest + 1)}
+	to.add("from a pod to another node", fromPod, v4.is(),
+		rule{v4.load(v4.daddr, reg1), &expr.Lookup{SourceRegister: reg1, SetName: r.nodeSet(v4).name}}, setTOS(TunnelTOS))
+	// The way is known there, and for pods' addresses it does not depend on the mark.
+	own := chain{name: chainNodeToPods, kind: nftables.ChainTypeFilter,
+		hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter}
+	for _, link := range r.Tunnels {
+		own.add("from this node through "+link, linkIs(expr.MetaKeyOIFNAME, link), v4.is(), setTOS(TunnelTOS))
+	}
+	return []chain{to, own}
 }
 
 func (c *chain) add(comment string, parts ...rule) {
