@@ -303,9 +303,13 @@ func reporter(group *lifecycle.Group, node string) func(context.Context) control
 	return func(ctx context.Context) control.Report {
 		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 		defer cancel()
-		return control.Report{
-			Version: version, Node: node, PID: os.Getpid(), Started: started,
-			Memory: control.OwnMemory(), Components: group.Status(ctx),
-		}
+		return reportOf(node, started, group.Status(ctx))
+	}
+}
+
+func reportOf(node string, started time.Time, components []lifecycle.Status) control.Report {
+	return control.Report{
+		Version: version, Node: node, PID: os.Getpid(), Started: started,
+		Memory: control.OwnMemory(), Components: components,
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
 	"time"
 
@@ -24,7 +23,9 @@ type early struct {
 // answer begins to answer for a node. It must be ended before the components run, of
 // which one answers from then on.
 func (e *early) answer(ctx context.Context, s settings, log *slog.Logger) (end func()) {
-	asked := control.NewServer(s.runDir, func(context.Context) control.Report { return e.report(s.nodeName) })
+	asked := control.NewServer(s.runDir, func(context.Context) control.Report {
+		return reportOf(s.nodeName, e.began, []lifecycle.Status{e.status()})
+	})
 	asked.Otherwise(func() error {
 		now := e.status()
 		return fmt.Errorf("kedge cannot do that yet: %s: %s", now.Name, now.Detail)
@@ -54,11 +55,4 @@ func (e *early) status() lifecycle.Status {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.now
-}
-
-func (e *early) report(node string) control.Report {
-	return control.Report{
-		Version: version, Node: node, PID: os.Getpid(), Started: e.began,
-		Memory: control.OwnMemory(), Components: []lifecycle.Status{e.status()},
-	}
 }

@@ -209,12 +209,12 @@ func (b *Backend) round(ctx context.Context) error {
 	}
 	slices.SortFunc(p.peers, netip.Addr.Compare)
 	p.peers = slices.Compact(p.peers)
-	// Rules before routes: what goes out untranslated without a route comes nowhere
-	// anyway, and a connection that was translated once stays so.
 	var tunnels []string
 	for _, l := range p.links {
 		tunnels = append(tunnels, l.name)
 	}
+	// Rules before routes: what goes out untranslated without a route comes nowhere
+	// anyway, and a connection that was translated once stays so.
 	errs = append(errs, b.setPeers(p.peers, tunnels), apply(marks(b.cfg.NodeName), *p))
 	if b.tunnel != nil {
 		b.tunnel.set(*own, peers, len(p.links) > 0)

@@ -39,6 +39,22 @@ type world struct {
 
 func newWorld(t *testing.T, change func(*Config)) *world {
 	t.Helper()
+	w := newIdleWorld(t, change)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx, func() {}) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return w
+}
+
+// newIdleWorld is one whose hub does not run: it ends no session when keys change.
+func newIdleWorld(t *testing.T, change func(*Config)) *world {
+	t.Helper()
 	w := &world{t: t, keys: map[string]string{"a": "key-a", "b": "key-b"}, newKeys: make(chan struct{}), owners: map[string]string{}}
 	c := Config{
 		Door: w, Keys: w, PodRanges: []netip.Prefix{netip.MustParsePrefix("127.0.1.0/24")}, ServiceRanges: []netip.Prefix{netip.MustParsePrefix("127.0.2.0/24")},
@@ -50,16 +66,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	w.SetNodes(w)
 	w.srv = httptest.NewUnstartedServer(w.Hub)
 	w.srv.StartTLS()
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- w.Run(ctx, func() {}) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		w.srv.Close()
-	})
+	t.Cleanup(w.srv.Close)
 	return w
 }
 
@@ -260,15 +267,11 @@ func TestSessionEndsWithItsKey(t *testing.T) {
 	}
 }
 
-// A node that is just coming back is waited for, and one that does not is named.
 // TestKeyIsLostWhileItConnects: the name goes after the door was asked, and before there
-// is a session that could be ended.
+// is a session that could be ended. Run, which may have looked in between, does not here.
 func TestKeyIsLostWhileItConnects(t *testing.T) {
-	w := newWorld(t, nil)
-	w.identified = func() {
-		w.setKey("a", "key-new")
-		time.Sleep(50 * time.Millisecond) // so that Run has looked
-	}
+	w := newIdleWorld(t, nil)
+	w.identified = func() { w.setKey("a", "key-new") }
 	ended, err := w.connect("a", "key-a")
 	if err != nil {
 		t.Fatal(err)
@@ -280,6 +283,7 @@ func TestKeyIsLostWhileItConnects(t *testing.T) {
 	}
 }
 
+// A node that is just coming back is waited for, and one that does not is named.
 func TestNodeIsWaitedFor(t *testing.T) {
 	w := newWorld(t, nil)
 	got := make(chan string)
