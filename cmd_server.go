@@ -272,7 +272,7 @@ func announce(ctx context.Context, log *slog.Logger, notify lifecycle.Notifier, 
 	time.AfterFunc(settleAfter, func() {
 		logging.Settled()
 		if err := footprint.Settle(); err != nil {
-			log.Debug("memory of the start was not given back", "err", err)
+			log.Debug("this process takes more than it needs", "err", err)
 		}
 		go footprint.Tend(ctx)
 		if err := keepProgram(dataDir); err != nil {

@@ -5,7 +5,6 @@ go 1.26.6
 godebug default=go1.26
 
 tool (
-	github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2
 	github.com/opencontainers/runc
 	k8s.io/kubernetes/test/images/agnhost
 )

@@ -36,7 +36,7 @@ runc=github.com/opencontainers/runc
 now=$({
 	go version
 	$cc --version | head -n 1
-	cat go.mod go.sum runtime/pause/pause.c scripts/build-payload.sh scripts/payload/main.go
+	cat go.mod go.sum runtime/pause/pause.c runtime/shim/main.go internal/timerslack/timerslack.go scripts/build-payload.sh scripts/payload/main.go
 } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -f "$out/manifest.json.zst" ]; then
 	echo "payload for $arch is up to date"
@@ -57,7 +57,7 @@ version() { go list -m -f '{{.Version}}' "$1"; }
 echo "building containerd-shim-runc-v2 $(version $shim) for $arch"
 CGO_ENABLED=0 GOARCH=$arch go build -trimpath -tags no_grpc \
 	-ldflags "-s -w -X $shim/version.Version=$(version $shim)" \
-	-o "$build/containerd-shim-runc-v2" $shim/cmd/containerd-shim-runc-v2
+	-o "$build/containerd-shim-runc-v2" ./runtime/shim
 
 echo "building runc $(version $runc) for $arch"
 CGO_ENABLED=1 GOARCH=$arch CC=$cc PKG_CONFIG_LIBDIR=$pkgdir go build -trimpath \

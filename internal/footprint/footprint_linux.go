@@ -1,6 +1,6 @@
 // Package footprint keeps the process small: it tunes the garbage collector for a
-// fast start and then for a long quiet life, and gives back the pages of the
-// executable that only the start needed.
+// fast start and then for a long quiet life, gives back the pages of the executable
+// that only the start needed, and has one wake-up serve many timers.
 //
 // It is not for limits on containers. Only package main imports it; its settings
 // are of the whole process. docs/performance.md says what each of them gives.
@@ -8,6 +8,7 @@ package footprint
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -15,8 +16,11 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/timerslack"
 )
 
 const (
@@ -33,6 +37,10 @@ const (
 	// tightShare is the same where memory is tight: there the shims of ten pods and
 	// the pages of the executable that are in use need as much as the heap.
 	tightShare = 0.45
+	// patience is how late the process may be woken for a timer when the start is over.
+	// Twice as much saves little more, and this is below what anything that waits for
+	// us, a client, a probe, another server, could notice.
+	patience = 10 * time.Millisecond
 	// tight is how much memory, ours or the machine's, is too little to keep the
 	// whole executable in beside the heap of the start.
 	tight = 512 << 20
@@ -75,13 +83,14 @@ func available() (bytes int64, known bool) {
 }
 
 // Settle is called when the start is over. It takes some ten milliseconds of
-// processor time.
+// processor time. Each part of it is done whether others fail or not, as the last does
+// without CAP_SYS_NICE.
 func Settle() error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(settledGC)
 	}
 	debug.FreeOSMemory()
-	return adviseExecutable(unix.MADV_DONTNEED)
+	return errors.Join(adviseExecutable(unix.MADV_DONTNEED), timerslack.Set(patience))
 }
 
 // adviseExecutable advises the kernel on every clean page of the executable. With

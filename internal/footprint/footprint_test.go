@@ -1,7 +1,9 @@
 package footprint
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -51,7 +53,7 @@ func TestReadOnlyMapping(t *testing.T) {
 // The process must go on working after its pages were dropped, and be smaller.
 func TestSettle(t *testing.T) {
 	before := residentFile(t)
-	if err := Settle(); err != nil {
+	if err := Settle(); err != nil && !errors.Is(err, fs.ErrPermission) { // which its last part may lack
 		t.Fatal(err)
 	}
 	if after := residentFile(t); after >= before {

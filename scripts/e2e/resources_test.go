@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -157,13 +158,12 @@ func TestProcessorLimitThrottles(t *testing.T) {
 	}
 }
 
-// mayLowerOOMScore says whether this process has CAP_SYS_RESOURCE (number 24), as
-// kedge then has.
-func mayLowerOOMScore() bool {
+// capable says whether this process has a capability, by its number, as kedge then has.
+func capable(capability int) bool {
 	for line := range strings.Lines(content("/proc/self/status")) {
 		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
 			bits, _ := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-			return bits&(1<<24) != 0
+			return bits>>capability&1 == 1
 		}
 	}
 	return false
@@ -199,12 +199,37 @@ func TestQualityOfServiceClasses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c.least < 0 && !mayLowerOOMScore() {
+			if c.least < 0 && !capable(unix.CAP_SYS_RESOURCE) {
 				t.Skip("not checked: oom_score_adj, which cannot be lowered on a machine without CAP_SYS_RESOURCE; the rest was")
 			}
 			if score < c.least || score > c.most {
 				t.Errorf("oom_score_adj is %d, want %d to %d", score, c.least, c.most)
 			}
 		})
+	}
+}
+
+// TestTimerSlack: an idle kedge lets its own threads be woken late, and no container's.
+func TestTimerSlack(t *testing.T) {
+	t.Parallel()
+	if !capable(unix.CAP_SYS_NICE) {
+		t.Skip("without CAP_SYS_NICE kedge cannot have its threads woken late")
+	}
+	n := shared(t)
+	ns := n.namespace(t)
+	eventually(t, time.Minute, func() error {
+		if got := content("/proc", strconv.Itoa(n.cmd.Process.Pid), "timerslack_ns"); got != "10000000" {
+			return fmt.Errorf("kedge's own slack is %s ns", got)
+		}
+		return nil
+	})
+	const slack, usual = "cat /proc/self/timerslack_ns", "50000"
+	n.apply(t, ns, shell("prompt", slack+"; exec sleep 3600", ""))
+	n.waitPod(t, ns, "prompt", false)
+	if got := strings.TrimSpace(n.kubectl(t, "logs", "-n", ns, "prompt")); got != usual {
+		t.Errorf("a container's slack is %s ns, want %s", got, usual)
+	}
+	if got := strings.TrimSpace(n.kubectl(t, "exec", "-n", ns, "prompt", "--", "sh", "-c", slack)); got != usual {
+		t.Errorf("that of a command in it is %s ns, want %s", got, usual)
 	}
 }

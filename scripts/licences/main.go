@@ -16,7 +16,7 @@ import (
 )
 
 // programs are what is linked into the executable or travels inside it.
-var programs = []string{".", "./launcher", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2", "github.com/opencontainers/runc"}
+var programs = []string{".", "./launcher", "./runtime/shim", "github.com/opencontainers/runc"}
 
 type module struct{ Path, Version, Dir string }
 

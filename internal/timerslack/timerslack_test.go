@@ -1,0 +1,81 @@
+package timerslack
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Every thread has it, those that are made afterwards have it too, and so have children.
+func TestSet(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer func() {
+		if err := Set(Default); err != nil && !errors.Is(err, fs.ErrPermission) {
+			t.Error(err)
+		}
+	}()
+	hold(t)
+	const want = 7 * time.Millisecond
+	if err := Set(want); errors.Is(err, fs.ErrPermission) {
+		if got, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0); err != nil || got != int(Default.Nanoseconds()) {
+			t.Errorf("refused, and yet this thread has %d, %v", got, err)
+		}
+		t.Skip("needs CAP_SYS_NICE")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	for before := len(slacks(t)); len(slacks(t)) == before; {
+		hold(t)
+	}
+	for tid, got := range slacks(t) {
+		if got != fmt.Sprint(want.Nanoseconds()) {
+			t.Errorf("thread %s has %s", tid, got)
+		}
+	}
+	if out, err := exec.Command("cat", "/proc/self/timerslack_ns").Output(); err != nil || strings.TrimSpace(string(out)) != fmt.Sprint(want.Nanoseconds()) {
+		t.Errorf("a child has %q, %v", out, err)
+	}
+}
+
+// hold has a goroutine keep a thread for itself until the test ends.
+func hold(t *testing.T) {
+	end, holds := make(chan struct{}), make(chan struct{})
+	t.Cleanup(func() { close(end) })
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		close(holds)
+		<-end
+	}()
+	<-holds
+}
+
+func slacks(t *testing.T) map[string]string {
+	t.Helper()
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := map[string]string{}
+	for _, task := range tasks {
+		data, err := os.ReadFile(filepath.Join("/proc", task.Name(), "timerslack_ns"))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		of[task.Name()] = strings.TrimSpace(string(data))
+	}
+	return of
+}
