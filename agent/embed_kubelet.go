@@ -308,6 +308,7 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 	if d.HeartbeatClient, err = kubernetes.NewForConfig(heartbeat); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)
 	}
+	k.sourcePods(ctx, d)
 	return d, nil
 }
 

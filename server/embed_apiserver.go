@@ -286,9 +286,12 @@ func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listene
 	if err != nil {
 		return nil, fmt.Errorf("configure the API server: %w", err)
 	}
-	installOpenAPI := lateOpenAPI(config)
+	installOpenAPI, installHooks := lateOpenAPI(config), s.bootHooks(config)
 	chain, err := app.CreateServerChain(complete)
 	if err != nil {
+		return nil, fmt.Errorf("assemble the API server: %w", err)
+	}
+	if err := installHooks(chain.GenericAPIServer); err != nil {
 		return nil, fmt.Errorf("assemble the API server: %w", err)
 	}
 	chain.GenericAPIServer.ShutdownTimeout = connectionGrace

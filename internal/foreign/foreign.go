@@ -10,8 +10,10 @@ import (
 	"go/parser"
 	"go/printer"
 	"go/token"
+	"maps"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -58,6 +60,46 @@ func (s Source) Text(t testing.TB, n ast.Node) string {
 		t.Fatal(err)
 	}
 	return b.String()
+}
+
+// Func finds a function by its name, or a method as "Type.Name", whether of the type or of
+// a pointer to it. It ends the test where there is none, with the advice.
+func (s Source) Func(t testing.TB, name, advice string) *ast.FuncDecl {
+	t.Helper()
+	for _, file := range s.Files {
+		for _, decl := range file.Decls {
+			d, ok := decl.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			full := d.Name.Name
+			if d.Recv != nil {
+				full = strings.TrimPrefix(s.Text(t, d.Recv.List[0].Type), "*") + "." + full
+			}
+			if full == name {
+				return d
+			}
+		}
+	}
+	t.Fatalf("there is no %s.%s", name, advice)
+	return nil
+}
+
+// Calls are the functions of another package, by the name that it is imported under, that
+// are called below n, each once.
+func (s Source) Calls(n ast.Node, pkg string) []string {
+	found := map[string]bool{}
+	ast.Inspect(n, func(n ast.Node) bool {
+		if call, ok := n.(*ast.CallExpr); ok {
+			if f, ok := call.Fun.(*ast.SelectorExpr); ok {
+				if x, ok := f.X.(*ast.Ident); ok && x.Name == pkg {
+					found[f.Sel.Name] = true
+				}
+			}
+		}
+		return true
+	})
+	return slices.Sorted(maps.Keys(found))
 }
 
 // Variables are the package's own, by name.

@@ -26,6 +26,7 @@ var benign = map[string]struct {
 	"Failed to ensure process in container with oom score": {false, "a process namespace without init, as in containers"},
 
 	"Failed to ensure lease exists, will retry": {true, "namespaces are made after the API server starts"},
+	"Error while syncing ConfigMap":             {true, "the same"},
 	"failed to load cni during init, please check CRI plugin status before setting up network for pods": {
 		true, "the ranges for pods come later, from the API"},
 	"Failed to update node PodCIDR after multiple attempts":                                 {true, "the controller looked at a copy of the node from before it gave the range"},
