@@ -7,7 +7,6 @@
 package footprint
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"math"
@@ -41,6 +40,8 @@ const (
 	// Twice as much saves little more, and this is below what anything that waits for
 	// us, a client, a probe, another server, could notice.
 	patience = 10 * time.Millisecond
+	// readPiece is the most that may be read for one page of instructions.
+	readPiece = 16 << 10
 	// tight is how much memory, ours or the machine's, is too little to keep the
 	// whole executable in beside the heap of the start.
 	tight = 512 << 20
@@ -60,7 +61,7 @@ func Boot() {
 		share = tightShare
 		// Else the kernel reads what lies around each page that is needed, has to
 		// throw out others for it, and soon does nothing else.
-		_ = adviseExecutable(unix.MADV_RANDOM) // without it we are slow, not wrong
+		_ = eachMapping(readSparingly) // without it we are slow, not wrong
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(float64(memory) * share))
@@ -90,30 +91,63 @@ func Settle() error {
 		debug.SetGCPercent(settledGC)
 	}
 	debug.FreeOSMemory()
-	return errors.Join(adviseExecutable(unix.MADV_DONTNEED), timerslack.Set(patience))
+	return errors.Join(eachMapping(forget), timerslack.Set(patience))
 }
 
-// adviseExecutable advises the kernel on every clean page of the executable. With
-// MADV_DONTNEED it forgets their mapping: it keeps their contents in its cache as
-// long as it likes, and maps those that are used again; what only initialisation
-// used stops counting as ours.
-func adviseExecutable(advice uintptr) error {
+// forget has the kernel forget the mapping of clean pages of the executable: it keeps
+// their contents in its cache as long as it likes, and maps those that are used again;
+// what only initialisation used stops counting as ours.
+func forget(m mapping) error {
+	return m.advise(unix.MADV_DONTNEED)
+}
+
+// readSparingly has the kernel read little more than the one page of the executable that
+// is missing. Newer kernels (seen with Linux 6.18) do not take the advice for instructions, and read on
+// as far as the device's read-ahead says, megabytes on some; but never beyond the end of
+// the mapping. So mappings of instructions are cut into pieces, of which every other one
+// has a flag (that it is left out of core dumps, which it is anyhow), or they would be
+// joined again.
+func readSparingly(m mapping) error {
+	if err := m.advise(unix.MADV_RANDOM); err != nil || !m.instructions {
+		return err
+	}
+	for begin := m.begin; begin < m.end; begin += 2 * readPiece {
+		piece := mapping{begin: begin, end: min(begin+readPiece, m.end)}
+		if err := piece.advise(unix.MADV_DONTDUMP); err != nil {
+			return err // vm.max_map_count is reached; what is cut stays cut
+		}
+	}
+	return nil
+}
+
+// mapping is a part of the executable in our memory that nothing can have written to.
+type mapping struct {
+	begin, end   uintptr
+	instructions bool
+}
+
+func (m mapping) advise(advice uintptr) error {
+	if _, _, errno := unix.Syscall(unix.SYS_MADVISE, m.begin, m.end-m.begin, advice); errno != 0 {
+		return fmt.Errorf("advise on pages of the executable: %w", errno)
+	}
+	return nil
+}
+
+// eachMapping calls do with all mappings of the executable until it fails.
+func eachMapping(do func(mapping) error) error {
 	self, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err
 	}
-	f, err := os.Open("/proc/self/maps")
+	maps, err := os.ReadFile("/proc/self/maps")
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		begin, end, ok := readOnlyMapping(s.Text(), self)
-		if !ok {
-			continue
-		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, advice); errno != 0 {
-			return fmt.Errorf("advise on pages of the executable: %w", errno)
+	for line := range strings.Lines(string(maps)) {
+		if m, ok := readOnlyMapping(line, self); ok {
+			if err := do(m); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -121,15 +155,15 @@ func adviseExecutable(advice uintptr) error {
 
 // readOnlyMapping parses a line of /proc/self/maps and reports whether it is of
 // file and cannot have been written to.
-func readOnlyMapping(line, file string) (begin, end uintptr, ok bool) {
+func readOnlyMapping(line, file string) (m mapping, ok bool) {
 	fields := strings.Fields(line)
 	if len(fields) < 6 || fields[5] != file || fields[1] != "r-xp" && fields[1] != "r--p" {
-		return 0, 0, false
+		return mapping{}, false
 	}
 	from, to, _ := strings.Cut(fields[0], "-")
 	b, err1 := strconv.ParseUint(from, 16, 64)
 	e, err2 := strconv.ParseUint(to, 16, 64)
-	return uintptr(b), uintptr(e), err1 == nil && err2 == nil && e > b
+	return mapping{uintptr(b), uintptr(e), fields[1] == "r-xp"}, err1 == nil && err2 == nil && e > b
 }
 
 // cgroupLimit is the smallest memory limit of the process's control group and its

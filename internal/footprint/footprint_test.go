@@ -6,7 +6,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestCgroupLimit(t *testing.T) {
@@ -44,9 +47,34 @@ func TestReadOnlyMapping(t *testing.T) {
 		"7f0000000000-7f0000001000 r--p 00000000 00:00 0":       false,
 		"rubbish": false,
 	} {
-		if begin, end, ok := readOnlyMapping(line, "/bin/kedge"); ok != want || ok && (begin == 0 || end <= begin) {
-			t.Errorf("%q: %x-%x %v", line, begin, end, ok)
+		m, ok := readOnlyMapping(line, "/bin/kedge")
+		if ok != want || ok && (m.begin == 0 || m.end <= m.begin || m.instructions != strings.Contains(line, "r-x")) {
+			t.Errorf("%q: %+v %v", line, m, ok)
 		}
+	}
+}
+
+// The kernel must neither join the pieces nor leave one that is longer.
+func TestReadSparingly(t *testing.T) {
+	pieces := func() (n int, longest uintptr) {
+		err := eachMapping(func(m mapping) error {
+			if m.instructions {
+				n, longest = n+1, max(longest, m.end-m.begin)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n, longest
+	}
+	before, whole := pieces()
+	defer eachMapping(func(m mapping) error { return m.advise(unix.MADV_DODUMP) })
+	if err := eachMapping(readSparingly); err != nil {
+		t.Fatal(err)
+	}
+	if n, longest := pieces(); whole <= readPiece || n <= before || longest > readPiece {
+		t.Errorf("%d mappings of instructions, the longest of %d bytes, became %d, the longest of %d", before, whole, n, longest)
 	}
 }
 
