@@ -57,6 +57,15 @@ func Set(d time.Duration) error {
 	return nil
 }
 
+// Restore gives every thread of this process the default again. Where that is not
+// permitted it changes nothing: then neither was what it would undo.
+func Restore() error {
+	if err := Set(Default); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	return nil
+}
+
 // setThread sets the slack of another thread. One that has ended needs none.
 func setThread(tid int, d time.Duration) error {
 	// The file is not among those below /proc/self/task.

@@ -20,8 +20,11 @@ func TestSet(t *testing.T) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer func() {
-		if err := Set(Default); err != nil && !errors.Is(err, fs.ErrPermission) {
+		if err := Restore(); err != nil {
 			t.Error(err)
+		}
+		if got, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0); err != nil || got != int(Default.Nanoseconds()) {
+			t.Errorf("restored, this thread has %d, %v", got, err)
 		}
 	}()
 	hold(t)

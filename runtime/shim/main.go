@@ -21,7 +21,7 @@ import (
 func main() {
 	// An idle kedge lets the kernel wake it late, and a child is as patient as its parent;
 	// a container's sleep must end when it should.
-	if err := timerslack.Set(timerslack.Default); err != nil {
+	if err := timerslack.Restore(); err != nil {
 		fmt.Fprintln(os.Stderr, "containerd-shim-runc-v2:", err)
 		os.Exit(1)
 	}
