@@ -427,3 +427,25 @@ func BenchmarkRun(b *testing.B) {
 		Run(b.Context(), c)
 	}
 }
+
+// What a trial left that was cut short goes with the next; one that is under way is left alone.
+func TestTrialsSweep(t *testing.T) {
+	dir := t.TempDir()
+	old, young := filepath.Join(dir, trialFile+"1"), filepath.Join(dir, trialFile+"2")
+	for _, d := range []string{old, young} {
+		if err := os.MkdirAll(filepath.Join(d, "work"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hourAgo := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(old, hourAgo, hourAgo); err != nil {
+		t.Fatal(err)
+	}
+	if err := tryFiles(dir); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 1 || left[0].Name() != filepath.Base(young) {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}

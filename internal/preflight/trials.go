@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -36,9 +37,24 @@ func existing(path string) string {
 	return path
 }
 
+// trialFile is how what a trial makes begins.
+const trialFile = ".kedge-check-"
+
+// sweep removes from dir what trials have left that were cut short, as by a power cut.
+func sweep(dir string) {
+	left, _ := filepath.Glob(filepath.Join(dir, trialFile+"*"))
+	for _, path := range left {
+		// Another process may be trying just now.
+		if info, err := os.Lstat(path); err == nil && time.Since(info.ModTime()) > time.Minute {
+			_ = os.RemoveAll(path) // the trial that follows says what is wrong with the folder
+		}
+	}
+}
+
 // tryFiles makes, writes, syncs and removes a file.
 func tryFiles(dir string) error {
-	f, err := os.CreateTemp(existing(dir), ".kedge-check-")
+	sweep(existing(dir))
+	f, err := os.CreateTemp(existing(dir), trialFile)
 	if err != nil {
 		return err
 	}
@@ -77,7 +93,7 @@ func trySeccomp() error {
 // tryOverlay mounts two layers where containerd will. The mount is made in a
 // mount namespace of its own and disappears with it.
 func tryOverlay(dir string) error {
-	top, err := os.MkdirTemp(existing(dir), ".kedge-check-")
+	top, err := os.MkdirTemp(existing(dir), trialFile)
 	if err != nil {
 		return err
 	}
