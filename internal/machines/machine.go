@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 	"kedge/internal/lan"
 	"kedge/internal/machines/keeper"
 	"kedge/internal/netns"
+	"kedge/internal/sparethread"
 )
 
 // Machine is one machine of a site.
@@ -298,7 +298,7 @@ func (m *Machine) Start(cmd *exec.Cmd) error {
 		return fmt.Errorf("enter %s: %w", m.record.Name, err)
 	}
 	defer unix.Close(fd)
-	err = onSpareThread(func() error {
+	err = sparethread.Run(func() error {
 		// Entering a mount namespace needs a root folder that no other thread has.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return err
@@ -328,29 +328,6 @@ func (m *Machine) Output(ctx context.Context, args ...string) (string, error) {
 		err = fmt.Errorf("%s on %s: %w", strings.Join(args, " "), m.record.Name, err)
 	}
 	return out.String(), err
-}
-
-// onSpareThread runs fn on a thread that ends with it: it has changed what cannot be
-// changed back. The process's first thread never ends, so it is not used.
-func onSpareThread(fn func() error) error {
-	done := make(chan error)
-	var run func(begun chan<- struct{})
-	run = func(begun chan<- struct{}) {
-		runtime.LockOSThread() // and never unlocked, which ends the thread
-		close(begun)
-		if unix.Gettid() == unix.Getpid() {
-			other := make(chan struct{})
-			go run(other)
-			<-other // it has another thread, because this one is taken
-			runtime.UnlockOSThread()
-			return
-		}
-		err := errors.New("the function did not return")
-		defer func() { done <- err }()
-		err = fn()
-	}
-	go run(make(chan struct{}))
-	return <-done
 }
 
 // StartKedge runs kedge with these arguments, as a child of the keeper: it goes on

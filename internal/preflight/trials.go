@@ -6,11 +6,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/sparethread"
 )
 
 // tryInotify makes n instances and lets go of them again.
@@ -63,19 +64,8 @@ func tryFiles(dir string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// onSpareThread runs fn on a thread that ends afterwards, so that whatever
-// namespaces fn enters end with it.
-func onSpareThread(fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine
-		done <- fn()
-	}()
-	return <-done
-}
-
 func tryNamespace(flag int) error {
-	return onSpareThread(func() error { return unix.Unshare(flag) })
+	return sparethread.Run(func() error { return unix.Unshare(flag) })
 }
 
 // trySeccomp asks whether filters may answer a system call with an error, which
@@ -106,7 +96,7 @@ func tryOverlay(dir string) error {
 	if err := os.WriteFile(filepath.Join(top, "lower", "file"), nil, 0o600); err != nil {
 		return err
 	}
-	return onSpareThread(func() error {
+	return sparethread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("make a mount namespace: %w", err)
 		}
