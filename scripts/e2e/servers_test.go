@@ -170,10 +170,11 @@ func (l *ledger) check(t *testing.T, what, ns string, at *node) {
 	t.Helper()
 	close(l.stop)
 	<-l.done
-	list, err := at.client.CoreV1().ConfigMaps(ns).List(context.Background(), metav1.ListOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	var list *corev1.ConfigMapList
+	eventually(t, 10*time.Second, func() (err error) { // a server that came back may be without a leader once more
+		list, err = at.client.CoreV1().ConfigMaps(ns).List(context.Background(), metav1.ListOptions{})
+		return err
+	})
 	there := map[string]bool{}
 	for _, c := range list.Items {
 		there[c.Name] = true
