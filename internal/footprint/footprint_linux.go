@@ -60,8 +60,10 @@ func Boot() {
 	if memory < tight {
 		share = tightShare
 		// Else the kernel reads what lies around each page that is needed, has to
-		// throw out others for it, and soon does nothing else.
-		_ = eachMapping(readSparingly) // without it we are slow, not wrong
+		// throw out others for it, and soon does nothing else. Without it we are slow,
+		// not wrong.
+		_ = eachMapping(readSparingly)
+		_ = eachMapping(cut)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(float64(memory) * share))
@@ -101,24 +103,32 @@ func forget(m mapping) error {
 	return m.advise(unix.MADV_DONTNEED)
 }
 
-// readSparingly has the kernel read little more than the one page of the executable that
-// is missing. Newer kernels (seen with Linux 6.18) do not take the advice for instructions, and read on
-// as far as the device's read-ahead says, megabytes on some; but never beyond the end of
-// the mapping. So mappings of instructions are cut into pieces, of which every other one
-// has a flag (that it is left out of core dumps, which it is anyhow), or they would be
-// joined again.
+// readSparingly has the kernel read no more than the page of the executable that is
+// missing. For instructions not every kernel takes the advice: see cut.
 func readSparingly(m mapping) error {
-	if err := m.advise(unix.MADV_RANDOM); err != nil || !m.instructions {
-		return err
+	return m.advise(unix.MADV_RANDOM)
+}
+
+// cut makes pieces of a mapping of instructions. For these newer kernels (seen with Linux
+// 6.18) read on as far as the device's read-ahead says, megabytes on some, but never
+// beyond the end of the mapping. Every other piece has a flag, that it is left out of core
+// dumps, which it is anyhow: without it they would be joined again.
+func cut(m mapping) error {
+	if !m.instructions {
+		return nil
 	}
 	for begin := m.begin; begin < m.end; begin += 2 * readPiece {
 		piece := mapping{begin: begin, end: min(begin+readPiece, m.end)}
 		if err := piece.advise(unix.MADV_DONTDUMP); err != nil {
-			return err // vm.max_map_count is reached; what is cut stays cut
+			// vm.max_map_count is reached, and the heap needs mappings too.
+			return errors.Join(err, join(m))
 		}
 	}
 	return nil
 }
+
+// join undoes cut.
+func join(m mapping) error { return m.advise(unix.MADV_DODUMP) }
 
 // mapping is a part of the executable in our memory that nothing can have written to.
 type mapping struct {

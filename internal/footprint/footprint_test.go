@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 func TestCgroupLimit(t *testing.T) {
@@ -55,7 +53,7 @@ func TestReadOnlyMapping(t *testing.T) {
 }
 
 // The kernel must neither join the pieces nor leave one that is longer.
-func TestReadSparingly(t *testing.T) {
+func TestCut(t *testing.T) {
 	pieces := func() (n int, longest uintptr) {
 		err := eachMapping(func(m mapping) error {
 			if m.instructions {
@@ -69,12 +67,17 @@ func TestReadSparingly(t *testing.T) {
 		return n, longest
 	}
 	before, whole := pieces()
-	defer eachMapping(func(m mapping) error { return m.advise(unix.MADV_DODUMP) })
-	if err := eachMapping(readSparingly); err != nil {
+	if err := eachMapping(cut); err != nil {
 		t.Fatal(err)
 	}
 	if n, longest := pieces(); whole <= readPiece || n <= before || longest > readPiece {
 		t.Errorf("%d mappings of instructions, the longest of %d bytes, became %d, the longest of %d", before, whole, n, longest)
+	}
+	if err := eachMapping(join); err != nil {
+		t.Fatal(err)
+	}
+	if n, longest := pieces(); n != before || longest != whole {
+		t.Errorf("joined again there are %d mappings, the longest of %d bytes", n, longest)
 	}
 }
 

@@ -23,16 +23,12 @@ func TestSet(t *testing.T) {
 		if err := Restore(); err != nil {
 			t.Error(err)
 		}
-		if got, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0); err != nil || got != int(Default.Nanoseconds()) {
-			t.Errorf("restored, this thread has %d, %v", got, err)
-		}
+		defaultHere(t)
 	}()
 	hold(t)
 	const want = 7 * time.Millisecond
 	if err := Set(want); errors.Is(err, fs.ErrPermission) {
-		if got, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0); err != nil || got != int(Default.Nanoseconds()) {
-			t.Errorf("refused, and yet this thread has %d, %v", got, err)
-		}
+		defaultHere(t) // refused is refused for all
 		t.Skip("needs CAP_SYS_NICE")
 	} else if err != nil {
 		t.Fatal(err)
@@ -47,6 +43,14 @@ func TestSet(t *testing.T) {
 	}
 	if out, err := exec.Command("cat", "/proc/self/timerslack_ns").Output(); err != nil || strings.TrimSpace(string(out)) != fmt.Sprint(want.Nanoseconds()) {
 		t.Errorf("a child has %q, %v", out, err)
+	}
+}
+
+// defaultHere fails unless this thread has the default.
+func defaultHere(t *testing.T) {
+	t.Helper()
+	if got, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0); err != nil || got != int(Default.Nanoseconds()) {
+		t.Errorf("this thread has %d ns, %v", got, err)
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +14,8 @@ import (
 	"github.com/miekg/dns"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/sparethread"
 )
 
 // kind is questions of one sort, ready to be sent.
@@ -56,25 +57,16 @@ func questions(name string, n int, of func(int) (string, uint16)) kind {
 
 // onProcessor runs f on a thread that may use one processor only; processes that it
 // starts inherit that.
-func onProcessor(n int, f func() (*resolver, error)) (*resolver, error) {
-	type result struct {
-		r   *resolver
-		err error
-	}
-	done := make(chan result)
-	go func() {
-		goruntime.LockOSThread() // and never unlocked: the thread ends with its goroutine
+func onProcessor(n int, f func() (*resolver, error)) (r *resolver, err error) {
+	err = sparethread.Run(func() (err error) {
 		var set unix.CPUSet
 		set.Set(n)
-		if err := unix.SchedSetaffinity(0, &set); err != nil {
-			done <- result{nil, err}
-			return
+		if err = unix.SchedSetaffinity(0, &set); err == nil {
+			r, err = f()
 		}
-		r, err := f()
-		done <- result{r, err}
-	}()
-	res := <-done
-	return res.r, res.err
+		return err
+	})
+	return r, err
 }
 
 // load measures one kind of question.
