@@ -48,6 +48,7 @@ need ca-certificates test -d /etc/ssl/certs
 need busybox-static test -x /bin/busybox
 need nftables test -x /usr/sbin/nft
 need e2fsprogs test -x /usr/sbin/mkfs.ext4 -o -x /sbin/mkfs.ext4
+need musl-tools command -v musl-gcc
 if [ -n "$missing" ]; then
 	if ! command -v apt-get >/dev/null; then
 		echo "please install:$missing" >&2
