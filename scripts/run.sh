@@ -16,10 +16,11 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 if [ "${1:-}" = stop ]; then
-	if [ -s build/run.pid ] && kill -TERM "$(cat build/run.pid)" 2>/dev/null; then
-		while kill -0 "$(cat build/run.pid)" 2>/dev/null; do sleep 0.1; done
+	# Asked of whoever answers, not read from a file: by now the number may be another's.
+	pid=$("$kedge" status -o json 2>/dev/null | sed -n 's/^ *"pid": *\([0-9]*\),*$/\1/p')
+	if [ -n "$pid" ] && kill -TERM "$pid"; then
+		while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
 	fi
-	rm -f build/run.pid
 	exec "$kedge" killall
 fi
 
@@ -29,11 +30,11 @@ else
 	step "\$ kedge server   (log: build/run.log)"
 	mkdir -p build
 	setsid "$kedge" server >"$log" 2>&1 </dev/null &
-	echo $! >build/run.pid
+	pid=$!
 	n=0
 	until "$kedge" status >/dev/null 2>&1; do
 		n=$((n + 1))
-		if ! kill -0 "$(cat build/run.pid)" 2>/dev/null || [ $n -gt 300 ]; then
+		if ! kill -0 "$pid" 2>/dev/null || [ $n -gt 300 ]; then
 			cat "$log" >&2
 			exit 1
 		fi

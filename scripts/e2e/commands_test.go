@@ -29,7 +29,7 @@ func TestSettings(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n.env = append(os.Environ(), "KEDGE_CLUSTER_DOMAIN=from.env", "KEDGE_LOG_FORMAT=json")
+	n.env = append(bare(), "KEDGE_CLUSTER_DOMAIN=from.env", "KEDGE_LOG_FORMAT=json")
 	if err := n.start(); err != nil {
 		t.Fatal(err)
 	}

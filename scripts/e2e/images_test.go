@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"kedge/internal/testimage"
 )
@@ -28,23 +29,9 @@ func program(name string) (testimage.File, error) {
 // prepareImages puts the test images where a node imports them from. The archive
 // is made once; nodes share it by hard link.
 func prepareImages(dataDir string) error {
-	cached := filepath.Join(baseDir, "images.tar")
-	if _, err := os.Stat(cached); err != nil {
-		box, err := testimage.NewBusybox(busybox)
-		if err != nil {
-			return err
-		}
-		if box.Files["/bin/probe"], err = program("probe"); err != nil {
-			return err
-		}
-		agn, err := program("agnhost")
-		if err != nil {
-			return err
-		}
-		host := testimage.Image{Name: agnhost, Files: map[string]testimage.File{"/agnhost": agn}, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}
-		if err := testimage.WriteFile(cached, testimage.Docker, box, host); err != nil {
-			return err
-		}
+	cached, err := imagesArchive()
+	if err != nil {
+		return err
 	}
 	dir := filepath.Join(dataDir, "images")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -52,3 +39,21 @@ func prepareImages(dataDir string) error {
 	}
 	return os.Link(cached, filepath.Join(dir, "images.tar"))
 }
+
+// imagesArchive is made once for a run.
+var imagesArchive = sync.OnceValues(func() (string, error) {
+	box, err := testimage.NewBusybox(busybox)
+	if err != nil {
+		return "", err
+	}
+	if box.Files["/bin/probe"], err = program("probe"); err != nil {
+		return "", err
+	}
+	agn, err := program("agnhost")
+	if err != nil {
+		return "", err
+	}
+	host := testimage.Image{Name: agnhost, Files: map[string]testimage.File{"/agnhost": agn}, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}
+	file := filepath.Join(baseDir, "images.tar")
+	return file, testimage.WriteFile(file, testimage.Docker, box, host)
+})

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,26 +17,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
-
-// processes are the numbers of those whose command line has text in it.
-func processes(t *testing.T, text string) []int {
-	t.Helper()
-	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var found []int
-	for _, c := range commands {
-		data, err := os.ReadFile(c)
-		if err != nil || !bytes.Contains(bytes.ReplaceAll(data, []byte{0}, []byte{' '}), []byte(text)) {
-			continue
-		}
-		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(c))); err == nil && pid != os.Getpid() {
-			found = append(found, pid)
-		}
-	}
-	return found
-}
 
 // stop sends sig and checks how the node ends.
 func (n *node) stop(t *testing.T, sig syscall.Signal, limit time.Duration) {
@@ -83,7 +62,7 @@ func TestLifeOfNode(t *testing.T) {
 	}
 	socket := filepath.Join(n.dir, "notify")
 	told := notices(t, socket)
-	n.env = append(os.Environ(), "NOTIFY_SOCKET="+socket)
+	n.env = append(bare(), "NOTIFY_SOCKET="+socket)
 	if err := n.launch(); err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +85,7 @@ func TestLifeOfNode(t *testing.T) {
 	text := "alive-" + n.name
 	n.apply(t, ns, fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: web}, spec: {terminationGracePeriodSeconds: 1, containers: [{name: main, image: %q, command: [probe, serve, ":8080", %q]}]}}`, busybox, text))
 	before := n.waitPod(t, ns, "web", false)
-	pids := processes(t, "probe serve :8080 "+text)
+	pids := processes("probe serve :8080 " + text)
 	if len(pids) != 1 {
 		t.Fatalf("processes of the pod: %v", pids)
 	}
@@ -114,13 +93,13 @@ func TestLifeOfNode(t *testing.T) {
 	if out := n.kubectl(t, "exec", "-n", ns, "web", "--", "env"); strings.Contains(out, "NOTIFY_SOCKET") {
 		t.Errorf("the container has the service manager's socket:\n%s", out)
 	}
-	shims := processes(t, n.dataDir()+"/runtime/")
+	shims := processes(n.dataDir() + "/runtime/")
 	for _, pid := range shims {
 		if environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)); bytes.Contains(environ, []byte("NOTIFY_SOCKET")) {
 			t.Errorf("shim %d has the service manager's socket", pid)
 		}
 	}
-	n.env = nil
+	n.env = bare()
 
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		n.stop(t, sig, 10*time.Second)
@@ -150,10 +129,10 @@ func TestLifeOfNode(t *testing.T) {
 		if a.ContainerID != b.ContainerID || a.RestartCount != 0 || !a.State.Running.StartedAt.Equal(&b.State.Running.StartedAt) || after.Status.PodIP != before.Status.PodIP {
 			t.Errorf("after %s the pod is not the same:\n%+v\n%+v", sig, b, a)
 		}
-		if now := processes(t, "probe serve :8080 "+text); len(now) != 1 || now[0] != pids[0] {
+		if now := processes("probe serve :8080 " + text); len(now) != 1 || now[0] != pids[0] {
 			t.Errorf("after %s the process is %v, it was %v", sig, now, pids)
 		}
-		if now := processes(t, n.dataDir()+"/runtime/"); len(now) != len(shims) {
+		if now := processes(n.dataDir() + "/runtime/"); len(now) != len(shims) {
 			t.Errorf("after %s there are shims %v, there were %v", sig, now, shims)
 		}
 	}
@@ -185,7 +164,7 @@ func TestLifeOfNode(t *testing.T) {
 	if out, err := n.command("killall"); err != nil {
 		t.Errorf("killall again: %v\n%s", err, out)
 	}
-	if now := processes(t, "probe serve :8080 "+text); len(now) != 0 {
+	if now := processes("probe serve :8080 " + text); len(now) != 0 {
 		t.Errorf("after killall the pod still has processes %v", now)
 	}
 	if err := n.start(); err != nil {
@@ -242,7 +221,7 @@ func TestStopWhileStarting(t *testing.T) {
 		if errors.As(n.err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
 			t.Errorf("a signal after %v ms: it ended with %v\n%s", int(after), n.err, n.tail(20))
 		}
-		if left := processes(t, n.dir+"/"); len(left) > 0 {
+		if left := processes(n.dir + "/"); len(left) > 0 {
 			t.Errorf("a signal after %v ms leaves the processes %v", int(after), left)
 		}
 	}

@@ -113,7 +113,7 @@ func TestInotifyUsedUp(t *testing.T) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: root, GidMappings: root}
 	out, err := cmd.CombinedOutput()
 	if err != nil && strings.Contains(string(out), "max_inotify_instances") {
-		t.Skip("this kernel counts them otherwise: ", string(out))
+		lacking(t, "this kernel counts them otherwise: %s", out)
 	}
 	if want := "error    inotify: fewer than 24 inotify instances are left: other programs have the rest; set the kernel parameter fs.inotify.max_user_instances to 512, or end some of them\n"; err == nil || !strings.Contains(string(out), want) {
 		t.Errorf("check said\n%s\nwant\n%s", out, want)
@@ -276,7 +276,7 @@ func TestStartAsksNoResolver(t *testing.T) {
 	t.Parallel()
 	config, err := os.ReadFile("/etc/resolv.conf")
 	if err != nil {
-		t.Skipf("this machine has no resolver to stand in for: %v", err)
+		lacking(t, "this machine has no resolver to stand in for: %v", err)
 	}
 	n := own(t)
 	n.network = network(t, "198.51.100.11/24")
@@ -326,7 +326,7 @@ func TestStartAsksNoResolver(t *testing.T) {
 		resolvers++
 	}
 	if resolvers == 0 {
-		t.Skip("/etc/resolv.conf of this machine names no resolver")
+		lacking(t, "/etc/resolv.conf of this machine names no resolver")
 	}
 	if err := n.start(); err != nil {
 		t.Fatal(err)

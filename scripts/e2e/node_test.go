@@ -36,7 +36,7 @@ type node struct {
 	name       string
 	dir        string // everything of it is below
 	flags      []string
-	env        []string          // in place of the test's own environment, when not nil
+	env        []string          // of its process; nil: the test's own
 	world      *world            // in place of the machine as it is, when not nil
 	network    *netns.NS         // in place of the machine's own, when not nil
 	machine    *machines.Machine // on which it runs, with directories of its own; nil for this one
@@ -48,6 +48,8 @@ type node struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the process has ended
 	err  error         // how it ended; valid after done
+
+	networkBefore []string // traces of others in its network before it first started
 
 	client *kubernetes.Clientset
 	config *rest.Config
@@ -70,6 +72,9 @@ var (
 	lastPort atomic.Int32
 )
 
+// portVar moves a run's ports and names, so that it can go on beside another.
+const portVar = "KEDGE_E2E_PORT"
+
 func TestMain(m *testing.M) {
 	if w := os.Getenv(worldVar); w != "" {
 		fmt.Fprintln(os.Stderr, "enter the world of a test:", enterWorld(w))
@@ -87,15 +92,24 @@ func run(m *testing.M) int {
 		fmt.Println("FAIL: no executable to test; run make build:", err)
 		return 1
 	}
+	if err := sweep(); err != nil {
+		fmt.Println("FAIL: clear up after an earlier run:", err)
+		return 1
+	}
 	var err error
-	// Short, because unix sockets are below it.
-	if baseDir, err = os.MkdirTemp("/tmp", "ke2e"); err != nil {
+	if baseDir, err = takeBaseDir(); err != nil {
 		fmt.Println("FAIL:", err)
 		return 1
 	}
-	port, err := strconv.Atoi(cmp.Or(os.Getenv("KEDGE_E2E_PORT"), "16443"))
+	clearUpOnSignal(baseDir)
+	// For the program that commands without a data directory unpack.
+	if err := os.Setenv("XDG_CACHE_HOME", filepath.Join(baseDir, "cache")); err != nil {
+		fmt.Println("FAIL:", err)
+		return 1
+	}
+	port, err := strconv.Atoi(cmp.Or(os.Getenv(portVar), "16443"))
 	if err != nil {
-		fmt.Println("FAIL: KEDGE_E2E_PORT:", err)
+		fmt.Println("FAIL:", portVar+":", err)
 		return 1
 	}
 	lastPort.Store(int32(port))
@@ -106,9 +120,13 @@ func run(m *testing.M) int {
 		return 1
 	}
 	code := m.Run()
+	reportLacks()
 	keep := code != 0 && os.Getenv("KEDGE_KEEP") != ""
 	if sharedNode != nil && keep {
 		fmt.Println("the node is kept; KUBECONFIG="+sharedNode.kubeconfig, "process", sharedNode.cmd.Process.Pid)
+		if err := os.WriteFile(filepath.Join(baseDir, keepFile), nil, 0o600); err != nil {
+			fmt.Println("and its folder is not:", err)
+		}
 		return code
 	}
 	if sharedNode != nil {
@@ -117,7 +135,7 @@ func run(m *testing.M) int {
 			code = 1
 		}
 	}
-	if err := os.RemoveAll(baseDir); err != nil {
+	if err := removeRun(baseDir); err != nil {
 		fmt.Println("FAIL: clean-up:", err)
 		code = 1
 	}
@@ -182,10 +200,14 @@ func newNode(name string) *node {
 		name = name[:10]
 	}
 	name = fmt.Sprint(name, "-", port) // it is in cgroups and rules, which other runs have too
-	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port}
+	n := &node{name: name, dir: filepath.Join(baseDir, name), apiPort: port, env: bare()}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
 	return n
 }
+
+// bare is the environment of nodes under test: kedge must not need a program of the host,
+// so it finds none.
+func bare() []string { return []string{"HOME=/root", "PATH="} }
 
 func (n *node) logFile() string { return filepath.Join(n.dir, "log") }
 
@@ -240,6 +262,16 @@ func (n *node) launch() error {
 		if err := os.WriteFile(config, []byte("# of a test\n"), 0o600); err != nil {
 			return err
 		}
+	}
+	if err := n.remember(); err != nil {
+		return err
+	}
+	if n.networkBefore == nil && n.machine == nil {
+		before, err := n.networkTraces()
+		if err != nil {
+			return err
+		}
+		n.networkBefore = before
 	}
 	log, err := os.OpenFile(n.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -338,6 +370,7 @@ func (n *node) destroy() error {
 			errs = append(errs, fmt.Errorf("killall: %v: %s", err, out))
 		}
 	}
+	errs = append(errs, n.networkLeftovers())
 	if n.network != nil {
 		errs = append(errs, n.network.Close())
 	}
@@ -346,34 +379,6 @@ func (n *node) destroy() error {
 	}
 	errs = append(errs, n.leftovers(), os.RemoveAll(n.dir))
 	return errors.Join(errs...)
-}
-
-// leftovers says what a node that was killed has left on the machine.
-func (n *node) leftovers() error {
-	var found []string
-	if data, err := os.ReadFile("/proc/self/mountinfo"); err == nil {
-		for line := range strings.Lines(string(data)) {
-			if strings.Contains(line, n.dir+"/") {
-				found = append(found, "mount "+strings.TrimSpace(line))
-			}
-		}
-	}
-	for _, pattern := range []string{"/sys/fs/cgroup/kedge-" + n.name, "/sys/fs/cgroup/*/kedge-" + n.name} {
-		groups, _ := filepath.Glob(pattern)
-		for _, g := range groups {
-			found = append(found, "cgroup "+g)
-		}
-	}
-	commands, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, c := range commands {
-		if data, err := os.ReadFile(c); err == nil && bytes.Contains(data, []byte(n.dir+"/")) {
-			found = append(found, "process "+c+" "+strings.ReplaceAll(string(data), "\x00", " "))
-		}
-	}
-	if len(found) > 0 {
-		return fmt.Errorf("left behind:\n%s", strings.Join(found, "\n"))
-	}
-	return nil
 }
 
 // command runs another kedge command with this node's flags.

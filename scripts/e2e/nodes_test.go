@@ -59,7 +59,7 @@ func TestTwoNodesOnOneMachine(t *testing.T) {
 			t.Errorf("inside %s the pod answers %q", n.name, got)
 		}
 	}
-	before := processes(t, two.dataDir()+"/runtime/")
+	before := processes(two.dataDir() + "/runtime/")
 	one.stop(t, syscall.SIGTERM, 10*time.Second)
 	if err := both(); err != nil {
 		t.Errorf("with one stopped: %v", err)
@@ -73,7 +73,7 @@ func TestTwoNodesOnOneMachine(t *testing.T) {
 	if err := answers(urls[1], "this-is-"+two.name+"."); err != nil {
 		t.Errorf("after killall of the other: %v", err)
 	}
-	if now := processes(t, two.dataDir()+"/runtime/"); len(now) != len(before) {
+	if now := processes(two.dataDir() + "/runtime/"); len(now) != len(before) {
 		t.Errorf("after killall of the other there are shims %v, there were %v", now, before)
 	}
 	if got := two.runPod(t, spaces[1], "after", "probe get "+urls[1], ""); !strings.HasPrefix(got, "this-is-"+two.name+".") {

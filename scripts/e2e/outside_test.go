@@ -46,7 +46,6 @@ func TestNothingOutsideAndNoPrograms(t *testing.T) {
 	if err := prepareImages(n.dataDir()); err != nil {
 		t.Fatal(err)
 	}
-	n.env = []string{"HOME=/root", "PATH="}
 	n.world = &world{Changes: filepath.Join(n.dir, "changes"), Keep: n.dir}
 	w := n.world
 	t.Cleanup(func() { n.world = nil }) // killall runs on the machine itself

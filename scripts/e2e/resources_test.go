@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -37,7 +38,7 @@ func cgroupOf(t *testing.T, n *node, controller, id string) string {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // of a container that just ended
 		}
-		if err == nil && d.IsDir() && strings.Contains(d.Name(), id) && strings.Contains(path, "/kedge-"+n.name) {
+		if err == nil && d.IsDir() && strings.Contains(d.Name(), id) && slices.ContainsFunc(n.cgroupNames(), func(own string) bool { return strings.Contains(path, "/"+own+"/") }) {
 			found = path
 			return fs.SkipAll
 		}
@@ -200,7 +201,7 @@ func TestQualityOfServiceClasses(t *testing.T) {
 				t.Fatal(err)
 			}
 			if c.least < 0 && !capable(unix.CAP_SYS_RESOURCE) {
-				t.Skip("not checked: oom_score_adj, which cannot be lowered on a machine without CAP_SYS_RESOURCE; the rest was")
+				lacking(t, "not checked: oom_score_adj, which cannot be lowered on a machine without CAP_SYS_RESOURCE; the rest was")
 			}
 			if score < c.least || score > c.most {
 				t.Errorf("oom_score_adj is %d, want %d to %d", score, c.least, c.most)
@@ -213,7 +214,7 @@ func TestQualityOfServiceClasses(t *testing.T) {
 func TestTimerSlack(t *testing.T) {
 	t.Parallel()
 	if !capable(unix.CAP_SYS_NICE) {
-		t.Skip("without CAP_SYS_NICE kedge cannot have its threads woken late")
+		lacking(t, "without CAP_SYS_NICE kedge cannot have its threads woken late")
 	}
 	n := shared(t)
 	ns := n.namespace(t)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -15,6 +16,7 @@ func TestContainerSettings(t *testing.T) {
 	t.Parallel()
 	n := shared(t)
 	ns := n.namespace(t)
+	const userNamespace = "unshare -U true 2>/dev/null && echo made || echo refused"
 	status := func(field string) string { return "awk '/^" + field + ":/{print $2}' /proc/self/status" }
 	for _, c := range []struct {
 		name            string
@@ -33,6 +35,10 @@ func TestContainerSettings(t *testing.T) {
 		{"seccomp-by-default", "", "", status("Seccomp"), "2"},
 		{"seccomp-runtime-default", "securityContext: {seccompProfile: {type: RuntimeDefault}},", "", status("Seccomp"), "2"},
 		{"seccomp-unconfined", "securityContext: {seccompProfile: {type: Unconfined}},", "", status("Seccomp"), "0"},
+		// What the filter forbids and the kernel would not: a user namespace of one's own.
+		{"seccomp-by-default-forbids", "", "", userNamespace, "refused"},
+		{"seccomp-runtime-default-forbids", "securityContext: {seccompProfile: {type: RuntimeDefault}},", "", userNamespace, "refused"},
+		{"seccomp-unconfined-allows", "securityContext: {seccompProfile: {type: Unconfined}},", "", userNamespace, "made"},
 		{"privilege-escalation-by-default", "", "", status("NoNewPrivs"), "0"},
 		{"no-privilege-escalation", "", "securityContext: {allowPrivilegeEscalation: false},", status("NoNewPrivs"), "1"},
 		{"root-is-writable", "", "", "touch /x && echo written", "written"},
@@ -139,30 +145,78 @@ func TestNamespacesOfHostAndPod(t *testing.T) {
 	}
 }
 
+// TestHostPort: one pod with a port at every address of the machine, one that only the
+// loopback address has, and one for datagrams.
 func TestHostPort(t *testing.T) {
 	t.Parallel()
 	n := shared(t)
 	ns := n.namespace(t)
-	l, err := net.Listen("tcp", ":0") // a port that is free now
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	n.apply(t, ns, shellWith("web", "exec probe serve :8080 by-host-port", "", fmt.Sprintf("ports: [{containerPort: 8080, hostPort: %d}],", port)))
+	everywhere, loopback, datagrams := freePort(t, "tcp"), freePort(t, "tcp"), freePort(t, "udp")
+	n.apply(t, ns, shellWith("web", "probe echo udp :8081 & exec probe serve :8080 by-host-port", "", fmt.Sprintf(
+		"ports: [{name: a, containerPort: 8080, hostPort: %d}, {name: b, containerPort: 8080, hostPort: %d, hostIP: 127.0.0.1}, {name: c, containerPort: 8081, hostPort: %d, protocol: UDP}],",
+		everywhere, loopback, datagrams)))
 	n.waitPod(t, ns, "web", false)
-	for _, host := range []string{n.address(t), "127.0.0.1"} {
-		url := fmt.Sprintf("http://%s:%d/", host, port)
-		eventually(t, 10*time.Second, func() error { return answers(url, "by-host-port") })
+	url := func(host string, port int) string { return fmt.Sprintf("http://%s:%d/", host, port) }
+	asked := []string{url(n.address(t), everywhere), url("127.0.0.1", everywhere), url("127.0.0.1", loopback)}
+	for _, u := range asked {
+		eventually(t, 10*time.Second, func() error { return answers(u, "by-host-port") })
+	}
+	eventually(t, 10*time.Second, func() error { return echoes(n.address(t), datagrams) })
+	if answers(url(n.address(t), loopback), "by-host-port") == nil {
+		t.Errorf("a port of 127.0.0.1 is one of %s too", n.address(t))
 	}
 	n.kubectl(t, "delete", "pod", "-n", ns, "web", "--wait")
-	url := fmt.Sprintf("http://%s:%d/", n.address(t), port)
 	eventually(t, 10*time.Second, func() error {
-		if answers(url, "by-host-port") == nil {
-			return fmt.Errorf("%s answers after the pod is gone", url)
+		for _, u := range asked {
+			if answers(u, "by-host-port") == nil {
+				return fmt.Errorf("%s answers after the pod is gone", u)
+			}
+		}
+		if echoes(n.address(t), datagrams) == nil {
+			return errors.New("datagrams are answered after the pod is gone")
 		}
 		return nil
 	})
+}
+
+// freePort is one of the machine that nobody listens at now.
+func freePort(t *testing.T, protocol string) int {
+	t.Helper()
+	if protocol == "udp" {
+		c, err := net.ListenUDP("udp", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return c.LocalAddr().(*net.UDPAddr).Port
+	}
+	l, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// echoes is nil when a datagram to the port is answered with itself.
+func echoes(host string, port int) error {
+	c, err := net.Dial("udp", net.JoinHostPort(host, fmt.Sprint(port)))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte("there and back")); err != nil {
+		return err
+	}
+	answer := make([]byte, 100)
+	length, err := c.Read(answer)
+	if err == nil && !strings.Contains(string(answer[:length]), "there and back") {
+		err = fmt.Errorf("the answer is %q", answer[:length])
+	}
+	return err
 }
 
 // answers is nil when the URL's body is text.

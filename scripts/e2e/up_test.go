@@ -99,11 +99,8 @@ func (c clusters) nothingLeft(t *testing.T) {
 			t.Errorf("mounts are left:\n%s", data)
 		}
 	}
-	processes, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, p := range processes {
-		if data, err := os.ReadFile(p); err == nil && bytes.Contains(data, []byte(c.dir+"/")) {
-			t.Errorf("left behind: %s: %s", p, data)
-		}
+	for _, p := range processesWith(c.dir + "/") {
+		t.Errorf("left behind: process %v", p)
 	}
 	filepath.WalkDir(c.dir, func(path string, d os.DirEntry, err error) error {
 		if err == nil && !d.IsDir() && d.Name() != "lock" {
