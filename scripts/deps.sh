@@ -5,7 +5,7 @@
 #   scripts/deps.sh [ARCH]     ARCH is amd64 or arm64, what kedge is built for; default: this machine's
 #
 # The C library and libseccomp of another architecture come from the same distribution's
-# packages ("multiarch"); Ubuntu serves foreign architectures from ports.ubuntu.com, which
+# packages ("multiarch"); Ubuntu serves foreign architectures from its "ports" archive, which
 # must be among the sources first.
 set -eu
 cd "$(dirname "$0")/.."
