@@ -121,6 +121,10 @@ power-cuts: build ## pull the plug of an emulated machine with kedge on it, unde
 	@[ $(ARCH) = $(HOSTARCH) ] || $(MAKE) build ARCH=$(HOSTARCH)
 	scripts/power-cuts.sh $(ARCH) $(or $(CYCLES),5)
 
+.PHONY: systemd-machine
+systemd-machine: build build-e2e ## end-to-end tests on an emulated Debian where systemd owns the control groups; TESTS=REGEXP; needs root
+	scripts/systemd-machine.sh '$(or $(TESTS),TestLifeOfNode$$|TestResourcesAreCgroupSettings$$|TestOutOfMemory$$|TestProcessorLimitThrottles$$|TestQualityOfServiceClasses$$|TestTimerSlack$$)'
+
 .PHONY: test-upstream-storage
 test-upstream-storage: ## Kubernetes' own storage tests on our datastore
 	go test -count=1 -timeout 30m ./datastore/upstream

@@ -24,6 +24,9 @@ type composition interface {
 	name() string
 	// prepare does what is not measured, on an empty machine.
 	prepare(ctx context.Context, images string) error
+	// startIn makes all processes of the composition start in a folder of a control
+	// group's hierarchy; their shims stay there, pods do not.
+	startIn(group string)
 	// start returns when the first process has been started.
 	start(ctx context.Context) error
 	// client fails as long as there are no credentials.
@@ -69,7 +72,11 @@ type process struct {
 	err  error         // valid after done
 }
 
-func launch(log string, env []string, argv ...string) (*process, error) {
+// launch starts a program, in a control group's folder if one is given.
+func launch(log, group string, env []string, argv ...string) (*process, error) {
+	if group != "" {
+		argv = append([]string{"/bin/sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(group, "cgroup.procs")}, argv...)
+	}
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err

@@ -17,8 +17,7 @@ type kedgeNode struct {
 	dir string
 	p   *process
 
-	// wrap comes before the command line; it must exec what follows.
-	wrap []string
+	group string // in which it starts
 }
 
 func newKedge(o options) *kedgeNode { return &kedgeNode{o: o, dir: filepath.Join(o.dir, "k")} }
@@ -49,15 +48,15 @@ func (k *kedgeNode) prepare(_ context.Context, images string) error {
 }
 
 func (k *kedgeNode) start(context.Context) error {
-	argv := append(append([]string{}, k.wrap...), k.o.kedge, "server")
 	// Else it might find its program unpacked by another kedge on this machine.
 	env := []string{"HOME=" + k.dir, "XDG_CACHE_HOME=", "TMPDIR=" + k.dir}
 	var err error
-	k.p, err = launch(k.log(), env, append(argv, k.args()...)...)
+	k.p, err = launch(k.log(), k.group, env, append([]string{k.o.kedge, "server"}, k.args()...)...)
 	return err
 }
 
 func (k *kedgeNode) client() (*kubernetes.Clientset, error) { return clientFrom(k.kubeconfig()) }
+func (k *kedgeNode) startIn(group string)                   { k.group = group }
 func (k *kedgeNode) processes() []int                       { return []int{k.p.cmd.Process.Pid} }
 func (k *kedgeNode) failed() error                          { return k.p.failed() }
 func (k *kedgeNode) stop() error                            { return k.p.end() }

@@ -19,25 +19,25 @@ import (
 	"kedge/internal/cgroup"
 )
 
-// limitCgroup holds the process under test; pods are in groups of their own, their
+// limitCgroup holds the processes under test; pods are in groups of their own, their
 // shims in this one.
 const limitCgroup = "/kbench-limit"
 
 // limitSteps are what is tried, in MiB.
-var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272, 288, 320}
+var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272, 288, 320, 352, 384, 416, 448, 480, 512}
 
 // limitPods is how many pods a limit must carry.
 const limitPods = 10
 
 // smallestLimit searches between the steps, o.runs times.
-func smallestLimit(ctx context.Context, o options, images string, r *report) error {
+func smallestLimit(ctx context.Context, o options, c composition, images string, r *report) error {
 	for i := range o.runs {
 		var failure error
 		found := sort.Search(len(limitSteps), func(n int) bool {
 			if failure != nil {
 				return true
 			}
-			err := tryLimit(ctx, o, images, limitSteps[n])
+			err := tryLimit(ctx, c, images, limitSteps[n])
 			if ctx.Err() != nil {
 				failure = context.Cause(ctx)
 			}
@@ -45,42 +45,42 @@ func smallestLimit(ctx context.Context, o options, images string, r *report) err
 			if err != nil {
 				verdict, _, _ = strings.Cut(err.Error(), "\n")
 			}
-			fmt.Fprintf(os.Stderr, "run %d of %d: limit %d MiB: %s\n", i+1, o.runs, limitSteps[n], verdict)
+			fmt.Fprintf(os.Stderr, "run %d of %d: %s with %d MiB: %s\n", i+1, o.runs, c.name(), limitSteps[n], verdict)
 			return err == nil
 		})
 		if failure != nil {
 			return failure
 		}
 		if found == len(limitSteps) {
-			return fmt.Errorf("%d MiB are not enough", limitSteps[found-1])
+			return fmt.Errorf("%d MiB are not enough for %s", limitSteps[found-1], c.name())
 		}
-		r.add(figure{"smallest memory limit", "MiB"}, "kedge", float64(limitSteps[found]))
+		r.add(figure{"smallest memory limit", "MiB"}, c.name(), float64(limitSteps[found]))
 	}
 	return nil
 }
 
-// tryLimit returns nil when kedge boots in a group of that size, runs the pods, and
+// tryLimit returns nil when the composition boots in a group of that size, runs the pods, and
 // then answers in a second each time it is asked.
-func tryLimit(ctx context.Context, o options, images string, mib int) (err error) {
+func tryLimit(ctx context.Context, c composition, images string, mib int) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("it takes longer than two minutes"))
 	defer cancel()
-	k := newKedge(o)
 	if err := cgroup.EnsureGroup(limitCgroup); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, k.remove(), cgroup.Clear(limitCgroup)) }()
+	defer func() { err = errors.Join(err, c.remove(), cgroup.Clear(limitCgroup)) }()
 	group, err := limitMemory(mib)
 	if err != nil {
 		return err
 	}
-	k.wrap = []string{"/bin/sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(group, "cgroup.procs")}
-	if err := k.prepare(ctx, images); err != nil {
+	c.startIn(group)
+	defer c.startIn("")
+	if err := c.prepare(ctx, images); err != nil {
 		return err
 	}
-	if _, err := start(ctx, k, "first"); err != nil {
+	if _, err := start(ctx, c, "first"); err != nil {
 		return errors.Join(err, killed(group))
 	}
-	client, err := k.client()
+	client, err := c.client()
 	if err != nil {
 		return err
 	}
@@ -89,7 +89,7 @@ func tryLimit(ctx context.Context, o options, images string, mib int) (err error
 			return err
 		}
 	}
-	if err := waitAllRunning(ctx, k, client); err != nil {
+	if err := waitAllRunning(ctx, c, client); err != nil {
 		return errors.Join(err, killed(group))
 	}
 	if err := sleep(ctx, 5*time.Second); err != nil {
@@ -103,10 +103,10 @@ func tryLimit(ctx context.Context, o options, images string, mib int) (err error
 			return context.Cause(ctx)
 		}
 	}
-	return errors.Join(k.failed(), killed(group))
+	return errors.Join(c.failed(), killed(group))
 }
 
-func waitAllRunning(ctx context.Context, k *kedgeNode, client kubernetes.Interface) error {
+func waitAllRunning(ctx context.Context, c composition, client kubernetes.Interface) error {
 	for {
 		running := 0
 		list, err := client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{})
@@ -120,7 +120,7 @@ func waitAllRunning(ctx context.Context, k *kedgeNode, client kubernetes.Interfa
 		if running == limitPods {
 			return nil
 		}
-		if err := k.failed(); err != nil {
+		if err := c.failed(); err != nil {
 			return err
 		}
 		if sleep(ctx, 200*time.Millisecond) != nil {

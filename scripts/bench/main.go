@@ -144,9 +144,11 @@ func run(ctx context.Context, args []string) (err error) {
 			}
 		}
 	}
-	if o.wants("limit") && slices.Contains(o.which, "kedge") {
-		if err := smallestLimit(ctx, o, images, r); err != nil {
-			return err
+	if o.wants("limit") {
+		for _, c := range all {
+			if err := smallestLimit(ctx, o, c, images, r); err != nil {
+				return err
+			}
 		}
 	}
 	r.print(os.Stdout)

@@ -48,6 +48,8 @@ type plainNode struct {
 	dir string
 	ip  netip.Addr
 
+	group string // in which all three processes start
+
 	hadKubeletDir bool // a kubelet was here before: its folder is not ours to remove
 
 	control, containerd *process
@@ -72,6 +74,8 @@ func (p *plainNode) url() string                { return fmt.Sprintf("https://12
 func (p *plainNode) client() (*kubernetes.Clientset, error) {
 	return clientFrom(p.path("admin.kubeconfig"))
 }
+
+func (p *plainNode) startIn(group string) { p.group = group }
 
 func (p *plainNode) tail(lines int) string {
 	var out strings.Builder
@@ -190,7 +194,7 @@ func (p *plainNode) startContainerd() error {
 	var err error
 	// containerd finds the shim through PATH.
 	env := []string{"PATH=" + p.o.payload + ":" + os.Getenv("PATH"), "TMPDIR=" + p.path("tmp")}
-	p.containerd, err = launch(p.path("containerd.log"), env, p.tool("containerd"), "--config", p.path("containerd.toml"))
+	p.containerd, err = launch(p.path("containerd.log"), p.group, env, p.tool("containerd"), "--config", p.path("containerd.toml"))
 	return err
 }
 
@@ -211,7 +215,7 @@ func (p *plainNode) waitContainerd(ctx context.Context) error {
 
 func (p *plainNode) start(ctx context.Context) error {
 	var err error
-	if p.control, err = launch(p.path("control.log"), nil, p.tool("control"), p.path("control.json")); err != nil {
+	if p.control, err = launch(p.path("control.log"), p.group, nil, p.tool("control"), p.path("control.json")); err != nil {
 		return err
 	}
 	if err := p.startContainerd(); err != nil {
@@ -251,7 +255,7 @@ func (p *plainNode) startKubelet(ctx context.Context) (*process, error) {
 			return nil, err
 		}
 	}
-	return launch(p.path("kubelet.log"), nil, p.tool("kubelet"), "--config="+p.path("kubelet.yaml"), "--kubeconfig="+p.path("kubelet.kubeconfig"),
+	return launch(p.path("kubelet.log"), p.group, nil, p.tool("kubelet"), "--config="+p.path("kubelet.yaml"), "--kubeconfig="+p.path("kubelet.kubeconfig"),
 		"--root-dir="+p.path("kubelet"), "--cert-dir="+p.path("kubelet-pki"), "--hostname-override=bench", "--node-ip="+p.ip.String())
 }
 
