@@ -65,7 +65,7 @@ cat >"$root/kedge/run" <<-EOF2
 	kedge killall || result "killall fails"
 	[ -z "\$(ls -d /sys/fs/cgroup/kedge* 2>/dev/null)" ] || result "a control group is left"
 	cd /kedge/scripts/e2e
-	./e2e.test -test.v -test.timeout 25m -test.run '$tests'
+	KEDGE_E2E_SLOW=8 ./e2e.test -test.v -test.timeout 28m -test.run '$tests'
 	result \$?
 EOF2
 chmod +x "$root/kedge/run"

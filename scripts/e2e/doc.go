@@ -6,7 +6,8 @@
 // executable (`make build`; KEDGE_BIN names another). KEDGE_KEEP=1 leaves the
 // shared node running after a failure, to be looked at; KEDGE_E2E_PORT moves the
 // ports that nodes listen on (16443 and up) and changes their names, so that two
-// runs at once do not meet.
+// runs at once do not meet; KEDGE_E2E_SLOW=10 waits ten times as long for everything,
+// for an emulated machine.
 //
 // It contains tests only; nothing imports it.
 package e2e

@@ -71,7 +71,7 @@ func TestLifeOfNode(t *testing.T) {
 		if got != "READY=1" {
 			t.Errorf("the service manager is told %q", got)
 		}
-	case <-time.After(60 * time.Second):
+	case <-time.After(patient(60 * time.Second)):
 		t.Fatalf("the service manager is told nothing:\n%s", n.tail(20))
 	}
 	if out, err := exec.Command(binary(), "status", "--run-dir="+n.runDir()).CombinedOutput(); err != nil {
@@ -152,7 +152,7 @@ func TestLifeOfNode(t *testing.T) {
 	n.stop(t, syscall.SIGTERM, 10*time.Second)
 	select {
 	case <-ended:
-	case <-time.After(5 * time.Second):
+	case <-time.After(patient(5 * time.Second)):
 		t.Error("a watch goes on without its server")
 	}
 	if out, err := n.command("killall"); err != nil {
@@ -213,7 +213,7 @@ func TestStopWhileStarting(t *testing.T) {
 		}
 		select {
 		case <-n.done:
-		case <-time.After(15 * time.Second):
+		case <-time.After(patient(15 * time.Second)):
 			t.Fatalf("still running 15 s after a signal at %v ms:\n%s", int(after), n.tail(20))
 		}
 		var exit *exec.ExitError

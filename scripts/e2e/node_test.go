@@ -75,6 +75,24 @@ var (
 // portVar moves a run's ports and names, so that it can go on beside another.
 const portVar = "KEDGE_E2E_PORT"
 
+// slowVar says how many times slower than usual the machine is, an emulated one say.
+const slowVar = "KEDGE_E2E_SLOW"
+
+// slowness is by how much waits are longer.
+var slowness = sync.OnceValues(func() (int, error) {
+	n, err := strconv.Atoi(cmp.Or(os.Getenv(slowVar), "1"))
+	if err == nil && n < 1 {
+		err = fmt.Errorf("%d is no number of times", n)
+	}
+	return n, err
+})
+
+// patient is how long to wait here for what usually takes no longer than limit.
+func patient(limit time.Duration) time.Duration {
+	n, _ := slowness() // run has looked at the error
+	return time.Duration(n) * limit
+}
+
 func TestMain(m *testing.M) {
 	if w := os.Getenv(worldVar); w != "" {
 		fmt.Fprintln(os.Stderr, "enter the world of a test:", enterWorld(w))
@@ -113,9 +131,18 @@ func run(m *testing.M) int {
 		return 1
 	}
 	lastPort.Store(int32(port))
+	slow, err := slowness()
+	if err != nil {
+		fmt.Println("FAIL:", slowVar+":", err)
+		return 1
+	}
 	// Tests wait for most of their time, some of them for a slot of [own]; go test would
-	// run one per processor.
-	if err := flag.Set("test.parallel", strconv.Itoa(max(24, goruntime.GOMAXPROCS(0)))); err != nil {
+	// run one per processor. A slow machine has enough to do with one.
+	parallel := max(24, goruntime.GOMAXPROCS(0))
+	if slow > 1 {
+		parallel = 1
+	}
+	if err := flag.Set("test.parallel", strconv.Itoa(parallel)); err != nil {
 		fmt.Println("FAIL:", err)
 		return 1
 	}
@@ -310,7 +337,7 @@ func (n *node) start() error {
 }
 
 func (n *node) waitReady(limit time.Duration) error {
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patient(limit))
 	for {
 		if exec.Command(binary(), "status", "--run-dir="+n.runDir()).Run() == nil {
 			break
@@ -352,7 +379,7 @@ func (n *node) signal(sig syscall.Signal, limit time.Duration) error {
 	select {
 	case <-n.done:
 		return nil
-	case <-time.After(limit):
+	case <-time.After(patient(limit)):
 		return fmt.Errorf("still running %s after %s", limit, sig)
 	}
 }
@@ -477,7 +504,7 @@ func (n *node) namespace(t *testing.T) string {
 // eventually calls f until it returns nil, and fails the test when it never does.
 func eventually(t *testing.T, limit time.Duration, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patient(limit))
 	for {
 		err := f()
 		if err == nil {
