@@ -57,7 +57,7 @@ func killall(ctx context.Context, s settings) error {
 		// Nothing to clean, and most likely a typing error.
 		return fmt.Errorf("there is no data directory %s; name the node's with --data-dir", s.dataDir)
 	}
-	dir, err := datadir.Open(s.dataDir, s.nodeName, version, time.Now())
+	dir, err := datadir.Open(s.dataDir, s.runDir, s.nodeName, version, time.Now())
 	if err != nil {
 		return err
 	}

@@ -130,10 +130,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 	if os.Geteuid() != 0 {
 		return errNotRoot
 	}
-	if err := os.MkdirAll(s.runDir, 0o755); err != nil {
-		return fmt.Errorf("make the run directory: %w", err)
-	}
-	dir, err := datadir.Open(s.dataDir, s.nodeName, version, time.Now())
+	dir, err := datadir.Open(s.dataDir, s.runDir, s.nodeName, version, time.Now())
 	if err != nil {
 		return err
 	}

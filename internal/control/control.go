@@ -97,7 +97,7 @@ func (s *Server) Name() string { return "control" }
 
 // Run implements lifecycle.Component.
 func (s *Server) Run(ctx context.Context, ready func()) error {
-	// A crash leaves the socket behind. The data directory's lock says that no
+	// A crash leaves the socket behind. The run directory's lock says that no
 	// other kedge is alive to whom it could belong.
 	if err := os.Remove(s.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove an old socket: %w", err)

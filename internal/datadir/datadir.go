@@ -1,9 +1,10 @@
 // Package datadir guards the data directory: one running kedge at a time, of
 // the same node, and not of an older version than the one that wrote it. It also
 // keeps the latest time that was ever seen, so that a clock that is years behind
-// is noticed.
+// is noticed. The run directory it guards too, for two nodes with one would remove each
+// other's sockets.
 //
-// It is not for what is in the directory: each part has a folder of its own.
+// It is not for what is in the directories: each part has a folder of its own.
 // Only package main and the launcher import it.
 package datadir
 
@@ -31,6 +32,7 @@ const Format = 1
 // says what to do.
 var (
 	ErrInUse     = errors.New("the data directory is in use")
+	ErrRunInUse  = errors.New("the run directory is in use")
 	ErrOtherNode = errors.New("the data directory belongs to another node")
 	ErrNewer     = errors.New("the data directory was written by a newer kedge")
 	ErrReadOnly  = errors.New("the data directory cannot be written")
@@ -45,31 +47,50 @@ type Description struct {
 	LastSeen time.Time `json:"lastSeen"` // the latest time that was seen
 }
 
-// Dir is an open data directory. Close it when everything that uses it has stopped.
+// Dir is an open data directory with the run directory that goes with it. Close it when
+// everything that uses them has stopped.
 type Dir struct {
-	path string
-	lock *os.File
-	desc Description
+	path  string
+	locks []*os.File
+	desc  Description
 }
 
-const descriptionFile = "kedge.json"
+const (
+	descriptionFile = "kedge.json"
+	lockFile        = "kedge.lock"
+)
 
-// Open makes the directory if need be, takes its lock and checks that it is ours.
-// version is this kedge's own, for the description.
-func Open(path, nodeName, version string, now time.Time) (*Dir, error) {
-	if err := os.MkdirAll(path, 0o755); err != nil {
-		return nil, Unwritable(path, err)
-	}
-	lock, err := os.OpenFile(filepath.Join(path, "kedge.lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, Unwritable(path, err)
-	}
-	d := &Dir{path: path, lock: lock}
-	if err := d.take(nodeName, version, now); err != nil {
-		lock.Close()
+// Open makes the directories if need be, takes their locks and checks that the data
+// directory is ours, which is not written before. version is this kedge's own, for the
+// description.
+func Open(path, runDir, nodeName, version string, now time.Time) (*Dir, error) {
+	d := &Dir{path: path}
+	if err := d.open(runDir, nodeName, version, now); err != nil {
+		d.Close()
 		return nil, err
 	}
 	return d, nil
+}
+
+func (d *Dir) open(runDir, nodeName, version string, now time.Time) error {
+	holder, err := d.take(d.path)
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return fmt.Errorf("%w: another kedge (process %s) runs with %s; stop it, or choose another with --data-dir", ErrInUse, holder, d.path)
+	case err != nil:
+		return Unwritable(d.path, err)
+	}
+	if filepath.Clean(runDir) == filepath.Clean(d.path) { // which a server without a node may have
+		return d.claim(nodeName, version, now)
+	}
+	holder, err = d.take(runDir)
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return fmt.Errorf("%w: another kedge (process %s) runs with %s; stop it, or choose another with --run-dir", ErrRunInUse, holder, runDir)
+	case err != nil:
+		return fmt.Errorf("the run directory cannot be written: %w; make it writable, or choose another with --run-dir", err)
+	}
+	return d.claim(nodeName, version, now)
 }
 
 // Unwritable is the error of a directory in which err kept us from writing.
@@ -80,13 +101,39 @@ func Unwritable(path string, err error) error {
 	return fmt.Errorf("%w: %w; make it writable, or choose another with --data-dir", ErrReadOnly, err)
 }
 
-func (d *Dir) take(nodeName, version string, now time.Time) error {
-	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("%w: another kedge (process %s) runs with %s; stop it, or choose another with --data-dir", ErrInUse, d.holder(), d.path)
-		}
-		return fmt.Errorf("lock %s: %w", d.path, err)
+// take makes a directory and takes its lock, which d holds from then on. Where another
+// process has it, the error is EWOULDBLOCK, and holder that process.
+func (d *Dir) take(dir string) (holder string, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
 	}
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return "", err
+	}
+	d.locks = append(d.locks, f)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return holderIn(f), fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	// Only for the message that names us.
+	if err := f.Truncate(0); err != nil {
+		return "", err
+	}
+	_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
+	return "", err
+}
+
+// holderIn is the process that has the lock, as far as it is known.
+func holderIn(lock *os.File) string {
+	b := make([]byte, 20)
+	n, _ := lock.ReadAt(b, 0)
+	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
+		return pid
+	}
+	return "unknown"
+}
+
+func (d *Dir) claim(nodeName, version string, now time.Time) error {
 	if err := d.read(); err != nil {
 		return err
 	}
@@ -97,25 +144,7 @@ func (d *Dir) take(nodeName, version string, now time.Time) error {
 		return fmt.Errorf("%w: %s is of node %q and this is %q; use --node-name %s, or choose another with --data-dir", ErrOtherNode, d.path, d.desc.NodeName, nodeName, d.desc.NodeName)
 	}
 	d.desc.Format, d.desc.Version, d.desc.NodeName = Format, version, nodeName
-	if err := d.Saw(now); err != nil {
-		return err
-	}
-	// Only for the message above, so that it can name us.
-	if err := d.lock.Truncate(0); err != nil {
-		return Unwritable(d.path, err)
-	}
-	_, err := d.lock.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
-	return err
-}
-
-// holder is the process that has the lock, as far as it is known.
-func (d *Dir) holder() string {
-	b := make([]byte, 20)
-	n, _ := d.lock.ReadAt(b, 0)
-	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
-		return pid
-	}
-	return "unknown"
+	return d.Saw(now)
 }
 
 func (d *Dir) read() error {
@@ -150,5 +179,11 @@ func (d *Dir) Saw(now time.Time) error {
 	return nil
 }
 
-// Close gives the lock back.
-func (d *Dir) Close() error { return d.lock.Close() }
+// Close gives the locks back.
+func (d *Dir) Close() error {
+	var errs []error
+	for _, f := range d.locks {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -2,6 +2,8 @@ package datadir
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,11 +15,11 @@ var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 
 func TestOpenAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "dir")
-	d, err := Open(path, "n", "v1", now)
+	d, err := Open(path, t.TempDir(), "n", "v1", now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, "n", "v1", now); !errors.Is(err, ErrInUse) {
+	if _, err := Open(path, t.TempDir(), "n", "v1", now); !errors.Is(err, ErrInUse) {
 		t.Errorf("second open: %v, want ErrInUse", err)
 	} else if !strings.Contains(err.Error(), "process") {
 		t.Errorf("%v does not name the process", err)
@@ -26,7 +28,7 @@ func TestOpenAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The clock has lost a year; what was seen stays.
-	d, err = Open(path, "n", "v1", now.AddDate(-1, 0, 0))
+	d, err = Open(path, t.TempDir(), "n", "v1", now.AddDate(-1, 0, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +36,7 @@ func TestOpenAgain(t *testing.T) {
 		t.Errorf("last seen %v, want %v", d.LastSeen(), now)
 	}
 	d.Close()
-	if _, err := Open(path, "other", "v1", now); !errors.Is(err, ErrOtherNode) {
+	if _, err := Open(path, t.TempDir(), "other", "v1", now); !errors.Is(err, ErrOtherNode) {
 		t.Errorf("other node: %v, want ErrOtherNode", err)
 	}
 }
@@ -43,11 +45,11 @@ func TestOpenRefuses(t *testing.T) {
 	path := t.TempDir()
 	file := filepath.Join(path, descriptionFile)
 	os.WriteFile(file, []byte(`{"format":99,"version":"v9","nodeName":"n"}`), 0o644)
-	if _, err := Open(path, "n", "v1", now); !errors.Is(err, ErrNewer) || !strings.Contains(err.Error(), "v9") {
+	if _, err := Open(path, t.TempDir(), "n", "v1", now); !errors.Is(err, ErrNewer) || !strings.Contains(err.Error(), "v9") {
 		t.Errorf("newer: %v", err)
 	}
 	os.WriteFile(file, []byte(`{"form`), 0o644)
-	if _, err := Open(path, "n", "v1", now); !errors.Is(err, ErrDamaged) {
+	if _, err := Open(path, t.TempDir(), "n", "v1", now); !errors.Is(err, ErrDamaged) {
 		t.Errorf("damaged: %v", err)
 	}
 	if data, _ := os.ReadFile(file); string(data) != `{"form` {
@@ -56,7 +58,46 @@ func TestOpenRefuses(t *testing.T) {
 	// A file in the directory's place cannot be written into, whoever we are.
 	notDir := filepath.Join(path, "file")
 	os.WriteFile(notDir, nil, 0o644)
-	if _, err := Open(notDir, "n", "v1", now); !errors.Is(err, ErrReadOnly) {
+	if _, err := Open(notDir, t.TempDir(), "n", "v1", now); !errors.Is(err, ErrReadOnly) {
 		t.Errorf("unwritable: %v", err)
 	}
+}
+
+// TestRunDirectory: two nodes with data directories of their own and one run directory.
+func TestRunDirectory(t *testing.T) {
+	run, first, second := filepath.Join(t.TempDir(), "new", "run"), t.TempDir(), t.TempDir()
+	d, err := Open(first, run, "n", "v1", now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Open(second, run, "m", "v1", now)
+	if want := fmt.Sprintf("the run directory is in use: another kedge (process %d) runs with %s; stop it, or choose another with --run-dir", os.Getpid(), run); !errors.Is(err, ErrRunInUse) || err.Error() != want {
+		t.Errorf("second node: %v, want %s", err, want)
+	}
+	// The second node may come again under another name: the directory is nobody's yet.
+	if _, err := os.Stat(filepath.Join(second, descriptionFile)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the refused node's data directory has a description: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = Open(second, run, "m", "v1", now); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+
+	notDir := filepath.Join(first, "file")
+	os.WriteFile(notDir, nil, 0o644)
+	if _, err := Open(second, notDir, "m", "v1", now); err == nil || !strings.Contains(err.Error(), "choose another with --run-dir") {
+		t.Errorf("unwritable: %v", err)
+	}
+	// What was refused holds no lock, and one directory can be both.
+	if d, err = Open(second, second, "m", "v1", now); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	if d, err = Open(second, run, "m", "v1", now); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
 }
