@@ -165,6 +165,7 @@ func (s *settings) finish(p *flagParser) error {
 	pf.IPv6 = slices.ContainsFunc(s.cluster.ClusterCIDRs, func(r netip.Prefix) bool { return r.Addr().Is6() })
 	pf.Ranges, pf.OwnLinks = slices.Concat(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs), cni.LinkPrefix(s.nodeName)
 	pf.VXLAN = s.agentOnly && s.backend.Mode == backend.VXLAN // a server may stay alone
+	pf.Snapshotter, pf.SnapshotterFile = s.runtime.Snapshotter, s.runtime.SnapshotterFile()
 	pf.BuildDate = buildTime()
 	pf.Ports = nil
 	if !s.agentOnly {

@@ -116,6 +116,9 @@ func (c Config) Validate() error {
 // root is where containerd keeps what must survive a reboot.
 func (c Config) root() string { return filepath.Join(c.DataDir, "containerd") }
 
+// SnapshotterFile is where a node keeps its choice between overlayfs and native.
+func (c Config) SnapshotterFile() string { return filepath.Join(c.root(), "snapshotter") }
+
 // state is where containerd keeps what must not.
 func (c Config) state() string { return filepath.Join(c.RunDir, "containerd") }
 

@@ -7,15 +7,14 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/seccomp"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"golang.org/x/sys/unix"
 
 	"kedge/internal/atomicfile"
+	"kedge/internal/overlay"
 )
 
 // hostFeatures is what differs between hosts and decides how containers are run.
@@ -77,24 +76,24 @@ func DetectCgroupDriver() string {
 }
 
 // chooseSnapshotter returns the wanted snapshotter, or the one this node chose
-// before, or overlayfs if a trial mount works, else native, and the reason in the
-// last case. A choice is kept: layers of one snapshotter mean nothing to another.
-func chooseSnapshotter(c Config) (name string, why error, err error) {
+// before, or overlayfs if a trial mount works, else native. A choice is kept: layers
+// of one snapshotter mean nothing to another. The check of the machine makes the same
+// trial, and has told the log.
+func chooseSnapshotter(c Config) (string, error) {
 	if c.Snapshotter != "" {
-		return c.Snapshotter, nil, nil
+		return c.Snapshotter, nil
 	}
-	file := filepath.Join(c.root(), "snapshotter")
-	before, err := os.ReadFile(file)
+	before, err := os.ReadFile(c.SnapshotterFile())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", nil, err
+		return "", err
 	}
 	switch s := strings.TrimSpace(string(before)); s {
 	case SnapshotterOverlayFS, SnapshotterNative:
-		return s, nil, nil
+		return s, nil
 	}
-	name = SnapshotterOverlayFS
-	if why = overlayutils.Supported(c.tempDir()); why != nil {
+	name := SnapshotterOverlayFS
+	if overlay.Try(c.tempDir(), "overlay") != nil {
 		name = SnapshotterNative
 	}
-	return name, why, atomicfile.Write(file, []byte(name+"\n"), 0o600)
+	return name, atomicfile.Write(c.SnapshotterFile(), []byte(name+"\n"), 0o600)
 }

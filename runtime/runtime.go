@@ -104,12 +104,9 @@ func (r *Runtime) Run(ctx context.Context, ready func()) error {
 	}
 	defer rewriter.close()
 
-	snapshotter, why, err := chooseSnapshotter(r.cfg)
+	snapshotter, err := chooseSnapshotter(r.cfg)
 	if err != nil {
 		return fmt.Errorf("choose snapshotter: %w", err)
-	}
-	if why != nil {
-		r.log.Warn("overlayfs does not work here, layers are copied instead", keyError, why)
 	}
 	cgroup := r.cfg.CgroupDriver
 	if cgroup == "" {

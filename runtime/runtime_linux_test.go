@@ -108,7 +108,7 @@ func TestNativeSnapshotter(t *testing.T) {
 	if err := os.MkdirAll(n.cfg.root(), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(n.cfg.root(), "snapshotter"), []byte("native\n"), 0o600); err != nil {
+	if err := os.WriteFile(n.cfg.SnapshotterFile(), []byte("native\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {

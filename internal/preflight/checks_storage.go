@@ -57,16 +57,20 @@ func checkRunDir(_ context.Context, c Config, p probes) []finding {
 	return fine("%s is writable", c.RunDir)
 }
 
+// checkOverlay is content where layers are copied because that was asked for. Otherwise
+// a node can do without overlayfs, unless it must go on with it.
 func checkOverlay(_ context.Context, c Config, p probes) []finding {
-	err := p.tryOverlay(c.DataDir)
-	switch {
-	case err == nil:
-		return fine("images can be layered in %s", c.DataDir)
-	case errors.Is(err, unix.ENODEV):
-		return fail("the kernel has no overlay file system", "use a kernel with CONFIG_OVERLAY_FS, or load the module overlay")
+	if c.Snapshotter == "native" {
+		return fine("layers of images are copied, as --snapshotter=native wants it")
 	}
-	remedy := "put the data directory on ext4, xfs or btrfs with --data-dir"
-	if fs, statErr := p.statfs(c.DataDir); statErr == nil {
+	err := p.tryOverlay(c.DataDir)
+	if err == nil {
+		return fine("images can be layered in %s", c.DataDir)
+	}
+	message, remedy := fmt.Sprintf("images cannot be layered in %s: %v", c.DataDir, err), "put the data directory on ext4, xfs or btrfs with --data-dir"
+	if errors.Is(err, unix.ENODEV) {
+		message, remedy = "the kernel has no overlay file system", "use a kernel with CONFIG_OVERLAY_FS, or load the module overlay"
+	} else if fs, statErr := p.statfs(c.DataDir); statErr == nil {
 		switch fs.kind {
 		case unix.OVERLAYFS_SUPER_MAGIC:
 			remedy = "the directory is inside a container's own layers: mount a volume there"
@@ -74,7 +78,13 @@ func checkOverlay(_ context.Context, c Config, p probes) []finding {
 			remedy = "update ZFS to 2.2 or later, or put the data directory on ext4, xfs or btrfs with --data-dir"
 		}
 	}
-	return fail(fmt.Sprintf("images cannot be layered in %s: %v", c.DataDir, err), remedy)
+	if c.Snapshotter != "" {
+		return fail(message, remedy+"; or leave out --snapshotter="+c.Snapshotter)
+	}
+	if before, err := p.readFile(c.SnapshotterFile); err == nil && strings.TrimSpace(string(before)) == "overlayfs" {
+		return fail(message+", and this node's are", remedy+"; or start with --snapshotter=native")
+	}
+	return warn(message+": they are copied, which needs more disk and time", remedy)
 }
 
 func checkDiskSpace(_ context.Context, c Config, p probes) []finding {

@@ -35,15 +35,19 @@ type Port struct {
 
 // Config says what the machine is wanted for.
 type Config struct {
-	DataDir   string
-	RunDir    string
-	NodeName  string // empty for the machine's host name
-	Ports     []Port
-	Ranges    []netip.Prefix // of pods and services
-	OwnLinks  string         // how the names of this node's own links to pods begin
-	IPv6      bool           // pods get IPv6 addresses
-	VXLAN     bool           // pods of different nodes meet over VXLAN
-	BuildDate time.Time      // no right clock shows an earlier time; zero when not known
+	DataDir  string
+	RunDir   string
+	NodeName string // empty for the machine's host name
+	Ports    []Port
+	Ranges   []netip.Prefix // of pods and services
+	OwnLinks string         // how the names of this node's own links to pods begin
+	IPv6     bool           // pods get IPv6 addresses
+	VXLAN    bool           // pods of different nodes meet over VXLAN
+	// Snapshotter is how layers of images are to be stacked: overlayfs, native, or empty
+	// for what works. What a node without a wish has chosen before is in SnapshotterFile.
+	Snapshotter, SnapshotterFile string
+
+	BuildDate time.Time // no right clock shows an earlier time; zero when not known
 }
 
 // DefaultConfig returns what a node needs that is alone.

@@ -185,11 +185,29 @@ func TestFindings(t *testing.T) {
 		{"data directory noexec", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.flags = unix.ST_NOEXEC })) }, "data-directory", Error, "noexec"},
 		{"data directory in memory", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.kind = unix.TMPFS_MAGIC })) }, "data-directory", Warning, "reboot"},
 		{"data directory on NFS", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.kind = unix.NFS_SUPER_MAGIC })) }, "data-directory", Warning, "local disk"},
-		{"no overlay", func(_ *Config, p *probes) { p.tryOverlay = func(string) error { return unix.ENODEV } }, "overlayfs", Error, "CONFIG_OVERLAY_FS"},
+		{"no overlay", func(_ *Config, p *probes) { p.tryOverlay = func(string) error { return unix.ENODEV } }, "overlayfs", Warning, "CONFIG_OVERLAY_FS"},
 		{"overlay on overlay", func(_ *Config, p *probes) {
 			p.tryOverlay = func(string) error { return unix.EINVAL }
 			p.disk(with(func(f *fsInfo) { f.kind = unix.OVERLAYFS_SUPER_MAGIC }))
-		}, "overlayfs", Error, "volume"},
+		}, "overlayfs", Warning, "more disk and time\nthe directory is inside a container's own layers: mount a volume there"},
+		{"overlay asked for", func(c *Config, p *probes) {
+			c.Snapshotter = "overlayfs"
+			p.tryOverlay = func(string) error { return unix.EINVAL }
+		}, "overlayfs", Error, "; or leave out --snapshotter=overlayfs"},
+		{"overlay chosen before", func(c *Config, p *probes) {
+			c.SnapshotterFile = "/chosen"
+			p.file("/chosen", "overlayfs\n")
+			p.tryOverlay = func(string) error { return unix.EINVAL }
+		}, "overlayfs", Error, "--snapshotter=native"},
+		{"copies chosen before", func(c *Config, p *probes) {
+			c.SnapshotterFile = "/chosen"
+			p.file("/chosen", "native\n")
+			p.tryOverlay = func(string) error { return unix.EINVAL }
+		}, "overlayfs", Warning, "copied"},
+		{"copies asked for", func(c *Config, p *probes) {
+			c.Snapshotter = "native"
+			p.tryOverlay = func(string) error { return unix.EINVAL }
+		}, "overlayfs", OK, "copied"},
 		{"disk full", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.free = 100 * mebi })) }, "disk-space", Error, "only 100 MiB free of 100 GiB"},
 		{"disk small", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.free = gibi })) }, "disk-space", Warning, "1.0 GiB"},
 		{"disk nearly full", func(_ *Config, p *probes) { p.disk(with(func(f *fsInfo) { f.free = 14 * gibi })) }, "disk-space", Warning, "evicted"},

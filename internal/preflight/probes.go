@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/internal/overlay"
 )
 
 // probes is how checks see the machine. Tests replace single ones.
@@ -57,7 +59,7 @@ func realProbes() probes {
 		tryNamespace:  tryNamespace,
 		tryInotify:    tryInotify,
 		trySeccomp:    trySeccomp,
-		tryOverlay:    tryOverlay,
+		tryOverlay:    func(dir string) error { return overlay.Try(existing(dir), trialFile) },
 		tryLink:       tryLink,
 		tryNft:        tryNft,
 		tryConntrack:  tryConntrack,

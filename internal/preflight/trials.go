@@ -2,7 +2,6 @@ package preflight
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -78,39 +77,4 @@ func trySeccomp() error {
 		return errno
 	}
 	return nil
-}
-
-// tryOverlay mounts two layers where containerd will. The mount is made in a
-// mount namespace of its own and disappears with it.
-func tryOverlay(dir string) error {
-	top, err := os.MkdirTemp(existing(dir), trialFile)
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(top)
-	for _, d := range []string{"lower", "upper", "work", "merged"} {
-		if err := os.Mkdir(filepath.Join(top, d), 0o700); err != nil {
-			return err
-		}
-	}
-	if err := os.WriteFile(filepath.Join(top, "lower", "file"), nil, 0o600); err != nil {
-		return err
-	}
-	return sparethread.Run(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("make a mount namespace: %w", err)
-		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return fmt.Errorf("make mounts private: %w", err)
-		}
-		in := func(d string) string { return filepath.Join(top, d) }
-		options := "lowerdir=" + in("lower") + ",upperdir=" + in("upper") + ",workdir=" + in("work")
-		if err := unix.Mount("overlay", in("merged"), "overlay", 0, options); err != nil {
-			return err
-		}
-		// Replacing a file of the lower layer needs what the mount alone does
-		// not: extended attributes and character devices in the upper one.
-		err := os.Remove(filepath.Join(in("merged"), "file"))
-		return errors.Join(err, unix.Unmount(in("merged"), unix.MNT_DETACH))
-	})
 }
