@@ -170,6 +170,19 @@ func checkSeccomp(_ context.Context, _ Config, p probes) []finding {
 	return fine("seccomp filters")
 }
 
+// checkAppArmor is about the one program of the host that is of use: the kernel takes
+// profiles in compiled form only, and nothing else compiles them.
+func checkAppArmor(_ context.Context, _ Config, p probes) []finding {
+	enabled, err := p.readFile("/sys/module/apparmor/parameters/enabled")
+	if err != nil || !strings.HasPrefix(string(enabled), "Y") {
+		return fine("AppArmor is not in use")
+	}
+	if p.inPath("apparmor_parser") != nil {
+		return warn("AppArmor is on, and its program apparmor_parser is not in PATH: pods run without a profile", "install the package apparmor")
+	}
+	return fine("AppArmor with apparmor_parser")
+}
+
 func checkKernelLog(_ context.Context, _ Config, p probes) []finding {
 	if err := p.readable("/dev/kmsg"); err != nil {
 		return fail("the kubelet cannot read the kernel's log: "+err.Error(), "in a container start it with --privileged or pass it the device /dev/kmsg")

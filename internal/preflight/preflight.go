@@ -107,6 +107,7 @@ func checks() []check {
 		{"namespaces", checkNamespaces},
 		{"cgroups", checkCgroups},
 		{"seccomp", checkSeccomp},
+		{"apparmor", checkAppArmor},
 		{"kernel-log", checkKernelLog},
 		{"kernel-parameters", checkKernelParameters},
 		{"data-directory", checkDataDir},

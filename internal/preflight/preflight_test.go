@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -54,6 +55,7 @@ func goodMachine() (Config, probes) {
 		openFileLimit: func() (uint64, error) { return 1 << 20, nil },
 		readable:      func(string) error { return nil },
 		writable:      func(string) error { return nil },
+		inPath:        func(string) error { return nil },
 		tryFiles:      func(string) error { return nil },
 		tryNamespace:  func(int) error { return nil },
 		tryInotify:    func(int) error { return nil },
@@ -163,6 +165,15 @@ func TestFindings(t *testing.T) {
 			}
 		}, "cgroups", Error, "read-only"},
 		{"no seccomp", func(_ *Config, p *probes) { p.trySeccomp = func() error { return unix.ENOSYS } }, "seccomp", Error, "CONFIG_SECCOMP_FILTER"},
+		{"AppArmor", func(_ *Config, p *probes) { p.file("/sys/module/apparmor/parameters/enabled", "Y\n") }, "apparmor", OK, "with apparmor_parser"},
+		{"AppArmor without its parser", func(_ *Config, p *probes) {
+			p.file("/sys/module/apparmor/parameters/enabled", "Y\n")
+			p.inPath = func(string) error { return exec.ErrNotFound }
+		}, "apparmor", Warning, "pods run without a profile\ninstall the package apparmor"},
+		{"AppArmor off", func(_ *Config, p *probes) {
+			p.file("/sys/module/apparmor/parameters/enabled", "N\n")
+			p.inPath = func(string) error { return exec.ErrNotFound }
+		}, "apparmor", OK, "not in use"},
 		{"no kernel log", func(_ *Config, p *probes) { p.unreadable("/dev/kmsg", fs.ErrPermission) }, "kernel-log", Error, "/dev/kmsg"},
 		{"parameters read-only", func(_ *Config, p *probes) { p.writable = func(string) error { return unix.EROFS } }, "kernel-parameters", Error, "/proc/sys"},
 		{"IPv6 disabled", func(c *Config, p *probes) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,7 @@ type probes struct {
 	openFileLimit func() (uint64, error)
 	readable      func(path string) error             // can be opened for reading
 	writable      func(path string) error             // can be opened for writing; nothing is written
+	inPath        func(program string) error          // it can be run by its name
 	tryFiles      func(dir string) error              // files can be made in dir, which may not exist yet
 	tryNamespace  func(flag int) error                // a namespace of this kind can be made
 	tryInotify    func(n int) error                   // n more instances can be made
@@ -55,6 +57,7 @@ func realProbes() probes {
 		openFileLimit: openFileLimit,
 		readable:      func(path string) error { return tryOpen(path, os.O_RDONLY|unix.O_NONBLOCK) },
 		writable:      func(path string) error { return tryOpen(path, os.O_WRONLY) },
+		inPath:        func(program string) error { _, err := exec.LookPath(program); return err },
 		tryFiles:      tryFiles,
 		tryNamespace:  tryNamespace,
 		tryInotify:    tryInotify,
