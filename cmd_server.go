@@ -170,7 +170,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 
 	var group *lifecycle.Group
 	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() {
-		announce(ctx, log, notify, group, s.dataDir)
+		announce(ctx, log, notify, group, s)
 		r.ready(s, log)
 	}), lifecycle.WithOnStop(func() {
 		logging.Stopping()
@@ -258,10 +258,15 @@ func signals(ctx context.Context, log *slog.Logger) (stopping context.Context, h
 
 // announce tells the log and the service manager that start-up is complete, and ends
 // what was for the start alone.
-func announce(ctx context.Context, log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, dataDir string) {
-	var table strings.Builder
-	_ = lifecycle.WriteTable(&table, group.Status(nil)) //nolint:staticcheck // nil: do not ask checkers
-	fmt.Fprint(os.Stderr, table.String())
+func announce(ctx context.Context, log *slog.Logger, notify lifecycle.Notifier, group *lifecycle.Group, s settings) {
+	started := group.Status(nil) //nolint:staticcheck // nil: do not ask checkers
+	if s.log.Format == logging.JSON {
+		lifecycle.LogTable(log, started)
+	} else {
+		var table strings.Builder
+		_ = lifecycle.WriteTable(&table, started)
+		fmt.Fprint(os.Stderr, table.String())
+	}
 	if err := notify.Ready(); err != nil {
 		log.Warn("the service manager was not told", "err", err)
 	}
@@ -272,7 +277,7 @@ func announce(ctx context.Context, log *slog.Logger, notify lifecycle.Notifier, 
 			log.Debug("this process takes more than it needs", "err", err)
 		}
 		go footprint.Tend(ctx)
-		if err := keepProgram(dataDir); err != nil {
+		if err := keepProgram(s.dataDir); err != nil {
 			log.Warn("the unpacked program may not survive a power cut; the next start unpacks it again", "err", err)
 		}
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -103,6 +104,14 @@ func (g *Group) Healthy(ctx context.Context) error {
 		return fmt.Errorf("%s", strings.Join(bad, "; "))
 	}
 	return nil
+}
+
+// LogTable is [WriteTable] for a log that programs read: a record for each component.
+func LogTable(log *slog.Logger, statuses []Status) {
+	for _, s := range statuses {
+		log.Info("started", "component", s.Name, "state", string(s.State), "waited_for", s.WaitedFor,
+			"started_at", s.Waited.String(), "ready_after", s.Took.String())
+	}
 }
 
 // WriteTable writes statuses as the start-up table: what each component waited

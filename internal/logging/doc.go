@@ -1,6 +1,6 @@
 // Package logging makes the one log of the process: a slog handler to which
-// klog (Kubernetes), logrus (containerd) and zap (etcd) are bridged, each line
-// with the component it comes from.
+// klog (Kubernetes), logrus (containerd), zap (etcd) and the standard library's log are
+// bridged, each line with the component it comes from.
 //
 // An idle, healthy node is nearly silent at the default level: what the
 // embedded components call "info" is mostly progress of their own internals and

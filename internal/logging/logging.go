@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	goruntime "runtime"
 	"strings"
@@ -53,16 +54,19 @@ const LevelTrace = slog.LevelDebug - 4
 func New(w io.Writer, cfg Config) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.Level}
 	if cfg.Format == JSON {
-		return slog.New(slog.NewJSONHandler(w, options))
+		return slog.New(named{next: slog.NewJSONHandler(w, options)})
 	}
-	return slog.New(slog.NewTextHandler(w, options))
+	return slog.New(named{next: slog.NewTextHandler(w, options)})
 }
 
 // Setup sends the global loggers of the embedded components to log: slog's own
-// default, klog and logrus. It must run before any of them is used and only
+// default, that of the standard library, klog and logrus. It must run before any of them is used and only
 // once in a process.
 func Setup(log *slog.Logger) {
 	slog.SetDefault(log)
+	// What a server of net/http has to say of its clients comes this way, for one.
+	library := log.With(Component, "library").Handler()
+	stdlog.SetOutput(slog.NewLogLogger(library, slog.LevelInfo).Writer())
 	setupKlog(log)
 	setupLogrus(log)
 }

@@ -3,7 +3,9 @@ package logging
 import (
 	"bytes"
 	"errors"
+	stdlog "log"
 	"log/slog"
+	"os"
 	"strings"
 	"testing"
 
@@ -11,12 +13,13 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// All three loggers are global, so one test goes through them.
+// All these loggers are global, so one test goes through them.
 func TestEmbeddedLoggersEndHere(t *testing.T) {
 	var out bytes.Buffer
 	Setup(New(&out, Config{Level: slog.LevelInfo}))
 	t.Cleanup(func() {
 		klog.ClearLogger()
+		stdlog.SetOutput(os.Stderr)
 		logrus.StandardLogger().ReplaceHooks(logrus.LevelHooks{})
 	})
 	klog.InfoS("chatter")
@@ -24,6 +27,9 @@ func TestEmbeddedLoggersEndHere(t *testing.T) {
 	logrus.WithField("id", 7).WithError(errors.New("why")).Info("more chatter")
 	logrus.WithField("id", 7).WithError(errors.New("why")).Warn("logrus trouble")
 	slog.Info("ours", Component, "x")
+	slog.Info("nobody's", "key", "v")
+	slog.Default().WithGroup("g").Info("nobody's", Component, "in the group")
+	stdlog.Print("http: TLS handshake error")
 	klog.ErrorS(nil, "Skipping pod synchronization")
 	Settled()
 	klog.ErrorS(nil, "Skipping pod synchronization")
@@ -38,6 +44,9 @@ func TestEmbeddedLoggersEndHere(t *testing.T) {
 		`level=ERROR msg="klog trouble" component=kubernetes err=why key=v`,
 		`level=WARN msg="logrus trouble" component=containerd`,
 		`level=INFO msg=ours component=x`,
+		`level=INFO msg=nobody's key=v component=kedge`,
+		`level=INFO msg=nobody's component=kedge g.component="in the group"`,
+		`level=INFO msg="http: TLS handshake error" component=library`,
 		`level=ERROR msg="Skipping pod synchronization" component=kubernetes`,
 	}
 	if len(got) != len(want) {

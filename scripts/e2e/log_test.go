@@ -1,0 +1,56 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"testing"
+	"time"
+)
+
+// TestLogForPrograms: with --log-format=json each line is an object that says when,
+// how bad, what and of which component; and an idle node says next to nothing.
+func TestLogForPrograms(t *testing.T) {
+	t.Parallel()
+	n := own(t, "--log-format=json")
+	if err := n.start(); err != nil {
+		t.Fatal(err)
+	}
+	started := func() int { return len(n.logLines(t, `"msg":"started"`)) }
+	eventually(t, 10*time.Second, func() error { // kedge status is content a moment before
+		if started() == 0 {
+			return errors.New("no component has a record of its start")
+		}
+		return nil
+	})
+	if got := started(); got < 15 {
+		t.Errorf("%d components have a record of their start", got)
+	}
+	time.Sleep(5 * time.Second) // the node becomes Ready, and its first objects are made
+	before, err := os.ReadFile(n.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(30 * time.Second)
+	log, err := os.ReadFile(n.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range bytes.Lines(log) {
+		var record struct {
+			Time      time.Time
+			Level     string
+			Msg       string
+			Component string
+		}
+		if err := json.Unmarshal(line, &record); err != nil {
+			t.Errorf("%v: %s", err, line)
+		} else if record.Time.IsZero() || record.Level == "" || record.Msg == "" || record.Component == "" {
+			t.Errorf("it lacks something: %s", line)
+		}
+	}
+	if idle := log[len(before):]; bytes.Count(idle, []byte("\n")) > 2 {
+		t.Errorf("an idle node says\n%s", idle)
+	}
+}
