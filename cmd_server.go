@@ -169,7 +169,7 @@ func runNode(ctx context.Context, s settings, r role) error {
 	}
 
 	var group *lifecycle.Group
-	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithOnReady(func() {
+	group = lifecycle.New(log, lifecycle.WithHurry(hurry), lifecycle.WithStopLimit(stopLimit), lifecycle.WithOnReady(func() {
 		announce(ctx, log, notify, group, s)
 		r.ready(s, log)
 	}), lifecycle.WithOnStop(func() {
@@ -291,6 +291,9 @@ func keepProgram(dataDir string) error {
 	}
 	return packed.Keep(filepath.Join(dataDir, "program"), self)
 }
+
+// stopLimit leaves a second of the ten within which a process is gone that was told to stop.
+const stopLimit = 9 * time.Second
 
 // startNoise is how long lines that are normal while a node starts are kept out of
 // the log, if it does not get ready before.

@@ -4,7 +4,7 @@
 // protocol around it, so that no component can get it wrong: components start
 // in parallel as soon as everything they come after is ready, the first failure
 // stops the group, and stopping goes in reverse dependency order with a time
-// limit for each component.
+// limit for each component and one for all of them together.
 //
 //	           deps ready          ready()            dependents gone
 //	Waiting ────────────▶ Starting ───────▶ Ready ─────────────────▶ Stopping

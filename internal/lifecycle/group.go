@@ -27,6 +27,10 @@ var ErrStopTimeout = errors.New("did not stop in time")
 // for a component to stop.
 var ErrInterrupted = errors.New("was still stopping when a second signal came")
 
+// ErrStopLimit is the cause of a failure when a component was still to be stopped when
+// the time for all of them was over.
+var ErrStopLimit = errors.New("was not stopped in the time that all have together")
+
 // Error says which component failed. Use errors.As to get at the name.
 type Error struct {
 	Component string
@@ -47,6 +51,8 @@ type Group struct {
 	hurry   <-chan struct{}
 	onReady func()
 	onStop  func()
+	limit   time.Duration // for the whole stop; 0 for none
+	over    chan struct{} // closed when that has passed
 	now     func() time.Time
 
 	members []*member
@@ -88,9 +94,13 @@ func WithOnReady(f func()) Option { return func(g *Group) { g.onReady = f } }
 // asked for or a component has failed.
 func WithOnStop(f func()) Option { return func(g *Group) { g.onStop = f } }
 
+// WithStopLimit bounds the whole stop: the limits of components that come after each
+// other add up. What is not stopped by then is named in the log, and left as it is.
+func WithStopLimit(d time.Duration) Option { return func(g *Group) { g.limit = d } }
+
 // New makes an empty group that logs to log.
 func New(log *slog.Logger, options ...Option) *Group {
-	g := &Group{log: log, now: time.Now}
+	g := &Group{log: log, now: time.Now, over: make(chan struct{})}
 	for _, o := range options {
 		o(g)
 	}
@@ -155,14 +165,39 @@ func (g *Group) Run(ctx context.Context) error {
 		context.AfterFunc(stop, g.onStop)
 	}
 
+	ended := make(chan struct{})
+	if g.limit > 0 {
+		context.AfterFunc(stop, func() { g.bound(ended) })
+	}
+
 	var wg sync.WaitGroup
 	for _, m := range g.members {
 		wg.Go(func() { g.live(ctx, stop, halt, m) })
 	}
 	go g.announce(stop)
 	wg.Wait()
+	close(ended)
 
 	return g.verdict(stop)
+}
+
+// bound ends the stop when its time is over.
+func (g *Group) bound(ended <-chan struct{}) {
+	limit := time.NewTimer(g.limit)
+	defer limit.Stop()
+	select {
+	case <-ended:
+		return
+	case <-limit.C:
+	}
+	var left []string
+	for _, s := range g.Status(nil) { //nolint:staticcheck // nil: do not ask checkers
+		if s.State != Stopped && s.State != Failed {
+			left = append(left, s.Name)
+		}
+	}
+	g.log.Error("the stop takes too long; what is left of kedge ends with the process", "limit", g.limit, "left", strings.Join(left, ", "))
+	close(g.over)
 }
 
 // live takes one component through its whole life. ctx carries values only: the
@@ -205,9 +240,13 @@ func (g *Group) live(ctx, stop context.Context, halt context.CancelCauseFunc, m 
 
 	// Dependents first. They have time limits of their own, so this ends. A
 	// component can die while it waits for them, and that is still a failure.
+	// When the time for all is over it is not even begun: it would not be waited for.
 	for _, dependent := range m.before {
 		select {
 		case <-dependent.gone:
+		case <-g.over:
+			g.set(m, Failed, ErrStopLimit)
+			return
 		case err := <-returned:
 			if err == nil {
 				err = ErrUnexpectedReturn
@@ -232,6 +271,8 @@ func (g *Group) live(ctx, stop context.Context, halt context.CancelCauseFunc, m 
 		g.set(m, Failed, fmt.Errorf("%w (%s)", ErrStopTimeout, m.timeout))
 	case <-g.hurry:
 		g.set(m, Failed, ErrInterrupted)
+	case <-g.over:
+		g.set(m, Failed, ErrStopLimit)
 	}
 }
 
@@ -274,8 +315,8 @@ func (g *Group) set(m *member, state State, err error) {
 	g.mu.Unlock()
 	switch {
 	case state == Failed:
-		if errors.Is(err, ErrInterrupted) {
-			return // asked for, and said of all at the end
+		if errors.Is(err, ErrInterrupted) || errors.Is(err, ErrStopLimit) {
+			return // said of all of them together
 		}
 		g.log.Error("failed", "component", m.c.Name(), "was", before, "err", err)
 	case state == Stopped && before == Waiting:
@@ -315,17 +356,22 @@ func (g *Group) verdict(stop context.Context) error {
 	if first != nil {
 		errs = append(errs, first)
 	}
-	var interrupted []string
+	var interrupted, late []string
 	for _, m := range g.members {
 		switch {
 		case errors.Is(m.err, ErrInterrupted):
 			interrupted = append(interrupted, m.c.Name())
+		case errors.Is(m.err, ErrStopLimit):
+			late = append(late, m.c.Name())
 		case m.err != nil && (first == nil || m.c.Name() != first.Component):
 			errs = append(errs, &Error{Component: m.c.Name(), Err: m.err})
 		}
 	}
 	if len(interrupted) > 0 {
 		errs = append(errs, &Error{Component: strings.Join(interrupted, ", "), Err: ErrInterrupted})
+	}
+	if len(late) > 0 {
+		errs = append(errs, &Error{Component: strings.Join(late, ", "), Err: ErrStopLimit})
 	}
 	return errors.Join(errs...)
 }

@@ -203,6 +203,60 @@ func TestHangOnStopIsNamedAndTheRestStops(t *testing.T) {
 	})
 }
 
+// Limits of components that come after each other add up, to more than the time for all.
+func TestStopLimitOfAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var j journal
+		var log bytes.Buffer
+		g := New(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelError})), WithStopLimit(7*time.Second))
+		release := make(chan struct{})
+		hang := func(name string) Component {
+			return Func(name, func(_ context.Context, ready func()) error { ready(); <-release; return nil })
+		}
+		a := g.Add(steady(&j, "a", 0, 0))
+		b := g.Add(hang("b"), a)
+		c := g.Add(hang("c"), b)
+		g.Add(steady(&j, "d", 0, time.Second), c)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- g.Run(ctx) }()
+		synctest.Wait()
+		begin := time.Now()
+		cancel()
+		err := <-done // d takes 1 s, c its own 5, and b has one
+		if took := time.Since(begin); took != 7*time.Second {
+			t.Errorf("stop took %s, want 7s", took)
+		}
+		if !errors.Is(err, ErrStopTimeout) || !errors.Is(err, ErrStopLimit) || err.Error() != "c: did not stop in time (5s)\na, b: was not stopped in the time that all have together" {
+			t.Errorf("Run: %v", err)
+		}
+		if want := `msg="the stop takes too long; what is left of kedge ends with the process" limit=7s left="a, b"` + "\n"; strings.Count(log.String(), "\n") != 2 || !strings.HasSuffix(log.String(), want) {
+			t.Errorf("the log says\n%swant one line of c and\n%s", log.String(), want)
+		}
+		close(release)
+		synctest.Wait()
+		j.want(t, "start a", "ready a", "start d", "ready d", "stop d", "stop a") // a is told when nobody waits any more
+	})
+}
+
+// A stop within the limit is as without one, and leaves nothing that waits.
+func TestStopWithinTheLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var j journal
+		g := New(quiet(), WithStopLimit(7*time.Second))
+		a := g.Add(steady(&j, "a", 0, 3*time.Second))
+		g.Add(steady(&j, "b", 0, 3*time.Second), a)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- g.Run(ctx) }()
+		synctest.Wait()
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 func TestSignalBeforeReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var j journal
