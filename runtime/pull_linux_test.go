@@ -3,9 +3,13 @@ package runtime
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
+	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -13,7 +17,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"kedge/internal/pki"
 	"kedge/internal/testimage"
 )
 
@@ -62,6 +68,56 @@ func newTestRegistry(t *testing.T) (*testRegistry, string) {
 	return r, strings.TrimPrefix(s.URL, "http://")
 }
 
+// secured serves the registry over TLS on all addresses of the machine itself, to who shows
+// a certificate of the registry's own authority. It returns the port, and the configuration
+// of a client that has one.
+func (r *testRegistry) secured(t *testing.T) (port int, client RegistryTLS) {
+	t.Helper()
+	dir := t.TempDir()
+	now := time.Now()
+	ca, err := pki.EnsureAuthority(dir, "ca", now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := func(name string, want pki.Leaf) pki.Pair {
+		t.Helper()
+		want.CommonName = name
+		pair, err := ca.EnsureLeaf(dir, name, want, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pair
+	}
+	server := leaf("server", pki.Leaf{Server: true, IPs: []net.IP{{127, 0, 0, 1}, {127, 0, 0, 2}, {127, 0, 0, 3}}})
+	robot := leaf("robot", pki.Leaf{Client: true})
+	shown, err := tls.LoadX509KeyPair(server.CertFile, server.KeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clients := x509.NewCertPool()
+	clients.AddCert(ca.Cert)
+	l, err := net.Listen("tcp4", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &httptest.Server{Listener: l, Config: &http.Server{Handler: r, ErrorLog: log.New(io.Discard, "", 0)},
+		TLS: &tls.Config{Certificates: []tls.Certificate{shown}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: clients}}
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return l.Addr().(*net.TCPAddr).Port, RegistryTLS{CAFile: ca.CertFile(), CertFile: robot.CertFile, KeyFile: robot.KeyFile}
+}
+
+// deadAddress is one where nobody listens.
+func deadAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
 func (r *testRegistry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.mu.Lock()
 	r.asked = append(r.asked, req.URL.Path)
@@ -90,11 +146,13 @@ func (r *testRegistry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 }
 
-// TestPullThroughMirrors pulls with a mirror, with credentials, and with a repository
-// that has another name there.
+// TestPullThroughMirrors pulls with a mirror, with credentials, with a repository that
+// has another name there, over TLS with a certificate of the registry's own authority and
+// one of ours, and from the second of two mirrors when the first is dead.
 func TestPullThroughMirrors(t *testing.T) {
 	n := newNode(t)
 	registry, host := newTestRegistry(t)
+	port, client := registry.secured(t)
 	text := fmt.Sprintf(`
 mirrors:
   plain.example.test:
@@ -102,10 +160,28 @@ mirrors:
   renamed.example.test:
     endpoint: ["http://%[1]s"]
     rewrite: {"^team/": "proxied/"}
+  secure.example.test:
+    endpoint: ["https://%[2]s", "http://%[2]s", "https://127.0.0.1:%[3]d"]
+  renamedsecure.example.test:
+    endpoint: ["https://127.0.0.1:%[3]d"]
+    rewrite: {"^team/": "proxied/"}
+  uncertified.example.test:
+    endpoint: ["https://127.0.0.2:%[3]d"]
+  untrusting.example.test:
+    endpoint: ["https://127.0.0.3:%[3]d"]
 configs:
   "%[1]s":
     auth: {username: robot, password: hidden}
-`, host)
+  "127.0.0.1:%[3]d":
+    auth: {username: robot, password: hidden}
+    tls: {ca_file: %[4]q, cert_file: %[5]q, key_file: %[6]q}
+  "127.0.0.2:%[3]d":
+    auth: {username: robot, password: hidden}
+    tls: {ca_file: %[4]q}
+  "127.0.0.3:%[3]d":
+    auth: {username: robot, password: hidden}
+    tls: {cert_file: %[5]q, key_file: %[6]q}
+`, host, deadAddress(t), port, client.CAFile, client.CertFile, client.KeyFile)
 	if err := os.WriteFile(n.cfg.RegistriesFile, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +189,9 @@ configs:
 	n.start()
 	n.expect("imported")
 	var out bytes.Buffer
-	for _, name := range []string{"plain.example.test/proxied/tool:v1", "renamed.example.test/team/tool:v1"} {
+	// The first brings the layers, which those after it find.
+	for _, name := range []string{"secure.example.test/proxied/tool:v1", "renamedsecure.example.test/team/tool:v1",
+		"plain.example.test/proxied/tool:v1", "renamed.example.test/team/tool:v1"} {
 		if err := PullImages(t.Context(), n.cfg.Socket(), &out, []string{name}); err != nil {
 			registry.mu.Lock()
 			t.Errorf("%v\nthe registry was asked for %v", err, registry.asked)
@@ -123,6 +201,12 @@ configs:
 	err := PullImages(t.Context(), n.cfg.Socket(), &out, []string{"renamed.example.test/else/tool:v1"})
 	if err == nil || !strings.Contains(err.Error(), "not found") {
 		t.Errorf("a repository that is not there: %v", err)
+	}
+	for name, want := range map[string]string{"uncertified": "certificate required", "untrusting": "unknown authority"} {
+		err := PullImages(t.Context(), n.cfg.Socket(), &out, []string{name + ".example.test/proxied/tool:v1"})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
 	}
 	if strings.Contains(n.readLog(), "hidden") {
 		t.Error("the password is in the log")
