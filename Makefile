@@ -64,6 +64,8 @@ fmt: ## format the source
 check: deps ## format, vet, house rules and unit tests with the race detector
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo 'not formatted (run make fmt):'; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
+	@# Those that call the kernel by number, or have files for one architecture.
+	GOARCH=$(if $(filter amd64,$(HOSTARCH)),arm64,amd64) go vet ./launcher ./internal/footprint ./internal/lan ./internal/machines ./internal/preflight ./internal/timerslack ./network/nft
 	@# Without that, a program with the race detector sleeps for a second before it exits.
 	CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 go test -race $(UNIT)
 

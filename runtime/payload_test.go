@@ -1,7 +1,9 @@
 package runtime
 
 import (
+	"bytes"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -166,5 +168,39 @@ func TestPauseImageIsReproducible(t *testing.T) {
 	c, _ := newPauseImage([]byte("another"))
 	if a.name != b.name || a.name == c.name {
 		t.Errorf("names are %s, %s and, for another program, %s", a.name, b.name, c.name)
+	}
+}
+
+// TestProgramsAreStatic: what is carried runs on any Linux of its architecture, whatever
+// C library is there.
+func TestProgramsAreStatic(t *testing.T) {
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		t.Run(arch, func(t *testing.T) {
+			p, err := openPayload(os.DirFS(filepath.Join("payload", arch)))
+			if errors.Is(err, ErrNoPayload) {
+				t.Skip("not built: make payload ARCH=" + arch)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{programShim, programRunc, programPause} {
+				var program bytes.Buffer
+				if err := p.program(&program, name); err != nil {
+					t.Fatal(err)
+				}
+				f, err := elf.NewFile(bytes.NewReader(program.Bytes()))
+				if err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				if f.Machine != machine {
+					t.Errorf("%s is for %s", name, f.Machine)
+				}
+				for _, part := range f.Progs {
+					if part.Type == elf.PT_INTERP {
+						t.Errorf("%s wants a dynamic linker of the host", name)
+					}
+				}
+			}
+		})
 	}
 }
