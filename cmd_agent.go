@@ -28,10 +28,7 @@ func agentCommand() *cli.Command {
 			if c.Args().Present() {
 				return fmt.Errorf("\"kedge agent\" takes flags only, not %q", c.Args().First())
 			}
-			if err := applyConfigFiles(c, flags); err != nil {
-				return err
-			}
-			return runAgent(c)
+			return configured(c, flags, func() error { return runAgent(c) })
 		},
 	}
 }

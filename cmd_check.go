@@ -17,32 +17,33 @@ func checkCommand() *cli.Command {
 		Usage: "Name what this machine lacks to run kedge, with the remedy; changes nothing",
 		Flags: append(flags, output),
 		Action: func(c *cli.Context) error {
-			if err := applyConfigFiles(c, flags); err != nil {
-				return err
-			}
-			s, err := composeAny(c)
-			if err != nil {
-				return err
-			}
-			results, err := preflight.Required(c.Context, s.preflight)
-			switch c.String("output") {
-			case "json":
-				e := json.NewEncoder(c.App.Writer)
-				e.SetIndent("", "  ")
-				if err := e.Encode(results); err != nil {
-					return err
-				}
-			case "text":
-				printChecks(c, results)
-			default:
-				return fmt.Errorf("--output %q is neither text nor json", c.String("output"))
-			}
-			if err != nil {
-				return exitCode(1)
-			}
-			return nil
+			return configured(c, flags, func() error { return check(c) })
 		},
 	}
+}
+
+func check(c *cli.Context) error {
+	s, err := composeAny(c)
+	if err != nil {
+		return err
+	}
+	results, err := preflight.Required(c.Context, s.preflight)
+	switch c.String("output") {
+	case "json":
+		e := json.NewEncoder(c.App.Writer)
+		e.SetIndent("", "  ")
+		if err := e.Encode(results); err != nil {
+			return err
+		}
+	case "text":
+		printChecks(c, results)
+	default:
+		return fmt.Errorf("--output %q is neither text nor json", c.String("output"))
+	}
+	if err != nil {
+		return exitCode(1)
+	}
+	return nil
 }
 
 func printChecks(c *cli.Context, results []preflight.Result) {

@@ -86,7 +86,7 @@ kubelet-arg:
 A later file replaces what an earlier one said; a key with a plus sign (`+"`kubelet-arg+`"+`) appends to it.
 Flags that can be repeated take a list. In an environment variable they have one value; where no
 item can contain a comma (addresses, ranges, labels, names), commas separate several.
-An unknown key or a malformed value is an error that names file and line.
+An unknown key or a malformed value is an error that names file and line, or the variable.
 `)
 	category := ""
 	for _, f := range serverFlags() {

@@ -42,10 +42,7 @@ func serverCommand() *cli.Command {
 			if c.Args().Present() {
 				return fmt.Errorf("\"kedge server\" takes flags only, not %q", c.Args().First())
 			}
-			if err := applyConfigFiles(c, flags); err != nil {
-				return err
-			}
-			return runServer(c)
+			return configured(c, flags, func() error { return runServer(c) })
 		},
 		Subcommands: serverSubcommands(),
 	}

@@ -63,17 +63,17 @@ func upCommand() *cli.Command {
 		Description: "Each node is a kedge on a machine of its own: with processes, files, network and control group that\n" +
 			"nothing else on this host sees. The command returns when all nodes are Ready, DNS answers, and every\n" +
 			"manifest's objects are available. \"kedge down\" removes everything.",
-		Flags:  flags,
-		Action: func(c *cli.Context) error { return up(c, flags) },
+		Flags: flags,
+		Action: func(c *cli.Context) error {
+			if c.String("config") == "" {
+				return up(c)
+			}
+			return configured(c, flags, func() error { return up(c) })
+		},
 	}
 }
 
-func up(c *cli.Context, flags []cli.Flag) error {
-	if c.String("config") != "" {
-		if err := applyConfigFiles(c, flags); err != nil {
-			return err
-		}
-	}
+func up(c *cli.Context) error {
 	cfg, err := upConfig(c)
 	if err != nil {
 		return err

@@ -269,13 +269,13 @@ func (s *settings) node(p *flagParser) {
 	r := &s.runtime
 	r.DataDir, r.RunDir, r.ImagesDir = s.dataDir, s.runDir, filepath.Join(s.dataDir, "images")
 	r.NodeName = s.nodeName
-	r.Snapshotter = p.c.String("snapshotter")
+	r.Snapshotter = p.oneOf("snapshotter", runtime.SnapshotterOverlayFS, runtime.SnapshotterNative)
 	r.CgroupDriver = runtime.DetectCgroupDriver()
 	r.CNIConfDir, r.CNIBinDir = n.ConfDir(), n.BinDir()
 	if b.Mode == backend.None {
 		r.CNIConfDir, r.CNIBinDir = foreignConfDir, foreignBinDir
 	}
-	r.RegistriesFile = p.c.String("private-registry")
+	r.RegistriesFile = p.path("private-registry")
 
 	a := &s.agent
 	a.DataDir, a.RunDir = s.dataDir, s.runDir

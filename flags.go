@@ -150,38 +150,42 @@ func configKeys(flags []cli.Flag) []config.Key {
 }
 
 // applyConfigFiles sets every flag that neither the command line nor the
-// environment has set to what the configuration files say.
-func applyConfigFiles(c *cli.Context, flags []cli.Flag) error {
+// environment has set to what the configuration files say, and returns these.
+func applyConfigFiles(c *cli.Context, flags []cli.Flag) (map[string]config.Value, error) {
 	files, err := config.Files(c.String("config"), c.IsSet("config"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	values, err := config.Load(files, configKeys(flags))
 	if err != nil {
-		return err
+		return nil, err
 	}
+	maps.DeleteFunc(values, func(name string, _ config.Value) bool { return c.IsSet(name) })
 	for _, name := range slices.Sorted(maps.Keys(values)) {
-		if c.IsSet(name) {
-			continue
-		}
 		v := values[name]
 		for _, item := range v.Items {
 			if err := c.Set(name, item); err != nil {
-				return fmt.Errorf("%s: %s: %w", v.Source, name, err)
+				return nil, fmt.Errorf("%s: %s: %w", v.Source, name, err)
 			}
 		}
 	}
-	return nil
+	return values, nil
 }
 
 // invalidValue is how the flag parser says so.
 var invalidValue = regexp.MustCompile(`^invalid (?:boolean )?value "(.*)" for (?:flag )?-([^:]*): parse error$`)
+
+// invalidVariable is how it says so of the environment.
+var invalidVariable = regexp.MustCompile(`^could not parse "(.*)" as \w+ value from environment variable "(\w+)" for flag ([^:]*): `)
 
 // usageError makes one sentence of what the flag parser says, with the nearest
 // name for an unknown flag.
 func usageError(c *cli.Context, err error, _ bool) error {
 	if m := invalidValue.FindStringSubmatch(err.Error()); m != nil {
 		return fmt.Errorf("--%s: %q is not %s", m[2], m[1], kindOf(c, m[2]))
+	}
+	if m := invalidVariable.FindStringSubmatch(err.Error()); m != nil {
+		return fmt.Errorf("%s: %q is not %s", m[2], m[1], kindOf(c, m[3]))
 	}
 	name, unknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -")
 	if !unknown {
@@ -212,6 +216,8 @@ func kindOf(c *cli.Context, name string) string {
 				return "a whole number"
 			case *cli.BoolFlag:
 				return "true or false"
+			case *cli.DurationFlag:
+				return "a duration such as 30s or 5m"
 			}
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"kedge/internal/addresspool"
+	"kedge/internal/config"
 	"kedge/internal/hostaddr"
 	"kedge/internal/joining"
 	"kedge/internal/logging"
@@ -49,13 +50,24 @@ func (p *flagParser) dir(flag string) string {
 	return abs
 }
 
+// path is the flag's, absolute; empty where it is not given.
+func (p *flagParser) path(flag string) string {
+	v := p.c.String(flag)
+	if v == "" {
+		return ""
+	}
+	abs, err := filepath.Abs(v)
+	p.fail(err)
+	return abs
+}
+
 // nodeName is the flag's, or the host's name in the form that Kubernetes wants.
 func (p *flagParser) nodeName() string {
-	name := p.c.String("node-name")
+	name, what, remedy := p.c.String("node-name"), "--node-name", ""
 	if name == "" {
 		host, err := os.Hostname()
 		p.fail(err)
-		name = host
+		name, what, remedy = host, "the host's name", "; choose another for the node with --node-name"
 	}
 	name = strings.ToLower(strings.TrimSpace(name))
 	valid := name != "" && len(name) <= 63 && !strings.HasPrefix(name, "-") && !strings.HasSuffix(name, "-")
@@ -63,7 +75,7 @@ func (p *flagParser) nodeName() string {
 		valid = valid && (r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '.')
 	}
 	if !valid {
-		p.fail(fmt.Errorf("node name %q: want at most 63 letters, digits, dots and dashes; choose one with --node-name", name))
+		p.fail(fmt.Errorf("%s %q: want at most 63 letters, digits, dots and dashes%s", what, name, remedy))
 	}
 	return name
 }
@@ -76,11 +88,17 @@ func (p *flagParser) logging() logging.Config {
 	if p.c.Bool("debug") {
 		level = min(level, slog.LevelDebug)
 	}
-	format := logging.Format(p.c.String("log-format"))
-	if format != logging.Text && format != logging.JSON {
-		p.fail(fmt.Errorf("--log-format %q is neither text nor json", format))
+	format := p.oneOf("log-format", string(logging.Text), string(logging.JSON))
+	return logging.Config{Level: level, Format: logging.Format(format)}
+}
+
+// oneOf is the flag's value, which is one of these where it is given.
+func (p *flagParser) oneOf(flag string, values ...string) string {
+	v := p.c.String(flag)
+	if v != "" && !slices.Contains(values, v) {
+		p.fail(fmt.Errorf("--%s %q is none of %s%s", flag, v, strings.Join(values, ", "), config.DidYouMean(v, values)))
 	}
-	return logging.Config{Level: level, Format: format}
+	return v
 }
 
 func (p *flagParser) addr(flag string) netip.Addr {
@@ -133,7 +151,7 @@ func (p *flagParser) prefixes(flag string) []netip.Prefix {
 func (p *flagParser) backend(name string) backend.Mode {
 	m, err := backend.ParseMode(name)
 	if err != nil {
-		p.fail(fmt.Errorf("--flannel-backend: %w", err))
+		p.fail(fmt.Errorf("--flannel-backend %w", err))
 	}
 	return m
 }
@@ -162,6 +180,9 @@ func (p *flagParser) nodeIPs(pods, services []netip.Prefix) (now []netip.Addr, f
 		}
 	}
 	now, err := find()
+	if name := p.c.String("flannel-iface"); name != "" && err != nil {
+		err = fmt.Errorf("--flannel-iface: %w", err)
+	}
 	p.fail(err)
 	return now, find
 }

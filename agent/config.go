@@ -71,7 +71,7 @@ func (c Config) Validate() error {
 		errs = append(errs, errors.New("the node has no address; give one with --node-ip"))
 	}
 	if c.KubeletPort < 1 || c.KubeletPort > 65535 {
-		errs = append(errs, fmt.Errorf("the kubelet's port %d is not between 1 and 65535", c.KubeletPort))
+		errs = append(errs, fmt.Errorf("--kubelet-port %d is not between 1 and 65535", c.KubeletPort))
 	}
 	return errors.Join(errs...)
 }

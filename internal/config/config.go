@@ -47,8 +47,9 @@ type Key struct {
 
 // Value is what the files say about one key.
 type Value struct {
-	Items  []string // one, or any number for a List
-	Source string   // FILE:LINE of the last one that counted
+	Items   []string // one, or any number for a List
+	Sources []string // FILE:LINE of each
+	Source  string   // FILE:LINE of the key, the last one that counted
 }
 
 // Files returns path, if it exists, and then the *.yaml files of path's drop-in
@@ -100,6 +101,10 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 	if root.Kind != yaml.MappingNode {
 		return fmt.Errorf("%s:%d: want lines of the form \"flag: value\"", file, root.Line)
 	}
+	names := make([]string, len(keys))
+	for i, k := range keys {
+		names[i] = k.Name
+	}
 	var errs []error
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		k, v := root.Content[i], root.Content[i+1]
@@ -107,7 +112,7 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 		at := fmt.Sprintf("%s:%d", file, k.Line)
 		idx := slices.IndexFunc(keys, func(key Key) bool { return key.Name == name })
 		if idx < 0 {
-			errs = append(errs, fmt.Errorf("%s: unknown key %q%s", at, name, didYouMean(name, keys)))
+			errs = append(errs, fmt.Errorf("%s: unknown key %q%s", at, name, DidYouMean(name, names)))
 			continue
 		}
 		key := keys[idx]
@@ -115,15 +120,19 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 			errs = append(errs, fmt.Errorf("%s: %q takes one value, so \"+\" cannot append to it", at, name))
 			continue
 		}
-		items, err := key.items(v)
+		items, lines, err := key.items(v)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %s: %w", at, name, err))
 			continue
 		}
+		value := Value{Source: at}
 		if add {
-			items = append(slices.Clone(into[name].Items), items...)
+			value.Items, value.Sources = slices.Clone(into[name].Items), slices.Clone(into[name].Sources)
 		}
-		into[name] = Value{Items: items, Source: at}
+		for i, item := range items {
+			value.Items, value.Sources = append(value.Items, item), append(value.Sources, fmt.Sprintf("%s:%d", file, lines[i]))
+		}
+		into[name] = value
 	}
 	return errors.Join(errs...)
 }
@@ -142,31 +151,30 @@ func yamlError(err error) (line int, what string) {
 	return line, what
 }
 
-// items reads a YAML value as what the key takes.
-func (k Key) items(v *yaml.Node) ([]string, error) {
+// items reads a YAML value as what the key takes, with the line of each item.
+func (k Key) items(v *yaml.Node) (items []string, lines []int, err error) {
 	if v.Kind == yaml.AliasNode {
 		v = v.Alias
 	}
 	if k.Kind == List {
 		switch v.Kind {
 		case yaml.ScalarNode:
-			return []string{v.Value}, nil
+			return []string{v.Value}, []int{v.Line}, nil
 		case yaml.SequenceNode:
-			var out []string
 			for _, e := range v.Content {
 				if e.Kind != yaml.ScalarNode {
-					return nil, errors.New("want a list of plain values")
+					return nil, nil, errors.New("want a list of plain values")
 				}
-				out = append(out, e.Value)
+				items, lines = append(items, e.Value), append(lines, e.Line)
 			}
-			return out, nil
+			return items, lines, nil
 		}
-		return nil, errors.New("want a value or a list of values")
+		return nil, nil, errors.New("want a value or a list of values")
 	}
 	if v.Kind != yaml.ScalarNode {
-		return nil, errors.New("want one value")
+		return nil, nil, errors.New("want one value")
 	}
-	return []string{v.Value}, k.check(v.Value)
+	return []string{v.Value}, []int{v.Line}, k.check(v.Value)
 }
 
 func (k Key) check(s string) error {
@@ -188,11 +196,9 @@ func (k Key) check(s string) error {
 	return nil
 }
 
-func didYouMean(name string, keys []Key) string {
-	names := make([]string, len(keys))
-	for i, k := range keys {
-		names[i] = k.Name
-	}
+// DidYouMean is the end of a message about name, which is none of names; it is empty
+// when none is close.
+func DidYouMean(name string, names []string) string {
 	if best := Nearest(name, names); best != "" {
 		return fmt.Sprintf("; did you mean %q?", best)
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -42,6 +43,9 @@ func TestLaterFilesReplaceAndPlusAppends(t *testing.T) {
 		if !reflect.DeepEqual(got[name].Items, want) {
 			t.Errorf("%s is %q, want %q", name, got[name].Items, want)
 		}
+	}
+	if want := []string{path + ":3", filepath.Join(dir, "config.yaml.d", "20.yaml") + ":2"}; !slices.Equal(got["kubelet-arg"].Sources, want) {
+		t.Errorf("kubelet-arg is from %q, want %q", got["kubelet-arg"].Sources, want)
 	}
 	if want := filepath.Join(dir, "config.yaml.d", "10.yaml") + ":2"; got["node-name"].Source != want {
 		t.Errorf("source %s, want %s", got["node-name"].Source, want)

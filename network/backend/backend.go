@@ -266,7 +266,7 @@ func (b *Backend) read() (*node, []node, error) {
 	if b.cfg.Interface != "" {
 		addrs, err := AddressesOf(b.cfg.Interface)
 		if err != nil {
-			return nil, nil, errors.Join(append(errs, err)...)
+			return nil, nil, errors.Join(append(errs, fmt.Errorf("--flannel-iface: %w", err))...)
 		}
 		own.tunnel = addrs
 	}

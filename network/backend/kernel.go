@@ -444,7 +444,7 @@ func holder(addrs []netip.Addr) (netlink.Link, error) {
 func AddressesOf(name string) ([]netip.Addr, error) {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
-		return nil, fmt.Errorf("interface %q of --flannel-iface: %w", name, err)
+		return nil, fmt.Errorf("interface %q: %w", name, err)
 	}
 	var out []netip.Addr
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -460,7 +460,7 @@ func AddressesOf(name string) ([]netip.Addr, error) {
 		}
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("interface %q of --flannel-iface has no address that other nodes can reach", name)
+		return nil, fmt.Errorf("interface %q has no address that other nodes can reach", name)
 	}
 	return out, nil
 }

@@ -55,11 +55,11 @@ func (c Config) Validate() error {
 		errs = append(errs, errors.New("service proxy: there is no service range"))
 	}
 	if !c.Scheduler.Valid() {
-		errs = append(errs, fmt.Errorf("proxy scheduler %q is none of %s, %s and %s", c.Scheduler, nft.Random, nft.RoundRobin, nft.SourceHash))
+		errs = append(errs, fmt.Errorf("--proxy-scheduler %q is none of %s, %s and %s", c.Scheduler, nft.Random, nft.RoundRobin, nft.SourceHash))
 	}
 	for _, p := range c.NodePortsOn {
 		if p.Addr().IsLoopback() {
-			errs = append(errs, fmt.Errorf("node ports cannot answer at %s: the kernel does not route packets from loopback addresses to pods; use host ports for that", p))
+			errs = append(errs, fmt.Errorf("--nodeport-addresses %s: node ports cannot answer there: the kernel does not route packets from loopback addresses to pods; use host ports for that", p))
 		}
 	}
 	return errors.Join(errs...)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,7 +24,8 @@ import (
 //	remove NAME
 //	listen PORT       take a port
 //	lock NAME         lock a file as a running kedge does
-//	$ kedge ...       a command; what follows, up to an empty line, is what it prints
+//	$ kedge ...       a command; what follows, up to an empty line, is what it prints.
+//	                  Variables of its environment may stand before it: $ NAME=VALUE kedge ...
 //	exit CODE         and how it ends, where that is not 0
 //
 // $FLAGS are flags that keep a server inside $DIR, $API and $KUBELET its ports, $FREE
@@ -77,7 +79,7 @@ func (s *script) run(lines []string) {
 			var content strings.Builder
 			for i+1 < len(lines) && strings.HasPrefix(lines[i+1], "\t") {
 				i++
-				content.WriteString(strings.TrimPrefix(lines[i], "\t") + "\n")
+				content.WriteString(s.expand(strings.TrimPrefix(lines[i], "\t")) + "\n")
 			}
 			if err = os.MkdirAll(filepath.Dir(path), 0o755); err == nil {
 				err = os.WriteFile(path, []byte(content.String()), 0o600)
@@ -96,13 +98,13 @@ func (s *script) run(lines []string) {
 				fmt.Fprint(f, os.Getpid())
 				err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
 			}
-		case strings.HasPrefix(line, "$ kedge"):
+		case word == "$" && strings.Contains(line, " kedge"):
 			begin, want := i+1, ""
 			for i+1 < len(lines) && lines[i+1] != "" {
 				i++
 				want += s.expand(lines[i]) + "\n"
 			}
-			if got := s.kedge(strings.Fields(line)[2:]); got != want {
+			if got := s.kedge(strings.Fields(line)[1:]); got != want {
 				s.t.Errorf("%s:%d: %s\nprinted\n%s\nwant\n%s", s.file, begin, lines[begin-1], got, want)
 			}
 		default:
@@ -114,11 +116,15 @@ func (s *script) run(lines []string) {
 	}
 }
 
-// kedge returns what a command prints besides its log, and how it ends.
-func (s *script) kedge(args []string) string {
+// kedge returns what a command, with variables before it, prints besides its log, and
+// how it ends.
+func (s *script) kedge(words []string) string {
+	at := slices.Index(words, "kedge")
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, binary(), args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, binary(), words[at+1:]...)
+	cmd.Env = append(os.Environ(), words[:at]...)
+	out, err := cmd.CombinedOutput()
 	var kept bytes.Buffer
 	for line := range bytes.Lines(out) {
 		if !bytes.HasPrefix(line, []byte("time=")) {
