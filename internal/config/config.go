@@ -14,8 +14,10 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -89,15 +91,10 @@ func Load(files []string, keys []Key) (map[string]Value, error) {
 }
 
 func load(file string, data []byte, keys []Key, into map[string]Value) error {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(data, &doc); err != nil {
-		line, what := yamlError(err)
-		return fmt.Errorf("%s:%d: not valid YAML: %s", file, line, what)
+	root, err := document(file, data)
+	if err != nil || root == nil {
+		return err
 	}
-	if len(doc.Content) == 0 {
-		return nil // empty, or only comments
-	}
-	root := doc.Content[0]
 	if root.Kind != yaml.MappingNode {
 		return fmt.Errorf("%s:%d: want lines of the form \"flag: value\"", file, root.Line)
 	}
@@ -106,6 +103,7 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 		names[i] = k.Name
 	}
 	var errs []error
+	lines := map[string]int{} // where this file has a key
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		k, v := root.Content[i], root.Content[i+1]
 		name, add := strings.CutSuffix(k.Value, "+")
@@ -115,12 +113,17 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 			errs = append(errs, fmt.Errorf("%s: unknown key %q%s", at, name, DidYouMean(name, names)))
 			continue
 		}
+		if first, twice := lines[name]; twice {
+			errs = append(errs, fmt.Errorf("%s: %s is in line %d already; give it once", at, name, first))
+			continue
+		}
+		lines[name] = k.Line
 		key := keys[idx]
 		if add && key.Kind != List {
 			errs = append(errs, fmt.Errorf("%s: %q takes one value, so \"+\" cannot append to it", at, name))
 			continue
 		}
-		items, lines, err := key.items(v)
+		items, itemLines, err := key.items(v)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %s: %w", at, name, err))
 			continue
@@ -130,11 +133,32 @@ func load(file string, data []byte, keys []Key, into map[string]Value) error {
 			value.Items, value.Sources = slices.Clone(into[name].Items), slices.Clone(into[name].Sources)
 		}
 		for i, item := range items {
-			value.Items, value.Sources = append(value.Items, item), append(value.Sources, fmt.Sprintf("%s:%d", file, lines[i]))
+			value.Items, value.Sources = append(value.Items, item), append(value.Sources, fmt.Sprintf("%s:%d", file, itemLines[i]))
 		}
 		into[name] = value
 	}
 	return errors.Join(errs...)
+}
+
+// document is the one in data, or nil when that is empty or has only comments.
+func document(file string, data []byte) (*yaml.Node, error) {
+	var root *yaml.Node
+	for d := yaml.NewDecoder(bytes.NewReader(data)); ; {
+		var doc yaml.Node
+		switch err := d.Decode(&doc); {
+		case errors.Is(err, io.EOF):
+			return root, nil
+		case err != nil:
+			line, what := yamlError(err)
+			return nil, fmt.Errorf("%s:%d: not valid YAML: %s", file, line, what)
+		case len(doc.Content) == 0 || doc.Content[0].Tag == "!!null":
+			// A file may end with "---".
+		case root != nil:
+			return nil, fmt.Errorf("%s:%d: a second YAML document begins here; a file has one, so take out the line \"---\"", file, doc.Content[0].Line)
+		default:
+			root = doc.Content[0]
+		}
+	}
 }
 
 // yamlError finds the line in the parser's message. The parser leaves out the first

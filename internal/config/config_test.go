@@ -62,6 +62,11 @@ func TestMistakesNameFileAndLine(t *testing.T) {
 		{"node-name: [a, b]\n", `config.yaml:1: node-name: want one value`},
 		{"kubelet-arg: {a: b}\n", `config.yaml:1: kubelet-arg: want a value or a list of values`},
 		{"node-name+: a\n", `config.yaml:1: "node-name" takes one value, so "+" cannot append to it`},
+		{"debug: true\n# x\ndebug: false\n", `config.yaml:3: debug is in line 1 already; give it once`},
+		{"kubelet-arg: [a]\nkubelet-arg+: [b]\n", `config.yaml:2: kubelet-arg is in line 1 already; give it once`},
+		{"node-name: a\n---\ndebug: true\n", `config.yaml:3: a second YAML document begins here; a file has one, so take out the line "---"`},
+		{"---\nnode-name: a\n---\n---\ndebug: true\n", `config.yaml:5: a second YAML document`},
+		{"debug: true\n---\na: b: c\n", `config.yaml:3: not valid YAML: `},
 		{"- a\n", `config.yaml:1: want lines of the form "flag: value"`},
 		{"a: b: c\n", `config.yaml:1: not valid YAML: `},
 		{"# x\na: b: c\n", `config.yaml:2: not valid YAML: `},
@@ -71,6 +76,15 @@ func TestMistakesNameFileAndLine(t *testing.T) {
 		_, err := Load([]string{path}, keys)
 		if err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%q gives %v, want %q", tc.content, err, tc.want)
+		}
+	}
+}
+
+func TestEmptyDocumentsAreNone(t *testing.T) {
+	for _, content := range []string{"", "# nothing\n", "---\n", "---\nnode-name: a\n", "node-name: a\n---\n# nothing more\n", "node-name: a\n...\n"} {
+		got, err := Load([]string{write(t, t.TempDir(), "config.yaml", content)}, keys)
+		if err != nil || strings.Contains(content, "name") != (len(got["node-name"].Items) == 1) {
+			t.Errorf("%q gives %v, %v", content, got, err)
 		}
 	}
 }
