@@ -77,6 +77,7 @@ func compose(c *cli.Context, others *server.Entered) (settings, error) {
 	s.nodeIPs, s.findIPs = p.nodeIPs(s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs)
 	s.controlPlane(p)
 	s.node(p)
+	p.differentPorts()
 	return s, s.finish(p)
 }
 
@@ -202,7 +203,7 @@ func (s *settings) controlPlane(p *flagParser) {
 	dir := serverDir(s.dataDir)
 	s.datastore.Dir = filepath.Join(dir, "store")
 	s.datastore.MemberName = s.nodeName
-	s.datastore.Peer = identity.PeerConfig(dir, uint16(p.c.Int("peer-port")), s.nodeIPs)
+	s.datastore.Peer = identity.PeerConfig(dir, p.port("peer-port"), s.nodeIPs)
 
 	sv := &s.server
 	sv.Dir = dir
@@ -210,10 +211,10 @@ func (s *settings) controlPlane(p *flagParser) {
 	sv.ClusterCIDRs, sv.ServiceCIDRs = s.cluster.ClusterCIDRs, s.cluster.ServiceCIDRs
 	sv.ForeignPods = s.cluster.Backend == string(backend.None)
 	sv.ClusterDomain = s.cluster.ClusterDomain
-	sv.NodePortRange = p.c.String("service-node-port-range")
+	sv.NodePortRange = p.nodePorts("service-node-port-range")
 	sv.NodeIPs = s.nodeIPs
 	sv.BindAddress = p.addr("bind-address")
-	sv.HTTPSPort = p.c.Int("https-listen-port")
+	sv.HTTPSPort = int(p.port("https-listen-port"))
 	sv.AdvertiseAddress = p.addr("advertise-address")
 	s.fixedAPI = sv.AdvertiseAddress.IsValid()
 	if !sv.AdvertiseAddress.IsValid() && len(s.nodeIPs) > 0 {
@@ -289,7 +290,7 @@ func (s *settings) node(p *flagParser) {
 	a.RuntimeEndpoint = r.Socket()
 	a.CgroupRoot = "/kedge-" + s.nodeName
 	a.SystemdCgroups = r.CgroupDriver == runtime.CgroupDriverSystemd
-	a.KubeletPort = p.c.Int("kubelet-port")
+	a.KubeletPort = int(p.port("kubelet-port"))
 	a.KubeletArgs = p.c.StringSlice("kubelet-arg")
 	s.dataPath(p)
 }

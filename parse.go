@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 
 	"kedge/internal/addresspool"
 	"kedge/internal/config"
@@ -97,6 +98,46 @@ func (p *flagParser) oneOf(flag string, values ...string) string {
 	v := p.c.String(flag)
 	if v != "" && !slices.Contains(values, v) {
 		p.fail(fmt.Errorf("--%s %q is none of %s%s", flag, v, strings.Join(values, ", "), config.DidYouMean(v, values)))
+	}
+	return v
+}
+
+// port is the flag's, which is one that can be listened on.
+func (p *flagParser) port(flag string) uint16 {
+	v := p.c.Int(flag)
+	if v < 1 || v > 65535 {
+		p.fail(fmt.Errorf("--%s %d is not between 1 and 65535", flag, v))
+		return 0
+	}
+	return uint16(v)
+}
+
+// differentPorts reports two flags that want the same port of this machine. That of the
+// stores counts where it is given: a server that stays alone does not listen on it.
+func (p *flagParser) differentPorts() {
+	flags := []string{"https-listen-port"}
+	if !p.c.Bool("disable-agent") {
+		flags = append(flags, "kubelet-port")
+	}
+	if p.c.IsSet("peer-port") {
+		flags = append(flags, "peer-port")
+	}
+	for i, flag := range flags {
+		for _, other := range flags[:i] {
+			if v := p.c.Int(flag); v == p.c.Int(other) {
+				p.fail(fmt.Errorf("--%s %d and --%s are the same port; choose another for one of them", flag, v, other))
+			}
+		}
+	}
+}
+
+// nodePorts is the range of the flag, as the API server reads it: FIRST-LAST, FIRST+MORE
+// or one port.
+func (p *flagParser) nodePorts(flag string) string {
+	v := p.c.String(flag)
+	r, err := utilnet.ParsePortRange(v)
+	if err != nil || r.Base < 1 || r.Size < 1 {
+		p.fail(fmt.Errorf("--%s %q is not a range of ports such as 30000-32767", flag, v))
 	}
 	return v
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 
 	"k8s.io/client-go/rest"
 )
@@ -72,6 +73,20 @@ func (c Config) Validate() error {
 	}
 	if c.KubeletPort < 1 || c.KubeletPort > 65535 {
 		errs = append(errs, fmt.Errorf("--kubelet-port %d is not between 1 and 65535", c.KubeletPort))
+	}
+	for _, l := range c.NodeLabels {
+		if err := checkLabel(l); err != nil {
+			errs = append(errs, fmt.Errorf("--node-label %q: %w", l, err))
+		}
+	}
+	for i, t := range c.NodeTaints {
+		err := checkTaint(t)
+		if err == nil && slices.ContainsFunc(c.NodeTaints[:i], func(earlier string) bool { return sameTaint(t, earlier) }) {
+			err = errors.New("there is one of this key and effect already")
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("--node-taint %q: %w", t, err))
+		}
 	}
 	return errors.Join(errs...)
 }
