@@ -52,6 +52,9 @@ func runAgent(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := s.checkArgs(); err != nil {
+		return err
+	}
 	list, err := servers.Load(filepath.Join(jc.Dir, serversFile), jc.Server)
 	if err != nil {
 		return err

@@ -27,6 +27,9 @@ func check(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := s.checkArgs(); err != nil {
+		return err
+	}
 	results, err := preflight.Required(c.Context, s.preflight)
 	switch c.String("output") {
 	case "json":

@@ -73,6 +73,9 @@ func runServer(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := s.checkArgs(); err != nil {
+		return err
+	}
 	enter := server.Enter{Dir: dir, StoreDir: s.datastore.Dir, Server: c.String("server"), Token: p.token(), NodeName: s.nodeName, Peers: s.peers()}
 	if enter.Server != "" {
 		p.fail(joining.Config{Dir: dir, Server: enter.Server, Token: enter.Token}.Validate())
