@@ -10,7 +10,7 @@ import (
 )
 
 func checkCommand() *cli.Command {
-	flags := serverFlags()
+	flags := short(serverFlags(), "o") // that is --output's
 	output := &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT`: text or json"}
 	return &cli.Command{
 		Name:  "check",

@@ -96,7 +96,11 @@ An unknown key or a malformed value is an error that names file and line, or the
 		}
 		d := f.(cli.DocGenerationFlag)
 		_, usage := placeholder(d.GetUsage())
-		fmt.Fprintf(w, "| `%s` | `%s` | %s | %s |\n", f.Names()[0], strings.Join(d.GetEnvVars(), ", "), defaultOf(d), strings.ReplaceAll(usage, "|", "\\|"))
+		name := "`" + f.Names()[0] + "`"
+		for _, short := range f.Names()[1:] {
+			name += ", `-" + short + "`"
+		}
+		fmt.Fprintf(w, "| %s | `%s` | %s | %s |\n", name, strings.Join(d.GetEnvVars(), ", "), defaultOf(d), strings.ReplaceAll(usage, "|", "\\|"))
 	}
 }
 

@@ -147,6 +147,9 @@ func runNode(ctx context.Context, s settings, r role) error {
 		}
 		return err
 	}
+	for _, w := range s.warnings {
+		log.Warn(w)
+	}
 	if err := os.Unsetenv(launcherVariable); err != nil { // nothing that we start has a use for it
 		return err
 	}

@@ -42,6 +42,7 @@ type settings struct {
 	agentOnly       bool            // no control plane: datastore and server say nothing
 	cluster         joining.Cluster // what all nodes have in common
 	log             logging.Config
+	warnings        []string // of settings that have no effect
 	preflight       preflight.Config
 
 	datastore datastore.Config
@@ -176,6 +177,7 @@ func (s *settings) finish(p *flagParser) error {
 	if p.err() == nil { // what follows from a mistake is not worth a line of its own
 		p.fail(s.validate())
 	}
+	s.warnings = p.warnings
 	return p.err()
 }
 

@@ -53,7 +53,7 @@ func serverFlags() []cli.Flag {
 	boolean := func(category, name, usage string) cli.Flag {
 		return &cli.BoolFlag{Name: name, Category: category, Usage: usage, EnvVars: env(name)}
 	}
-	return []cli.Flag{
+	return short([]cli.Flag{
 		str(catGeneral, "config", defaultConfigFile, "Configuration `FILE`; files in FILE.d are read after it"),
 		str(catGeneral, "data-dir", defaultDataDir, "`DIR` for everything durable"),
 		runDirFlag(),
@@ -61,7 +61,7 @@ func serverFlags() []cli.Flag {
 		str(catGeneral, "log-format", "text", "`FORMAT`: text or json"),
 		boolean(catGeneral, "debug", "The same as --log-level=debug"),
 		boolean(catGeneral, "disable-agent", "Run the control plane only, no node"),
-		list(catGeneral, "disable", "Part to leave out: dns or servicelb (can be repeated)"),
+		list(catGeneral, "disable", "Part to leave out: dns or servicelb (can be repeated); of parts that only k3s has there is a warning"),
 
 		str(catNode, "node-name", "", "`NAME` of the node (default: the hostname)"),
 		list(catNode, "node-label", "`KEY=VALUE` to register the node with (can be repeated)"),
@@ -106,7 +106,28 @@ func serverFlags() []cli.Flag {
 		list(catArgs, "kube-controller-manager-arg", "`NAME=VALUE` for kube-controller-manager (can be repeated)"),
 		list(catArgs, "kube-scheduler-arg", "`NAME=VALUE` for kube-scheduler (can be repeated)"),
 		list(catArgs, "kubelet-arg", "`NAME=VALUE` for the kubelet (can be repeated)"),
+	})
+}
+
+// shortNames are k3s's; the launcher has to know some of them too.
+var shortNames = map[string]string{"config": "c", "data-dir": "d", "node-ip": "i", "server": "s", "token": "t", "write-kubeconfig": "o"}
+
+// short gives flags their short names, but for those that are in except.
+func short(flags []cli.Flag, except ...string) []cli.Flag {
+	for _, f := range flags {
+		alias, ok := shortNames[f.Names()[0]]
+		var aliases []string
+		if ok && !slices.Contains(except, alias) {
+			aliases = []string{alias}
+		}
+		switch f := f.(type) {
+		case *cli.StringFlag:
+			f.Aliases = aliases
+		case *cli.StringSliceFlag:
+			f.Aliases = aliases
+		}
 	}
+	return flags
 }
 
 // agentFlags are the flags of "kedge agent": those of "kedge server" that are about
@@ -124,7 +145,7 @@ func agentFlags() []cli.Flag {
 			flags = append(flags, f)
 		}
 	}
-	return flags
+	return short(flags)
 }
 
 // configKeys are the flags as the configuration file knows them.
@@ -195,7 +216,7 @@ func usageError(c *cli.Context, err error, _ bool) error {
 	var names []string
 	if c.Command != nil {
 		for _, f := range c.Command.Flags {
-			names = append(names, f.Names()...)
+			names = append(names, f.Names()[0])
 		}
 	}
 	if best := config.Nearest(name, names); best != "" {

@@ -31,6 +31,7 @@ type flagParser struct {
 	c        *cli.Context
 	errs     []error
 	badPools bool // the pools' mistake is among errs
+	warnings []string
 }
 
 func (p *flagParser) err() error { return errors.Join(p.errs...) }
@@ -237,6 +238,9 @@ const (
 // parts are what --disable takes: our names, and k3s's for the same.
 var parts = map[string]string{partDNS: partDNS, "coredns": partDNS, partBalancer: partBalancer}
 
+// others are parts that only k3s has. Whoever comes from there has them in --disable.
+var others = []string{"local-storage", "metrics-server", "runtimes", "traefik"}
+
 // cluster is what the flags of a server say about all nodes. Its servers follow later.
 func (p *flagParser) cluster() joining.Cluster {
 	disabled, defaults := p.disabled(), server.DefaultConfig()
@@ -323,15 +327,24 @@ func (p *flagParser) pools(texts []string) []addresspool.Pool {
 	return pools
 }
 
+// disabled are the parts that the flag leaves out.
 func (p *flagParser) disabled() map[string]bool {
 	out := map[string]bool{}
+	known := slices.Sorted(maps.Keys(parts))
+	var missing []string
 	for _, name := range splitList(p.c.StringSlice("disable")) {
 		part, ok := parts[name]
-		if !ok {
-			p.fail(fmt.Errorf("--disable: there is no part called %q; there are %s", name, strings.Join(slices.Sorted(maps.Keys(parts)), ", ")))
-			continue
+		switch {
+		case ok:
+			out[part] = true
+		case slices.Contains(others, name):
+			missing = append(missing, name)
+		default:
+			p.fail(fmt.Errorf("--disable %q: there is no such part, but %s%s", name, strings.Join(known, ", "), config.DidYouMean(name, slices.Concat(known, others))))
 		}
-		out[part] = true
+	}
+	if len(missing) > 0 {
+		p.warnings = append(p.warnings, "kedge has no "+strings.Join(missing, ", ")+"; nothing to disable")
 	}
 	return out
 }

@@ -139,17 +139,27 @@ func dataDirOf(args []string, vars map[string]string) string {
 	return dir
 }
 
+// shortNames are those of the flags that are read here; in kubectl's arguments they mean
+// something else.
+var shortNames = map[string]string{"data-dir": "d", "config": "c"}
+
 // flagValue is the value of the last --name=VALUE or --name VALUE.
 func flagValue(args []string, name string) (value string) {
+	names := []string{name}
+	if len(args) > 1 && slices.Contains([]string{"server", "agent", "check", "killall"}, args[1]) {
+		names = append(names, shortNames[name])
+	}
 	for i, a := range args {
 		a, ok := strings.CutPrefix(a, "-")
 		if !ok {
 			continue
 		}
-		a = strings.TrimPrefix(a, "-")
-		if v, ok := strings.CutPrefix(a, name+"="); ok {
+		given, v, with := strings.Cut(strings.TrimPrefix(a, "-"), "=")
+		switch {
+		case !slices.Contains(names, given):
+		case with:
 			value = v
-		} else if a == name && i+1 < len(args) {
+		case i+1 < len(args):
 			value = args[i+1]
 		}
 	}

@@ -22,6 +22,9 @@ func TestDataDir(t *testing.T) {
 		{[]string{"kedge", "server"}, map[string]string{"KEDGE_CONFIG": conf}, "/from/file"},
 		{[]string{"kedge", "server", "--config", conf}, map[string]string{"KEDGE_DATA_DIR": "/from/env"}, "/from/env"},
 		{[]string{"kedge", "server", "--data-dir", "/a", "-data-dir=/b"}, map[string]string{"KEDGE_DATA_DIR": "/from/env"}, "/b"},
+		{[]string{"kedge", "server", "-c", conf}, nil, "/from/file"},
+		{[]string{"kedge", "killall", "-d", "/a", "-d=/b"}, nil, "/b"},
+		{[]string{"kedge", "kubectl", "logs", "-c", conf, "-d=/b"}, nil, defaultDataDir},
 	} {
 		if got := dataDirOf(tc.args, tc.env); got != tc.want {
 			t.Errorf("%v %v: %s, want %s", tc.args, tc.env, got, tc.want)
