@@ -27,11 +27,19 @@ func (s *settings) checkArgs() error {
 	if s.disableAgent || len(s.agent.KubeletArgs) == 0 {
 		return errors.Join(errs...)
 	}
-	err := argErrors("--kubelet-arg", s.agent.KubeletArgs, agent.Flags, nil)
-	if err == nil { // the kubelet's flags may name files, which it reads when it is made
-		_, err = agent.NewKubelet(s.agent, slog.New(slog.DiscardHandler))
+	errs = append(errs, argErrors("--kubelet-arg", s.agent.KubeletArgs, agent.Flags, nil))
+	// These name files, which the kubelet reads when it is made. Of others it would print
+	// here, and once more when it is made, that they are deprecated.
+	files := s.agent
+	files.KubeletArgs = slices.DeleteFunc(slices.Clone(files.KubeletArgs), func(arg string) bool {
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		return name != "config" && name != "config-dir"
+	})
+	if err := errors.Join(errs...); err != nil || len(files.KubeletArgs) == 0 {
+		return err
 	}
-	return errors.Join(append(errs, err)...)
+	_, err := agent.NewKubelet(files, slog.New(slog.DiscardHandler))
+	return err
 }
 
 // argErrors are what is wrong with args, which the user has given to a component with

@@ -16,9 +16,9 @@ import (
 
 func kubectlCommand() *cli.Command {
 	return &cli.Command{
-		Name:            "kubectl",
-		Usage:           "Run kubectl, by default against this machine's cluster",
-		ArgsUsage:       "ARGUMENTS",
+		Name:      "kubectl",
+		Usage:     "Run kubectl, by default against this machine's cluster",
+		ArgsUsage: "ARGUMENTS",
 		Description: "The cluster is that of --kubeconfig, or of the variable KUBECONFIG; without these that of this machine's\n" +
 			"server, whose kubeconfig is where --write-kubeconfig puts it; and kubectl's own default where there is none\n" +
 			"that you may read.",
