@@ -78,10 +78,11 @@ func (c *Controllers) defaults() map[string]string {
 		"cluster-signing-kube-apiserver-client-key-file":  c.id.ClientCA.KeyFile(),
 		"cluster-signing-kubelet-client-cert-file":        c.id.ClientCA.CertFile(),
 		"cluster-signing-kubelet-client-key-file":         c.id.ClientCA.KeyFile(),
-		"cluster-signing-kubelet-serving-cert-file":       c.id.ServerCA.CertFile(),
-		"cluster-signing-kubelet-serving-key-file":        c.id.ServerCA.KeyFile(),
-		"cluster-signing-legacy-unknown-cert-file":        c.id.ServerCA.CertFile(),
-		"cluster-signing-legacy-unknown-key-file":         c.id.ServerCA.KeyFile(),
+		// The API server believes no other authority about kubelets, and the API's own must
+		// sign for nobody who can choose a name: it is not used here, so that the fourth
+		// signer, legacy-unknown, which knows no bounds and is asked by nobody any more, is off.
+		"cluster-signing-kubelet-serving-cert-file": c.id.KubeletCA.CertFile(),
+		"cluster-signing-kubelet-serving-key-file":  c.id.KubeletCA.KeyFile(),
 		"leader-elect":                     "false",
 		"master":                           nowhere, // satisfies the option; the clients are replaced
 		"profiling":                        "false",
