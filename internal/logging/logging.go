@@ -84,7 +84,7 @@ func OnFatal(f func()) {
 
 // setupKlog gives klog our handler. How klog exits is not changed: see [OnFatal].
 func setupKlog(log *slog.Logger) {
-	h := &quieter{next: log.Handler(), component: "kubernetes"}
+	h := &quieter{next: log.Handler(), component: "kubernetes", verbose: true}
 	klog.SetSlogLogger(slog.New(h))
 }
 
@@ -95,6 +95,7 @@ type quieter struct {
 	next      slog.Handler
 	component string
 	named     bool // an attribute already names the component
+	verbose   bool // heeds [Verbose]
 }
 
 func lower(l slog.Level) slog.Level {
@@ -108,7 +109,7 @@ func lower(l slog.Level) slog.Level {
 }
 
 func (q *quieter) Enabled(ctx context.Context, l slog.Level) bool {
-	return q.next.Enabled(ctx, lower(l))
+	return q.next.Enabled(ctx, lower(l)) || q.verbose && verbose.Load().may(l)
 }
 
 func (q *quieter) Handle(ctx context.Context, r slog.Record) error {
@@ -117,6 +118,8 @@ func (q *quieter) Handle(ctx context.Context, r slog.Record) error {
 		if level = slog.LevelDebug; !q.next.Enabled(ctx, level) {
 			return nil
 		}
+	} else if q.verbose && !q.next.Enabled(ctx, level) && !verbose.Load().shows(r) {
+		return nil // another file's lines of this level are shown
 	}
 	out := slog.NewRecord(r.Time, level, message, r.PC)
 	if !q.named {
