@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	"k8s.io/client-go/rest"
+
+	"kedge/internal/componentflags"
 )
 
 // Config is everything the node is told. Package main composes it once; it is
@@ -88,6 +90,7 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("--node-taint %q: %w", t, err))
 		}
 	}
+	errs = append(errs, componentflags.Check(c.KubeletArgs, fromKubelet, decided, componentflags.Logging, componentflags.Clients))
 	return errors.Join(errs...)
 }
 

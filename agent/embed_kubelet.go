@@ -23,6 +23,7 @@ import (
 	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	cliflag "k8s.io/component-base/cli/flag"
+	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kubelet/config/v1beta1"
 	"k8s.io/kubernetes/cmd/kubelet/app"
 	"k8s.io/kubernetes/cmd/kubelet/app/options"
@@ -64,7 +65,7 @@ func NewKubelet(cfg Config, log *slog.Logger) (*Kubelet, error) {
 	if err := k.defaults(); err != nil {
 		return nil, err
 	}
-	args, err := componentflags.Merge(nil, cfg.KubeletArgs, "--kubelet-arg")
+	args, err := componentflags.Merge(nil, cfg.KubeletArgs, fromKubelet)
 	if err != nil {
 		return nil, err
 	}
@@ -81,9 +82,17 @@ func NewKubelet(cfg Config, log *slog.Logger) (*Kubelet, error) {
 		}
 	}
 	if err := options.ValidateKubeletFlags(&k.server.KubeletFlags); err != nil {
-		return nil, fmt.Errorf("--kubelet-arg: %w", err)
+		return nil, fmt.Errorf("%s: %w", fromKubelet, err)
 	}
-	return k, nil
+	c := &k.server.KubeletConfiguration
+	// What cannot be given as a flag cannot be given in a file.
+	if c.ServerTLSBootstrap {
+		return nil, fmt.Errorf("%s=config: serverTLSBootstrap cannot be set: %s", fromKubelet, ownCertificate)
+	}
+	if c.Logging.Format != logsapi.DefaultLogFormat {
+		return nil, fmt.Errorf("%s=config: logging.format cannot be set: %s", fromKubelet, componentflags.Logging["logging-format"])
+	}
+	return k, componentflags.ApplyVerbosity(&c.Logging, fromKubelet)
 }
 
 // parse reads user's flags over what is set already.

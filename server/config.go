@@ -10,6 +10,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/pki"
 	"kedge/internal/token"
+	"kedge/server/arguments"
 	"kedge/server/identity"
 	"kedge/server/join"
 )
@@ -98,6 +99,7 @@ func (c Config) Validate() error {
 	if l := c.AgentCertificateLife; l < leastLife || l > pki.LeafLife {
 		errs = append(errs, fmt.Errorf("--agent-certificate-life %s is not between %s and %s", l, leastLife, pki.LeafLife))
 	}
+	errs = append(errs, arguments.Check(c.APIServerArgs, c.ControllerArgs, c.SchedulerArgs))
 	errs = append(errs, validRanges("--cluster-cidr", c.ClusterCIDRs), validRanges("--service-cidr", c.ServiceCIDRs))
 	for _, p := range c.ClusterCIDRs {
 		for _, s := range c.ServiceCIDRs {

@@ -8,18 +8,24 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
+	"k8s.io/apiserver/pkg/apis/apiserver"
+	"k8s.io/apiserver/pkg/authentication/authenticator"
+	"k8s.io/apiserver/pkg/authentication/request/anonymous"
 	"k8s.io/apiserver/pkg/authentication/request/union"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	certutil "k8s.io/client-go/util/cert"
 	openapicommon "k8s.io/kube-openapi/pkg/common"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
@@ -28,6 +34,7 @@ import (
 	"kedge/internal/componentflags"
 	"kedge/internal/pki"
 	"kedge/internal/tunnel"
+	"kedge/server/arguments"
 	"kedge/server/bootstrap"
 	"kedge/server/cutoff"
 	"kedge/server/identity"
@@ -65,22 +72,63 @@ func NewAPIServer(cfg Config, id *identity.Identity, lb *loopback.Loopback, join
 	for _, f := range s.opts.Flags().FlagSets {
 		fs.AddFlagSet(f)
 	}
-	args, err := componentflags.Merge(s.defaults(), cfg.APIServerArgs, "--kube-apiserver-arg")
+	s.opts.Authentication.Anonymous.Allow = false // but for [healthPaths]; see strangers
+	args, err := arguments.APIServer(s.defaults(), cfg.APIServerArgs)
 	if err != nil {
 		return nil, err
 	}
 	if err := fs.Parse(args); err != nil {
-		return nil, fmt.Errorf("--kube-apiserver-arg: %w", err)
+		return nil, fmt.Errorf("%s: %w", arguments.FromAPIServer, err)
 	}
-	return s, nil
+	if err := s.knowsNodes(); err != nil {
+		return nil, err
+	}
+	return s, componentflags.ApplyVerbosity(s.opts.Logs, arguments.FromAPIServer)
 }
 
-// defaults are the flags that kedge gives. Users can replace each of them.
+// knowsNodes makes sure that a user's client-ca-file has kedge's authority too, by whose
+// certificates nodes, administrators and the API server itself are known.
+func (s *APIServer) knowsNodes() error {
+	file := s.opts.Authentication.ClientCert.ClientCA
+	known, err := certutil.CertsFromFile(file)
+	if err != nil {
+		return fmt.Errorf("%s: client-ca-file: %w", arguments.FromAPIServer, err)
+	}
+	if !slices.ContainsFunc(known, s.id.ClientCA.Cert.Equal) {
+		return fmt.Errorf("%s: client-ca-file: %s lacks the authority that signs for nodes and administrators; append %s to it", arguments.FromAPIServer, file, s.id.ClientCA.CertFile())
+	}
+	return nil
+}
+
+// healthPaths are what may be asked without a certificate or token.
+var healthPaths = []apiserver.AnonymousAuthCondition{{Path: "/livez"}, {Path: "/readyz"}, {Path: "/healthz"}}
+
+// strangers lets those ask for [healthPaths] who show nothing, unless the user has said
+// who may ask for what. Upstream can say this in a file for authentication-config only,
+// which would exclude a user's own such file and all flags of oidc.
+func (s *APIServer) strangers(known authenticator.Request) (authenticator.Request, error) {
+	opts := s.opts.Authentication
+	if opts.Anonymous.FlagsSet {
+		return known, nil
+	}
+	if file := opts.AuthenticationConfigFile; file != "" {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("%s: authentication-config: %w", arguments.FromAPIServer, err)
+		}
+		if said, err := arguments.SaysWhoIsAnonymous(data); said || err != nil {
+			return known, err
+		}
+	}
+	return union.NewFailOnError(known, anonymous.NewAuthenticator(healthPaths)), nil
+}
+
+// defaults are the flags that kedge gives. Which of them users can replace, and which they
+// add to, is known to package arguments.
 func (s *APIServer) defaults() map[string]string {
 	d := map[string]string{
 		"advertise-address":                       s.cfg.AdvertiseAddress.String(),
 		"allow-privileged":                        "true",
-		"authentication-config":                   s.id.AuthnConfig,
 		"authorization-mode":                      "Node,RBAC",
 		"client-ca-file":                          s.id.ClientCA.CertFile(),
 		"enable-admission-plugins":                "NodeRestriction",
@@ -113,9 +161,6 @@ func (s *APIServer) defaults() map[string]string {
 	}
 	if s.cfg.BindAddress.IsValid() {
 		d["bind-address"] = s.cfg.BindAddress.String()
-	}
-	if componentflags.Has(s.cfg.APIServerArgs, "anonymous-auth") {
-		delete(d, "authentication-config") // the two exclude each other
 	}
 	return d
 }
@@ -262,7 +307,7 @@ func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listene
 		return nil, fmt.Errorf("complete the API server's options: %w", err)
 	}
 	if errs := completed.Validate(); len(errs) != 0 {
-		return nil, fmt.Errorf("--kube-apiserver-arg: %w", errors.Join(errs...))
+		return nil, fmt.Errorf("%s: %w", arguments.FromAPIServer, errors.Join(errs...))
 	}
 	config, err := app.NewConfig(completed)
 	if err != nil {
@@ -271,8 +316,11 @@ func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listene
 	// The aggregator is the outermost of the three servers and the only one
 	// whose handler chain authenticates.
 	authn := &config.Aggregator.GenericConfig.Config.Authentication
-	authn.Authenticator = union.New(loopback.Authenticator(), authn.Authenticator)
-	config.Aggregator.GenericConfig.Config.ShutdownDelayDuration = 0
+	known, err := s.strangers(authn.Authenticator)
+	if err != nil {
+		return nil, err
+	}
+	authn.Authenticator = union.New(loopback.Authenticator(), known)
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
 		return until(requests, s.nodesFirst(s.joins.Handler(s.gate.Handler(chainOf(s.cut.Handler(api, c.Serializer, ownRequest), c)))))

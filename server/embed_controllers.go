@@ -26,6 +26,7 @@ import (
 	"k8s.io/kubernetes/pkg/serviceaccount"
 
 	"kedge/internal/componentflags"
+	"kedge/server/arguments"
 	"kedge/server/identity"
 	"kedge/server/loopback"
 )
@@ -60,14 +61,14 @@ func NewControllers(cfg Config, id *identity.Identity, lb *loopback.Loopback, bu
 	for _, f := range flags.FlagSets {
 		fs.AddFlagSet(f)
 	}
-	args, err := componentflags.Merge(c.defaults(), cfg.ControllerArgs, "--kube-controller-manager-arg")
+	args, err := arguments.Controllers(c.defaults(), cfg.ControllerArgs)
 	if err != nil {
 		return nil, err
 	}
 	if err := fs.Parse(args); err != nil {
-		return nil, fmt.Errorf("--kube-controller-manager-arg: %w", err)
+		return nil, fmt.Errorf("%s: %w", arguments.FromControllers, err)
 	}
-	return c, nil
+	return c, componentflags.ApplyVerbosity(opts.Logs, arguments.FromControllers)
 }
 
 func (c *Controllers) defaults() map[string]string {
@@ -196,10 +197,7 @@ func untilHealthy(ctx context.Context, client kubernetes.Interface) bool {
 func (c *Controllers) configure(ctx context.Context) (*config.Config, error) {
 	cfg, err := c.opts.Config(ctx, app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	if err != nil {
-		return nil, fmt.Errorf("--kube-controller-manager-arg: %w", err)
-	}
-	if cfg.ComponentConfig.Generic.LeaderElection.LeaderElect {
-		return nil, errors.New("--kube-controller-manager-arg: leader-elect is decided by kedge; leave it out")
+		return nil, fmt.Errorf("%s: %w", arguments.FromControllers, err)
 	}
 	cfg.Kubeconfig = c.loopback.Config("system:kube-controller-manager")
 	if cfg.Client, err = kubernetes.NewForConfig(cfg.Kubeconfig); err != nil {

@@ -22,6 +22,7 @@ import (
 	"k8s.io/kubernetes/pkg/scheduler/apis/config/latest"
 
 	"kedge/internal/componentflags"
+	"kedge/server/arguments"
 	"kedge/server/loopback"
 )
 
@@ -40,19 +41,19 @@ func NewScheduler(cfg Config, lb *loopback.Loopback) (*Scheduler, error) {
 	for _, f := range s.opts.Flags.FlagSets {
 		fs.AddFlagSet(f)
 	}
-	args, err := componentflags.Merge(map[string]string{
+	args, err := arguments.Scheduler(map[string]string{
 		"leader-elect": "false",
 		"master":       nowhere, // satisfies the option; the clients are replaced
 		"profiling":    "false",
 		"secure-port":  "0", // metrics and health are the API server's
-	}, cfg.SchedulerArgs, "--kube-scheduler-arg")
+	}, cfg.SchedulerArgs)
 	if err != nil {
 		return nil, err
 	}
 	if err := fs.Parse(args); err != nil {
-		return nil, fmt.Errorf("--kube-scheduler-arg: %w", err)
+		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, err)
 	}
-	return s, nil
+	return s, componentflags.ApplyVerbosity(s.opts.Logs, arguments.FromScheduler)
 }
 
 // Name implements lifecycle.Component.
@@ -135,14 +136,11 @@ func (s *Scheduler) configure(ctx context.Context) (*schedulerconfig.Config, err
 		return nil, fmt.Errorf("make the scheduler's configuration: %w", err)
 	}
 	if errs := s.opts.Validate(); len(errs) > 0 {
-		return nil, fmt.Errorf("--kube-scheduler-arg: %w", errors.Join(errs...))
+		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, errors.Join(errs...))
 	}
 	cfg, err := s.opts.Config(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("--kube-scheduler-arg: %w", err)
-	}
-	if cfg.LeaderElection != nil {
-		return nil, errors.New("--kube-scheduler-arg: leader-elect is decided by kedge; leave it out")
+		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, err)
 	}
 	cfg.KubeConfig = s.loopback.Config("system:kube-scheduler")
 	client, err := kubernetes.NewForConfig(cfg.KubeConfig)

@@ -1,8 +1,9 @@
 // Package componentflags merges the flags that kedge gives to an upstream
 // Kubernetes component with those that the user gives with --kubelet-arg and
-// its siblings.
+// its siblings, and refuses those that users cannot give.
 //
-// It knows no component and no flag; it may be imported by server and agent.
+// It knows no component, and of flags those that all have; it may be imported by server
+// and agent, and what is below them.
 package componentflags
 
 import (
@@ -44,8 +45,5 @@ func Merge(defaults map[string]string, user []string, from string) ([]string, er
 
 // Has reports whether user gives the flag called name.
 func Has(user []string, name string) bool {
-	return slices.ContainsFunc(user, func(arg string) bool {
-		n, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-		return n == name
-	})
+	return slices.ContainsFunc(user, func(arg string) bool { return nameOf(arg) == name })
 }

@@ -38,6 +38,7 @@ var floors = map[string]struct {
 // and what is below it. docs/architecture.md has them too. Those of server and agent are
 // all here, since what they import their tests link.
 var rooms = map[string][]string{
+	"server/arguments":         {"internal/componentflags"},
 	"server/bootstrap":         {},
 	"server/claims":            {},
 	"server/cutoff":            {"internal"},

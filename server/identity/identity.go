@@ -46,7 +46,6 @@ type Identity struct {
 
 	ServiceAccountKey string // signs service account tokens
 	EncryptionConfig  string // names the key that encrypts secrets at rest
-	AuthnConfig       string // anonymous access to the health endpoints only
 
 	URL string // of the API, for the kubeconfig
 }
@@ -79,7 +78,6 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	id := &Identity{
 		ServiceAccountKey: filepath.Join(dir, serviceAccountKey),
 		EncryptionConfig:  filepath.Join(cfg.Dir, encryptionConfig),
-		AuthnConfig:       filepath.Join(cfg.Dir, "authentication-config.yaml"),
 		URL:               cfg.url(),
 	}
 	for i, ca := range []**pki.Authority{&id.ServerCA, &id.KubeletCA, &id.ClientCA, &id.ProxyCA, &id.PeerCA} {
@@ -97,7 +95,8 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	if err := ensureEncryptionConfig(id.EncryptionConfig); err != nil {
 		return nil, err
 	}
-	if _, err := atomicfile.WriteIfChanged(id.AuthnConfig, []byte(authnConfig), 0o600); err != nil {
+	// What earlier versions made for kube-apiserver has no use any more.
+	if err := os.Remove(filepath.Join(cfg.Dir, "authentication-config.yaml")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	for name, secret := range map[string]token.Secret{tokenFile: cfg.Token, serverTokenFile: cfg.ServerToken} {
@@ -177,17 +176,6 @@ func (id *Identity) nodeClient(cfg Config, now time.Time) error {
 
 // ProxyUser is who the aggregator is when it calls an extension API server.
 const ProxyUser = "system:auth-proxy"
-
-// authnConfig allows anonymous requests to the health endpoints and nowhere else.
-const authnConfig = `apiVersion: apiserver.config.k8s.io/v1
-kind: AuthenticationConfiguration
-anonymous:
-  enabled: true
-  conditions:
-  - path: /livez
-  - path: /readyz
-  - path: /healthz
-`
 
 // ensureEncryptionConfig makes the key for secrets at rest at the first boot.
 // An existing file is never replaced: its key is the only one that opens what is
