@@ -23,7 +23,6 @@ import (
 	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	cliflag "k8s.io/component-base/cli/flag"
-	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kubelet/config/v1beta1"
 	"k8s.io/kubernetes/cmd/kubelet/app"
 	"k8s.io/kubernetes/cmd/kubelet/app/options"
@@ -73,7 +72,11 @@ func NewKubelet(cfg Config, log *slog.Logger) (*Kubelet, error) {
 		return nil, err
 	}
 	if k.server.KubeletConfigFile != "" || k.server.KubeletDropinConfigDirectory != "" {
+		own := k.server.KubeletConfiguration.DeepCopy()
 		if err := k.mergeFiles(); err != nil {
+			return nil, err
+		}
+		if err := checkFiles(own, &k.server.KubeletConfiguration); err != nil {
 			return nil, err
 		}
 		// Flags win over files, so they have to be read again.
@@ -84,15 +87,7 @@ func NewKubelet(cfg Config, log *slog.Logger) (*Kubelet, error) {
 	if err := options.ValidateKubeletFlags(&k.server.KubeletFlags); err != nil {
 		return nil, fmt.Errorf("%s: %w", fromKubelet, err)
 	}
-	c := &k.server.KubeletConfiguration
-	// What cannot be given as a flag cannot be given in a file.
-	if c.ServerTLSBootstrap {
-		return nil, fmt.Errorf("%s=config: serverTLSBootstrap cannot be set: %s", fromKubelet, ownCertificate)
-	}
-	if c.Logging.Format != logsapi.DefaultLogFormat {
-		return nil, fmt.Errorf("%s=config: logging.format cannot be set: %s", fromKubelet, componentflags.Logging["logging-format"])
-	}
-	return k, componentflags.ApplyVerbosity(&c.Logging, fromKubelet)
+	return k, componentflags.ApplyVerbosity(&k.server.Logging, fromKubelet)
 }
 
 // parse reads user's flags over what is set already.
@@ -240,6 +235,33 @@ func (k *Kubelet) mergeFiles() error {
 	}
 	scheme.Default(result)
 	return scheme.Convert(result, &k.server.KubeletConfiguration, nil)
+}
+
+// checkFiles says what the user's files change that cannot be given as a flag either.
+func checkFiles(own, merged *kubeletconfig.KubeletConfiguration) error {
+	var errs []error
+	for _, setting := range []struct {
+		name, flag string
+		of         func(*kubeletconfig.KubeletConfiguration) any
+	}{
+		{"authentication.x509.clientCAFile", "client-ca-file", func(c *kubeletconfig.KubeletConfiguration) any { return c.Authentication.X509.ClientCAFile }},
+		{"cgroupDriver", "cgroup-driver", func(c *kubeletconfig.KubeletConfiguration) any { return c.CgroupDriver }},
+		{"cgroupRoot", "cgroup-root", func(c *kubeletconfig.KubeletConfiguration) any { return c.CgroupRoot }},
+		{"containerRuntimeEndpoint", "container-runtime-endpoint", func(c *kubeletconfig.KubeletConfiguration) any { return c.ContainerRuntimeEndpoint }},
+		{"imageServiceEndpoint", "image-service-endpoint", func(c *kubeletconfig.KubeletConfiguration) any { return c.ImageServiceEndpoint }},
+		{"port", "port", func(c *kubeletconfig.KubeletConfiguration) any { return c.Port }},
+		{"serverTLSBootstrap", "rotate-server-certificates", func(c *kubeletconfig.KubeletConfiguration) any { return c.ServerTLSBootstrap }},
+		{"tlsCertFile", "tls-cert-file", func(c *kubeletconfig.KubeletConfiguration) any { return c.TLSCertFile }},
+		{"tlsPrivateKeyFile", "tls-private-key-file", func(c *kubeletconfig.KubeletConfiguration) any { return c.TLSPrivateKeyFile }},
+	} {
+		if setting.of(own) != setting.of(merged) {
+			errs = append(errs, fmt.Errorf("%s=config: %s cannot be set: %s", fromKubelet, setting.name, decided[setting.flag]))
+		}
+	}
+	if merged.Logging.Format != own.Logging.Format {
+		errs = append(errs, fmt.Errorf("%s=config: logging.format cannot be set: %s", fromKubelet, componentflags.Logging["logging-format"]))
+	}
+	return errors.Join(errs...)
 }
 
 // Name implements lifecycle.Component.

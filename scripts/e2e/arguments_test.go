@@ -152,6 +152,13 @@ func TestArguments(t *testing.T) {
 	if err := n.start(); err == nil || !strings.Contains(err.Error(), "lacks the authority that signs for nodes and administrators; append ") {
 		t.Fatalf("without the authority of its clients it starts: %v", err)
 	}
+	refused := n.files(t, map[string]string{"refused.yaml": "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n" +
+		"containerRuntimeEndpoint: unix:///x\nimageServiceEndpoint: unix:///x\nport: 1\ncgroupRoot: /x\ncgroupDriver: none\nserverTLSBootstrap: true\n" +
+		"tlsCertFile: /x\ntlsPrivateKeyFile: /x\nauthentication: {x509: {clientCAFile: /x}}\nlogging: {format: json}\n"})
+	n.flags = append(base, "--kubelet-arg=config="+filepath.Join(refused, "refused.yaml"))
+	if err := n.start(); err == nil || strings.Count(err.Error(), "--kubelet-arg=config: ") != 10 {
+		t.Fatalf("with ten settings that are kedge's: %v", err)
+	}
 	own, err := os.ReadFile(filepath.Join(n.dataDir(), "server/tls/client-ca.crt"))
 	if err != nil {
 		t.Fatal(err)
