@@ -5,8 +5,11 @@ SHELL := /bin/bash
 # scripts/deps.sh puts a Go there on machines whose own is missing or too old.
 export PATH := $(CURDIR)/build/go/bin:$(PATH):/usr/local/go/bin
 
-ARCH ?= $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
-HOSTARCH := $(shell go env GOARCH 2>/dev/null || dpkg --print-architecture)
+# What is exported reaches recipes, but before make 4.4 not $(shell).
+GO := PATH='$(PATH)' go
+
+ARCH ?= $(shell $(GO) env GOARCH 2>/dev/null || dpkg --print-architecture)
+HOSTARCH := $(shell $(GO) env GOARCH 2>/dev/null || dpkg --print-architecture)
 BIN := bin/kedge$(if $(filter-out $(HOSTARCH),$(ARCH)),-$(ARCH))
 
 # One set of flags for everything, so that builds and tests share one cache.
@@ -16,16 +19,16 @@ export CGO_ENABLED := 0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 DATE := $(shell TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)
-KUBE_VERSION = $(shell go list -m -f '{{.Version}}' k8s.io/kubernetes)
-RUNC_VERSION = $(shell go list -m -f '{{.Version}}' github.com/opencontainers/runc)
-CONTAINERD_VERSION = $(shell go list -m -f '{{.Version}}' github.com/containerd/containerd/v2)
+KUBE_VERSION = $(shell $(GO) list -m -f '{{.Version}}' k8s.io/kubernetes)
+RUNC_VERSION = $(shell $(GO) list -m -f '{{.Version}}' github.com/opencontainers/runc)
+CONTAINERD_VERSION = $(shell $(GO) list -m -f '{{.Version}}' github.com/containerd/containerd/v2)
 KUBE_MINOR = $(word 2,$(subst ., ,$(KUBE_VERSION)))
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.buildDate=$(DATE) -X main.runcVersion=$(RUNC_VERSION) \
 	$(foreach p,k8s.io/component-base/version k8s.io/client-go/pkg/version,-X $(p).gitVersion=$(KUBE_VERSION)+kedge -X $(p).gitMajor=1 -X $(p).gitMinor=$(KUBE_MINOR) -X $(p).gitCommit=$(COMMIT) -X $(p).gitTreeState=clean -X $(p).buildDate=$(DATE)) \
 	-X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)
 
 # Packages whose tests do not link the Kubernetes components: small binaries.
-UNIT = $(shell go list ./... 2>/dev/null | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
+UNIT = $(shell $(GO) list ./... | grep -v -e '^kedge$$' -e '^kedge/server$$' -e '^kedge/agent$$' -e '^kedge/scripts/e2e' -e '^kedge/datastore/upstream')
 
 .PHONY: help
 help: ## list the targets
@@ -67,7 +70,7 @@ check: deps ## format, vet, house rules and unit tests with the race detector
 	@# Those that call the kernel by number, or have files for one architecture.
 	GOARCH=$(if $(filter amd64,$(HOSTARCH)),arm64,amd64) go vet ./launcher ./internal/footprint ./internal/lan ./internal/machines ./internal/preflight ./internal/timerslack ./network/nft
 	@# Without that, a program with the race detector sleeps for a second before it exits.
-	CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 go test -race $(UNIT)
+	CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 go test -race $(or $(UNIT),$(error go list finds no packages))
 
 .PHONY: test
 test: bench-dns-programs check build test-datastore test-upstream-storage e2e conformance-fast ## run all tests
