@@ -92,4 +92,6 @@ if [ "$(minor || echo 0)" -lt 21 ]; then
 	cp -R "$dir" build/go
 	chmod -R u+w build/go
 	chmod +x build/go/bin/* build/go/pkg/tool/*/*
+	# Its own programs are no packages of kedge: ./... ends here.
+	echo "module toolchain" >build/go/go.mod
 fi
