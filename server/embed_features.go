@@ -27,5 +27,9 @@ func ApplyFeatureGates() error {
 	if err := compatibility.DefaultComponentGlobalsRegistry.Set(); err != nil {
 		return fmt.Errorf("feature-gates: %w", err)
 	}
+	// Upstream's commands do that, for the metrics kubernetes_feature_enabled and
+	// version_info.
+	utilfeature.DefaultMutableFeatureGate.AddMetrics()
+	compatibility.DefaultComponentGlobalsRegistry.AddMetrics()
 	return nil
 }

@@ -53,7 +53,9 @@ type Group struct {
 	onStop  func()
 	limit   time.Duration // for the whole stop; 0 for none
 	over    chan struct{} // closed when that has passed
-	now     func() time.Time
+
+	stopping chan struct{} // closed when onStop has returned
+	now      func() time.Time
 
 	members []*member
 	started bool // Run was called; guarded by mu
@@ -91,7 +93,7 @@ func WithHurry(c <-chan struct{}) Option { return func(g *Group) { g.hurry = c }
 func WithOnReady(f func()) Option { return func(g *Group) { g.onReady = f } }
 
 // WithOnStop gives a function that is called once, when the stop begins, whether it was
-// asked for or a component has failed.
+// asked for or a component has failed. No component is told to stop before it returns.
 func WithOnStop(f func()) Option { return func(g *Group) { g.onStop = f } }
 
 // WithStopLimit bounds the whole stop: the limits of components that come after each
@@ -100,7 +102,7 @@ func WithStopLimit(d time.Duration) Option { return func(g *Group) { g.limit = d
 
 // New makes an empty group that logs to log.
 func New(log *slog.Logger, options ...Option) *Group {
-	g := &Group{log: log, now: time.Now, over: make(chan struct{})}
+	g := &Group{log: log, now: time.Now, over: make(chan struct{}), stopping: make(chan struct{})}
 	for _, o := range options {
 		o(g)
 	}
@@ -161,9 +163,12 @@ func (g *Group) Run(ctx context.Context) error {
 	// stop ends the start-up and begins the stop. Its cause is why.
 	stop, halt := context.WithCancelCause(ctx)
 	defer halt(nil)
-	if g.onStop != nil {
-		context.AfterFunc(stop, g.onStop)
-	}
+	context.AfterFunc(stop, func() {
+		if g.onStop != nil {
+			g.onStop()
+		}
+		close(g.stopping)
+	})
 
 	ended := make(chan struct{})
 	if g.limit > 0 {
@@ -237,6 +242,7 @@ func (g *Group) live(ctx, stop context.Context, halt context.CancelCauseFunc, m 
 		return
 	case <-stop.Done():
 	}
+	<-g.stopping
 
 	// Dependents first. They have time limits of their own, so this ends. A
 	// component can die while it waits for them, and that is still a failure.

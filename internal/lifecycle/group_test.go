@@ -240,6 +240,23 @@ func TestStopLimitOfAll(t *testing.T) {
 }
 
 // A stop within the limit is as without one, and leaves nothing that waits.
+func TestOnStopComesBeforeAnyComponentIsStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var j journal
+		g := New(quiet(), WithOnStop(func() { time.Sleep(time.Second); j.add("on stop") }))
+		g.Add(steady(&j, "a", 0, 0))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- g.Run(ctx) }()
+		synctest.Wait()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		j.want(t, "start a", "ready a", "on stop", "stop a")
+	})
+}
+
 func TestStopWithinTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var j journal

@@ -30,7 +30,8 @@ func TestHealthAndMetrics(t *testing.T) {
 		}
 	}
 	out := n.kubectl(t, "get", "--raw", "/metrics")
-	for _, want := range []string{"apiserver_request_total{", "etcd_request_duration_seconds_bucket{", `apiserver_resource_objects{group="",resource="nodes"}`, "scheduler_pending_pods{", "workqueue_adds_total{"} {
+	for _, want := range []string{"apiserver_request_total{", "etcd_request_duration_seconds_bucket{", `apiserver_resource_objects{group="",resource="nodes"}`, "scheduler_pending_pods{", "workqueue_adds_total{",
+		`kubernetes_feature_enabled{name="APIServerIdentity",stage="BETA"} 0`, `version_info{`} {
 		if !strings.Contains(out, "\n"+want) {
 			t.Errorf("no %s in the metrics", want)
 		}
