@@ -127,6 +127,16 @@ func run(ctx context.Context, args []string) (err error) {
 
 	r := newReport()
 	fmt.Println(r.Machine)
+	err = measure(ctx, o, all, images, r)
+	r.print(os.Stdout) // also what was measured before something failed
+	if err == nil && o.out != "" {
+		err = r.writeJSON(o.out)
+	}
+	return err
+}
+
+// measure takes the groups of figures that are asked for, one after the other.
+func measure(ctx context.Context, o options, all []composition, images string, r *report) error {
 	if o.wants("size") {
 		for _, c := range all {
 			if err := c.sizes(r); err != nil {
@@ -150,10 +160,6 @@ func run(ctx context.Context, args []string) (err error) {
 				return err
 			}
 		}
-	}
-	r.print(os.Stdout)
-	if o.out != "" {
-		return r.writeJSON(o.out)
 	}
 	return nil
 }

@@ -45,8 +45,8 @@ func (p *plainNode) controlSettings() any {
 }
 
 // kubeletConfig differs from upstream's defaults where the folders, ports and the
-// machine ask for it: cgroup v1 and swap are no reason to fail, and the host's
-// iptables are not touched.
+// machine ask for it: cgroup v1, swap and a disk with less than 15 % left are no reason to
+// fail, and the host's iptables are not touched.
 func (p *plainNode) kubeletConfig() string {
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -64,6 +64,8 @@ cgroupDriver: cgroupfs
 cgroupRoot: %[7]s
 failCgroupV1: false
 failSwapOn: false
+evictionHard: {memory.available: 100Mi, nodefs.available: 1Gi, imagefs.available: 1Gi}
+imageGCHighThresholdPercent: 100
 makeIPTablesUtilChains: false
 clusterDNS: [10.247.0.10]
 clusterDomain: cluster.local
