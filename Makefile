@@ -64,7 +64,7 @@ fmt: ## format the source
 	gofmt -w $$(git ls-files '*.go')
 
 .PHONY: check
-check: deps ## format, vet, house rules and unit tests with the race detector
+check: deps payload ## format, vet, house rules and unit tests with the race detector
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo 'not formatted (run make fmt):'; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
 	@# Those that call the kernel by number, or have files for one architecture.

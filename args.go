@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"kedge/agent"
+	"kedge/internal/componentflags"
 	"kedge/internal/config"
 	"kedge/server"
 )
@@ -32,7 +33,7 @@ func (s *settings) checkArgs() error {
 	// here, and once more when it is made, that they are deprecated.
 	files := s.agent
 	files.KubeletArgs = slices.DeleteFunc(slices.Clone(files.KubeletArgs), func(arg string) bool {
-		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		name, _, _ := componentflags.Split(arg)
 		return name != "config" && name != "config-dir"
 	})
 	if err := errors.Join(errs...); err != nil || len(files.KubeletArgs) == 0 {
@@ -56,7 +57,7 @@ func argErrors(from string, args []string, known func() (*pflag.FlagSet, error),
 	flags.VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
 	var errs []error
 	for _, arg := range args {
-		name, value, valued := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		name, value, valued := componentflags.Split(arg)
 		switch f := flags.Lookup(name); {
 		case name == "":
 			err = errors.New("want NAME=VALUE")

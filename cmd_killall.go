@@ -29,21 +29,23 @@ func killallCommand() *cli.Command {
 			"Images, volumes and the cluster's data stay: the next start brings the pods back.",
 		Flags: flags,
 		Action: func(c *cli.Context) error {
-			return configured(c, flags, func() error {
-				// Addresses are of no use here, and the machine may have none.
-				if !c.IsSet("node-ip") {
-					if err := c.Set("node-ip", "127.0.0.1"); err != nil {
-						return err
-					}
-				}
-				s, err := composeAny(c)
-				if err != nil {
-					return err
-				}
-				return killall(c.Context, s)
-			})
+			return configured(c, flags, func() error { return killallHere(c) })
 		},
 	}
+}
+
+func killallHere(c *cli.Context) error {
+	// Addresses are of no use here, and the machine may have none.
+	if !c.IsSet("node-ip") {
+		if err := c.Set("node-ip", "127.0.0.1"); err != nil {
+			return err
+		}
+	}
+	s, err := composeAny(c)
+	if err != nil {
+		return err
+	}
+	return killall(c.Context, s)
 }
 
 func killall(ctx context.Context, s settings) error {

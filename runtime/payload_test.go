@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -175,10 +176,13 @@ func TestPauseImageIsReproducible(t *testing.T) {
 // C library is there.
 func TestProgramsAreStatic(t *testing.T) {
 	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		p, err := openPayload(os.DirFS(filepath.Join("payload", arch)))
+		if errors.Is(err, ErrNoPayload) && arch != goruntime.GOARCH {
+			continue // nobody has built it
+		}
 		t.Run(arch, func(t *testing.T) {
-			p, err := openPayload(os.DirFS(filepath.Join("payload", arch)))
 			if errors.Is(err, ErrNoPayload) {
-				t.Skip("not built: make payload ARCH=" + arch)
+				t.Skip("not built; make check does: make payload")
 			}
 			if err != nil {
 				t.Fatal(err)

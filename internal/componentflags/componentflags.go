@@ -2,8 +2,8 @@
 // Kubernetes component with those that the user gives with --kubelet-arg and
 // its siblings, and refuses those that users cannot give.
 //
-// It knows no component, and of flags those that all have; it may be imported by server
-// and agent, and what is below them.
+// It knows no component, and of flags those that all have; it may be imported by main,
+// server and agent, and what is below them.
 package componentflags
 
 import (
@@ -12,6 +12,11 @@ import (
 	"slices"
 	"strings"
 )
+
+// Split takes an entry of user apart, which is as in [Merge].
+func Split(arg string) (name, value string, hasValue bool) {
+	return strings.Cut(strings.TrimLeft(arg, "-"), "=")
+}
 
 // Merge returns command line flags: the defaults, each replaced by what user
 // says for the same name, and then the rest of user in its order. An entry of
@@ -22,8 +27,7 @@ func Merge(defaults map[string]string, user []string, from string) ([]string, er
 	given := map[string]bool{}
 	var own []string
 	for _, arg := range user {
-		trimmed := strings.TrimLeft(arg, "-")
-		name, value, hasValue := strings.Cut(trimmed, "=")
+		name, value, hasValue := Split(arg)
 		if name == "" {
 			return nil, fmt.Errorf("%s %q: want NAME=VALUE", from, arg)
 		}
@@ -45,5 +49,8 @@ func Merge(defaults map[string]string, user []string, from string) ([]string, er
 
 // Has reports whether user gives the flag called name.
 func Has(user []string, name string) bool {
-	return slices.ContainsFunc(user, func(arg string) bool { return nameOf(arg) == name })
+	return slices.ContainsFunc(user, func(arg string) bool {
+		given, _, _ := Split(arg)
+		return given == name
+	})
 }

@@ -32,9 +32,10 @@ var Clients = Decided{
 func Check(user []string, from string, d ...Decided) error {
 	var errs []error
 	for _, arg := range user {
+		name, _, _ := Split(arg)
 		for _, some := range d {
-			if instead, ok := some.find(nameOf(arg)); ok {
-				errs = append(errs, fmt.Errorf("%s: %s cannot be set: %s", from, nameOf(arg), instead))
+			if instead, ok := some.find(name); ok {
+				errs = append(errs, fmt.Errorf("%s: %s cannot be set: %s", from, name, instead))
 			}
 		}
 	}
@@ -52,10 +53,4 @@ func (d Decided) find(name string) (instead string, ok bool) {
 		}
 	}
 	return "", false
-}
-
-// nameOf is the name of the flag in an entry of user.
-func nameOf(arg string) string {
-	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-	return name
 }

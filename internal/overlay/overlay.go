@@ -70,8 +70,13 @@ func hasTypes(dir string) error {
 	if err != nil {
 		return fmt.Errorf("list %s: %w", dir, err)
 	}
-	// struct linux_dirent64: the record's length is at 16, the type at 18.
-	for b := buf[:n]; len(b) > 18; b = b[binary.NativeEndian.Uint16(b[16:]):] {
+	return typesIn(buf[:n])
+}
+
+// typesIn looks at entries of a folder as the kernel gives them: of struct
+// linux_dirent64 the record's length is at 16, the type at 18.
+func typesIn(entries []byte) error {
+	for b := entries; len(b) > 18; b = b[binary.NativeEndian.Uint16(b[16:]):] {
 		if b[18] == unix.DT_UNKNOWN {
 			return errNoTypes
 		}

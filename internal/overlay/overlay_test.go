@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -51,5 +52,20 @@ func TestTry(t *testing.T) {
 	}
 	if err := hasTypes(memory); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestTypesIn(t *testing.T) {
+	entry := func(kind byte) []byte {
+		b := make([]byte, 24)
+		binary.NativeEndian.PutUint16(b[16:], uint16(len(b)))
+		b[18], b[19] = kind, 'x'
+		return b
+	}
+	if err := typesIn(append(entry(unix.DT_DIR), entry(unix.DT_REG)...)); err != nil {
+		t.Errorf("with types: %v", err)
+	}
+	if err := typesIn(append(entry(unix.DT_DIR), entry(unix.DT_UNKNOWN)...)); err != errNoTypes {
+		t.Errorf("without: %v", err)
 	}
 }

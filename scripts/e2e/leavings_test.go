@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -311,19 +310,28 @@ func removeRun(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// end kills a process and waits until it is gone, or only waits for its parent.
+// end kills a process and waits until it has ended.
 func end(pid int) error {
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
 		return nil // it has ended
 	}
-	for range 100 {
-		// A process without a command line is a zombie.
-		if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || len(data) == 0 {
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", pid, err)
+	}
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n == 0:
+			return fmt.Errorf("process %d does not end", pid)
+		default:
 			return nil
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
-	return fmt.Errorf("process %d does not end", pid)
 }
 
 // remember notes what clearUp needs to know of a node on this machine.

@@ -114,7 +114,7 @@ func APIServer(defaults map[string]string, user []string) ([]string, error) {
 // disables reports whether user wants to do without an admission plug-in.
 func disables(user []string, plugin string) bool {
 	for _, arg := range user {
-		name, value, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		name, value, _ := componentflags.Split(arg)
 		if name != "disable-admission-plugins" {
 			continue
 		}
