@@ -41,6 +41,18 @@ func killallHere(c *cli.Context) error {
 			return err
 		}
 	}
+	// What there is to end is the node's whose directory it is, whatever this machine is called.
+	if !c.IsSet("node-name") {
+		name, err := datadir.NodeName(c.String("data-dir"))
+		if err != nil {
+			return err
+		}
+		if name != "" {
+			if err := c.Set("node-name", name); err != nil {
+				return err
+			}
+		}
+	}
 	s, err := composeAny(c)
 	if err != nil {
 		return err

@@ -339,6 +339,9 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 	if d.HeartbeatClient, err = kubernetes.NewForConfig(heartbeat); err != nil {
 		return nil, fmt.Errorf("make the kubelet's client: %w", err)
 	}
+	if d.CAdvisorInterface, err = k.measure(ctx); err != nil {
+		return nil, err
+	}
 	k.sourcePods(ctx, d)
 	return d, nil
 }

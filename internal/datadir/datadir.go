@@ -161,6 +161,13 @@ func (d *Dir) read() error {
 	return nil
 }
 
+// NodeName is the node whose data directory path is; empty where none has been yet.
+func NodeName(path string) (string, error) {
+	d := &Dir{path: path}
+	err := d.read()
+	return d.desc.NodeName, err
+}
+
 // LastSeen is the latest time that was ever seen on this node; zero at first boot.
 func (d *Dir) LastSeen() time.Time { return d.desc.LastSeen }
 

@@ -15,6 +15,9 @@ var now = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 
 func TestOpenAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "dir")
+	if name, err := NodeName(path); name != "" || err != nil {
+		t.Errorf("before it is anybody's it is of %q, %v", name, err)
+	}
 	d, err := Open(path, t.TempDir(), "n", "v1", now)
 	if err != nil {
 		t.Fatal(err)
@@ -38,6 +41,9 @@ func TestOpenAgain(t *testing.T) {
 	d.Close()
 	if _, err := Open(path, t.TempDir(), "other", "v1", now); !errors.Is(err, ErrOtherNode) {
 		t.Errorf("other node: %v, want ErrOtherNode", err)
+	}
+	if name, err := NodeName(path); name != "n" || err != nil {
+		t.Errorf("it is of %q, %v", name, err)
 	}
 }
 

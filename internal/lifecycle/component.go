@@ -14,7 +14,9 @@ type Component interface {
 	// Run works until ctx is cancelled, cleans up after itself, and returns.
 	// It calls ready once, when a dependent's first call can succeed; further
 	// calls, and calls after Run has returned, have no effect.
-	// Returning before ctx is cancelled, with or without an error, is a failure.
+	// Returning before ctx is cancelled, with or without an error, is a failure. So is an
+	// error after that, unless it is context.Canceled or Run had not called ready yet: its
+	// start was cut off, which is what the error is about.
 	Run(ctx context.Context, ready func()) error
 }
 

@@ -268,9 +268,12 @@ func (g *Group) live(ctx, stop context.Context, halt context.CancelCauseFunc, m 
 	defer limit.Stop()
 	select {
 	case err := <-returned:
-		if err != nil && !errors.Is(err, context.Canceled) {
+		if failedToStop(err, g.wasReady(m)) {
 			g.set(m, Failed, err)
 			return
+		}
+		if err != nil {
+			g.log.Debug("ended because it was told to", "component", m.c.Name(), "err", err)
 		}
 		g.set(m, Stopped, nil)
 	case <-limit.C:
@@ -287,10 +290,26 @@ func (g *Group) call(ctx context.Context, m *member) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			g.log.Error("panic", "component", m.c.Name(), "panic", p, "stack", string(debug.Stack()))
-			err = fmt.Errorf("panic: %v", p)
+			err = fmt.Errorf("%w: %v", errPanic, p)
 		}
 	}()
 	return m.c.Run(ctx, func() { g.markReady(m) })
+}
+
+var errPanic = errors.New("panic")
+
+// failedToStop says whether what a component returned after it was told to stop is a
+// failure. One that was not ready yet has had its start cut off, and not everything that
+// this breaks says so as context.Canceled: gRPC has its own word, and upstream's
+// components put either into sentences.
+func failedToStop(err error, wasReady bool) bool {
+	return err != nil && !errors.Is(err, context.Canceled) && (wasReady || errors.Is(err, errPanic))
+}
+
+func (g *Group) wasReady(m *member) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !m.ready.IsZero()
 }
 
 // markReady is what a component's ready function does.

@@ -292,6 +292,55 @@ func TestSignalBeforeReady(t *testing.T) {
 	})
 }
 
+// A start that is cut off fails in words that the component's own libraries choose; a
+// component that was ready has no such excuse, and nothing excuses a panic.
+func TestErrorsWhenToldToStop(t *testing.T) {
+	broken := errors.New("rpc error: code = Canceled")
+	for name, tc := range map[string]struct {
+		startup time.Duration
+		end     func() error
+		want    string
+	}{
+		"while it starts":       {time.Hour, func() error { return broken }, ""},
+		"after it was ready":    {0, func() error { return broken }, "a: " + broken.Error()},
+		"cancelled":             {0, func() error { return context.Canceled }, ""},
+		"a panic on its way up": {time.Hour, func() error { panic("ouch") }, "a: panic: ouch"},
+	} {
+		// Once as a member of the group, and once as the part of a term.
+		for _, while := range []bool{false, true} {
+			t.Run(name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					a := Func("a", func(ctx context.Context, ready func()) error {
+						select {
+						case <-time.After(tc.startup):
+							ready()
+							<-ctx.Done()
+						case <-ctx.Done():
+						}
+						return tc.end()
+					})
+					if while {
+						inner := a
+						a = While("a", newToggle(true), time.Second, func() (Component, error) { return inner, nil })
+					}
+					g := New(quiet())
+					g.Add(a)
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					time.AfterFunc(time.Minute, cancel)
+					got := ""
+					if err := g.Run(ctx); err != nil {
+						got = err.Error()
+					}
+					if got != tc.want {
+						t.Errorf("Run: %q, want %q", got, tc.want)
+					}
+				})
+			})
+		}
+	}
+}
+
 func TestSecondSignalCutsTheWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var j journal

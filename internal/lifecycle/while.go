@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,8 +29,6 @@ type Condition interface {
 func While(name string, when Condition, stop time.Duration, build func() (Component, error)) Component {
 	return &while{name: name, when: when, stop: stop, build: build}
 }
-
-var errPanic = errors.New("panic")
 
 type while struct {
 	name  string
@@ -101,13 +100,14 @@ func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func())
 	term, end := context.WithCancel(ctx)
 	defer end()
 	returned := make(chan error, 1)
+	var began atomic.Bool // the part has been ready
 	go func() {
 		defer func() {
 			if p := recover(); p != nil {
 				returned <- fmt.Errorf("%w: %v", errPanic, p)
 			}
 		}()
-		returned <- part.Run(term, ready)
+		returned <- part.Run(term, func() { began.Store(true); ready() })
 	}()
 	for holds := true; holds && ctx.Err() == nil; {
 		select {
@@ -129,10 +129,10 @@ func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func())
 	defer limit.Stop()
 	select {
 	case err := <-returned:
-		if errors.Is(err, context.Canceled) {
-			return nil
+		if failedToStop(err, began.Load()) {
+			return err
 		}
-		return err
+		return nil
 	case <-limit.C:
 		return fmt.Errorf("%w (%s)", ErrStopTimeout, w.stop)
 	}

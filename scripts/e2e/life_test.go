@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -155,7 +156,9 @@ func TestLifeOfNode(t *testing.T) {
 	case <-time.After(patient(5 * time.Second)):
 		t.Error("a watch goes on without its server")
 	}
-	if out, err := n.command("killall"); err != nil {
+	// Its name is in the data directory.
+	nameless := slices.DeleteFunc(n.args(), func(arg string) bool { return strings.HasPrefix(arg, "--node-name=") })
+	if out, err := n.runKedge(append([]string{"killall"}, nameless...)...); err != nil {
 		t.Fatalf("killall: %v\n%s", err, out)
 	}
 	if err := n.leftovers(); err != nil {

@@ -410,8 +410,13 @@ func (n *node) destroy() error {
 
 // command runs another kedge command with this node's flags.
 func (n *node) command(name string, more ...string) (string, error) {
+	return n.runKedge(append(append([]string{name}, n.args()...), more...)...)
+}
+
+// runKedge runs kedge where the node is and returns what it printed.
+func (n *node) runKedge(args ...string) (string, error) {
 	var out bytes.Buffer
-	cmd := n.kedgeCommand(append(append([]string{name}, n.args()...), more...)...)
+	cmd := n.kedgeCommand(args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := n.begin(cmd)
 	if err == nil {

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -27,9 +28,36 @@ func (n *node) runsOnCopies(t *testing.T) {
 	}
 }
 
+// diskKnown fails the test unless the kubelet knows the disk that its directory is on.
+func (n *node) diskKnown(t *testing.T) {
+	t.Helper()
+	var disk unix.Statfs_t
+	if err := unix.Statfs(n.dataDir(), &disk); err != nil {
+		t.Fatal(err)
+	}
+	var summary struct {
+		Node struct {
+			FS, ImageFS struct{ CapacityBytes, Inodes uint64 }
+		}
+	}
+	path := "/api/v1/nodes/" + n.name + "/proxy/stats/summary"
+	eventually(t, 30*time.Second, func() error {
+		out, err := n.client.CoreV1().RESTClient().Get().AbsPath(path).DoRaw(t.Context())
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(out, &summary)
+	})
+	want := disk.Blocks * uint64(disk.Frsize)
+	if fs := summary.Node.FS; fs.CapacityBytes != want || fs.Inodes != disk.Files {
+		t.Errorf("the kubelet says that its disk has %d bytes and %d inodes; they are %d and %d", fs.CapacityBytes, fs.Inodes, want, disk.Files)
+	}
+}
+
 // TestDataDirectoryWithoutOverlayfs: where overlayfs cannot have its upper layer, as on
 // overlayfs itself, a node copies the layers and says so; a node that is to use
-// overlayfs refuses.
+// overlayfs refuses. Of the mounts that the file system has by then, such as containers'
+// roots, none needs to be within reach.
 func TestDataDirectoryWithoutOverlayfs(t *testing.T) {
 	t.Parallel()
 	n := own(t)
@@ -51,9 +79,20 @@ func TestDataDirectoryWithoutOverlayfs(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	covered := filepath.Join(n.dir, "covered")
+	hidden := filepath.Join(covered, "hidden")
+	if err := errors.Join(os.MkdirAll(hidden, 0o755), unix.Mount(n.dataDir(), hidden, "", unix.MS_BIND, ""), unix.Mount("tmpfs", covered, "tmpfs", 0, "")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(unix.Unmount(covered, 0), unix.Unmount(hidden, 0)); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := n.start(); err != nil {
 		t.Fatal(err)
 	}
+	n.diskKnown(t)
 	n.runsOnCopies(t)
 	if lines := n.logLines(t, "images cannot be layered in "+n.dataDir()); len(lines) != 1 || !strings.Contains(lines[0], "level=WARN") || !strings.Contains(lines[0], "they are copied, which needs more disk and time") {
 		t.Errorf("the log says %d times that layers are copied:\n%s", len(lines), strings.Join(lines, "\n"))
