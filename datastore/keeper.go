@@ -113,14 +113,16 @@ func (k *keeper) empty(ctx context.Context, u usage) error {
 		if u.revision == k.emptied {
 			return nil
 		}
-		if err := k.space.compact(ctx, u.revision); err != nil {
+		// What is deleted from here on is for the next time.
+		upTo := u.revision
+		if err := k.space.compact(ctx, upTo); err != nil {
 			return fmt.Errorf("compact: %w", err)
 		}
 		var err error
 		if u, err = k.rewrite(ctx, u); err != nil {
 			return err
 		}
-		k.emptied = u.revision
+		k.emptied = upTo
 		if float64(u.total) >= room {
 			k.log.Warn("datastore full, delete something", "bytes", u.total, "quota", u.quota)
 			return nil
