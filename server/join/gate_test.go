@@ -5,8 +5,11 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"testing"
 	"time"
+
+	k8stesting "k8s.io/client-go/testing"
 )
 
 // TestGate: a node's certificates count as long as its key has the name, and what is under
@@ -43,6 +46,10 @@ func TestGate(t *testing.T) {
 	}
 	if keys, _ := g.Keys(); len(keys) != 2 || keys["a"] == "" || keys["a"] == keys["b"] {
 		t.Errorf("the keys are %v", keys)
+	}
+	// The client of this test forgets what changes between a list and a watch.
+	for !slices.ContainsFunc(c.api.Actions(), func(a k8stesting.Action) bool { return a.GetVerb() == "watch" }) {
+		time.Sleep(time.Millisecond)
 	}
 	_, changed := g.Keys()
 	go ask(a.NetworkCertFile(), "/watch")

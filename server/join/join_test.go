@@ -39,6 +39,7 @@ var quiet = slog.New(slog.DiscardHandler)
 // cluster is a service behind a real listener with TLS, as the API server's.
 type cluster struct {
 	*Service
+	api  *fake.Clientset
 	url  string
 	asks atomic.Int32 // requests to PathJoin that arrived
 	dir  string
@@ -103,9 +104,9 @@ func newCluster(t *testing.T, change func(*Config)) *cluster {
 	if change != nil {
 		change(&cfg)
 	}
-	c := &cluster{dir: dir}
+	c := &cluster{dir: dir, api: fake.NewClientset()}
 	cfg.Servers = c
-	c.Service = New(cfg, fake.NewClientset(), quiet)
+	c.Service = New(cfg, c.api, quiet)
 	pair, err := cfg.ServerCA.EnsureLeaf(dir, "api", pki.Leaf{CommonName: "api", IPs: []net.IP{net.IPv4(127, 0, 0, 1)}, Server: true}, time.Now())
 	if err != nil {
 		t.Fatal(err)

@@ -119,9 +119,13 @@ func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	select {
 	case <-w.headerSent:
 	case <-ctx.Done():
-		err := context.Cause(req.Context())
-		w.Close()
-		return nil, err
+		// A response that is whole ends the context too, and counts.
+		select {
+		case <-w.headerSent:
+		default:
+			w.Close()
+			return nil, context.Cause(ctx)
+		}
 	}
 	if err := w.early(); err != nil {
 		return nil, err

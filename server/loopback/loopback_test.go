@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -81,6 +82,29 @@ func TestLoopbackStreamsAndCloseEndsTheHandler(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Error("the handler goes on after the body was closed")
 	}
+}
+
+// A response without a body is over before the client has looked for its header: many
+// at once, so that some clients are late.
+func TestLoopbackEmptyResponses(t *testing.T) {
+	c := loopbackClient(t, func(http.ResponseWriter, *http.Request) {})
+	var clients sync.WaitGroup
+	for range 16 {
+		clients.Go(func() {
+			for range 500 {
+				resp, err := c.Get("http://x/")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if body, err := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK || len(body) > 0 || err != nil {
+					t.Errorf("status %d, body %q, %v", resp.StatusCode, body, err)
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
 }
 
 func TestLoopbackRequestContextEndsBothSides(t *testing.T) {
