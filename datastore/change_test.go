@@ -271,6 +271,29 @@ func TestAdmissionIsOver(t *testing.T) {
 	}
 }
 
+// Of the members that a new one asks, one may not have heard of it yet: that is no removal.
+func TestJoinByWayOfOneThatLags(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	leader := c.leader(nodes...)
+	lags := without(nodes, leader)[0]
+	c.lan.isolate(lags.name, true)
+	d := c.admit(leader, "d")
+	c.lan.isolate("d", true)
+	c.lan.plug(true, "d", lags.name)
+	d.launch()
+	select {
+	case <-d.done:
+		t.Fatalf("d: Run: %v", d.err)
+	case <-time.After(2 * lookEvery):
+	}
+	c.lan.isolate(lags.name, false)
+	c.lan.isolate("d", false)
+	d.awaitReady()
+	c.awaitVoters(leader, "a", "b", "c", "d")
+}
+
 // A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
 func TestJoinIsResumed(t *testing.T) {
 	requireLong(t)

@@ -72,15 +72,16 @@ func Removed(dir string) (bool, error) {
 	return err == nil, err
 }
 
-// membership asks the others who the members are, until one answers. It is asked for because an admission may be
-// old: others may have come and gone since. ErrRemoved means that this member is not among them any more.
+// membership asks the others who the members are, until one answers that knows this one. It is asked for because
+// an admission may be old: others may have come and gone since. ErrRemoved means that this member is not among them
+// any more, which only one that has seen the removal can know; see [hello].
 func (s *Store) membership(ctx context.Context) (types.URLsMap, error) {
 	said := false
 	for {
 		members, err := s.askMembership(ctx)
 		switch {
-		case err == nil, errors.Is(err, ErrRemoved):
-			return members, err
+		case err == nil:
+			return members, nil
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case !said:
@@ -120,12 +121,19 @@ func (s *Store) askMembership(ctx context.Context) (types.URLsMap, error) {
 		if err = json.Unmarshal(data, &members); err != nil {
 			continue
 		}
-		return urlsOf(members, c.Self)
+		var urls types.URLsMap
+		if urls, err = urlsOf(members, c.Self); err == nil {
+			return urls, nil
+		}
 	}
 	return nil, err
 }
 
-// urlsOf are the members' URLs by their names. Who has not started has no name.
+// errUnknown is of a member that lags behind the admission, as one does on a slow machine.
+var errUnknown = errors.New("the member that answers has not heard of this one yet")
+
+// urlsOf are the members' URLs by their names. Who has not started has no name. Without this member among them it
+// is errUnknown.
 func urlsOf(members []*membership.Member, self Peer) (types.URLsMap, error) {
 	out := types.URLsMap{}
 	for _, m := range members {
@@ -140,7 +148,7 @@ func urlsOf(members []*membership.Member, self Peer) (types.URLsMap, error) {
 		out[name] = urls
 	}
 	if out[self.Name] == nil {
-		return nil, ErrRemoved
+		return nil, errUnknown
 	}
 	return out, nil
 }
