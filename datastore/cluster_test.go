@@ -142,15 +142,16 @@ func (c *testCluster) join(via *testNode, name string) *testNode {
 	return n
 }
 
-// admit makes a machine that is admitted and not started.
+// admit makes a machine that is admitted and not started. As whoever joins it asks again: a leader may be lost
+// meanwhile, on a busy machine.
 func (c *testCluster) admit(via *testNode, name string) *testNode {
 	c.tb.Helper()
 	n := c.node(name)
-	a, err := via.Admit(c.tb.Context(), name, []netip.AddrPort{n.port.at})
-	if err != nil {
-		c.tb.Fatal(err)
-	}
-	n.cfg.Join = &a
+	c.await("admission", func() error {
+		a, err := via.Admit(c.tb.Context(), name, []netip.AddrPort{n.port.at})
+		n.cfg.Join = &a
+		return err
+	})
 	return n
 }
 

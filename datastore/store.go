@@ -371,6 +371,13 @@ func awaitPart(ctx context.Context, server *etcdserver.EtcdServer, takesPart cha
 			return
 		case <-tick.C:
 		}
+		// Before it has applied what it was sent, a new member takes itself for a voter. A question that it asks
+		// then is repeated and answered more than once, and for each answer that nobody waits for etcd's raft
+		// stands still for a second, when the others may have begun to need this member's vote.
+		applied := server.AppliedIndex()
+		if applied == 0 || applied < server.CommittedIndex() {
+			continue
+		}
 		if len(server.Cluster().Members()) < 2 || server.Leader() == types.ID(raft.None) || server.IsLearner() {
 			continue
 		}
