@@ -46,6 +46,10 @@ var benign = map[string]struct {
 // to nodes looked at a copy of the node from before it had given it one, and is refused.
 const raced = "node updates may not change podCIDR except from"
 
+// unregistered begins the lines of a kubelet that prepares for volumes before its node is
+// in the API, as on a slow machine; it tries again. It counts only until the start is over.
+const unregistered = "Failed to initialize CSINode: error updating CSINode annotation: timed out waiting for the condition; caused by: nodes "
+
 // outage are parts of what embedded components log, as errors and each of them again and
 // again, when a server has no leader to agree with: the one thing that is wrong is said
 // elsewhere then, once.
@@ -100,7 +104,7 @@ func isBenign(r slog.Record, message string) bool {
 	if b, ok := benign[message]; ok && (!b.startOnly || !settled.Load()) {
 		return true
 	}
-	if contains(r, message, raced) {
+	if contains(r, message, raced) || !settled.Load() && strings.HasPrefix(message, unregistered) {
 		return true
 	}
 	return IsInterrupted() && contains(r, message, outage...)

@@ -31,8 +31,11 @@ func TestEmbeddedLoggersEndHere(t *testing.T) {
 	slog.Default().WithGroup("g").Info("nobody's", Component, "in the group")
 	stdlog.Print("http: TLS handshake error")
 	klog.ErrorS(nil, "Skipping pod synchronization")
+	noNode := errors.New(`error updating CSINode annotation: timed out waiting for the condition; caused by: nodes "x" not found`)
+	klog.Errorf("Failed to initialize CSINode: %v", noNode)
 	Settled()
 	klog.ErrorS(nil, "Skipping pod synchronization")
+	klog.Errorf("Failed to initialize CSINode: %v", noNode)
 	klog.Flush()
 
 	var got []string
@@ -48,6 +51,7 @@ func TestEmbeddedLoggersEndHere(t *testing.T) {
 		`level=INFO msg=nobody's component=kedge g.component="in the group"`,
 		`level=INFO msg="http: TLS handshake error" component=library`,
 		`level=ERROR msg="Skipping pod synchronization" component=kubernetes`,
+		`level=ERROR msg="Failed to initialize CSINode: error updating`,
 	}
 	if len(got) != len(want) {
 		t.Fatalf("%d lines, want %d:\n%s", len(got), len(want), out.String())
