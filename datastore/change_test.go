@@ -17,6 +17,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/kubernetes"
+	"go.etcd.io/etcd/server/v3/etcdserver"
 )
 
 // pool is the members that clients use; a member that is stopped or killed stays in it.
@@ -283,9 +284,9 @@ func TestJoinByWayOfOneThatLags(t *testing.T) {
 		// In the moment in which nobody has missed it yet.
 		c.lan.isolate(lags.name, true)
 		a, err := leader.Admit(t.Context(), "d", []netip.AddrPort{d.port.at})
-		if err != nil { // on a busy machine; etcd wants connections that have been good for five seconds
+		if err != nil { // on a busy machine; etcd wants connections that have been good for a while
 			c.lan.isolate(lags.name, false)
-			time.Sleep(6 * time.Second)
+			time.Sleep(etcdserver.HealthInterval + time.Second)
 		}
 		d.cfg.Join = &a
 		return err

@@ -306,7 +306,8 @@ func TestErrorsWhenToldToStop(t *testing.T) {
 		"cancelled":             {0, func() error { return context.Canceled }, ""},
 		"a panic on its way up": {time.Hour, func() error { panic("ouch") }, "a: panic: ouch"},
 	} {
-		// Once as a member of the group, and once as the part of a term.
+		// Once as a member of the group, and once as the part of a later term, of which
+		// the group knows only that its component has been ready for long.
 		for _, while := range []bool{false, true} {
 			t.Run(name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
@@ -320,8 +321,9 @@ func TestErrorsWhenToldToStop(t *testing.T) {
 						return tc.end()
 					})
 					if while {
-						inner := a
-						a = While("a", newToggle(true), time.Second, func() (Component, error) { return inner, nil })
+						inner, leads := a, newToggle(false)
+						a = While("a", leads, time.Second, func() (Component, error) { return inner, nil })
+						time.AfterFunc(time.Second, func() { leads.set(true) })
 					}
 					g := New(quiet())
 					g.Add(a)

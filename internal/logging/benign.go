@@ -42,13 +42,16 @@ var benign = map[string]struct {
 	"Failed to read data from checkpoint":                                                   {true, "there is none before the first pod"},
 }
 
-// raced is in lines about a node that has just joined: the controller that gives ranges
-// to nodes looked at a copy of the node from before it had given it one, and is refused.
-const raced = "node updates may not change podCIDR except from"
-
-// unregistered begins the lines of a kubelet that prepares for volumes before its node is
-// in the API, as on a slow machine; it tries again. It counts only until the start is over.
-const unregistered = "Failed to initialize CSINode: error updating CSINode annotation: timed out waiting for the condition; caused by: nodes "
+// benignParts are the same, known by a part of the message or of a value.
+var benignParts = []struct {
+	part      string
+	startOnly bool
+	why       string
+}{
+	{"node updates may not change podCIDR except from", false, "the controller looked at a copy of a node that has just joined from before it gave it the range"},
+	{"Failed to initialize CSINode: error updating CSINode annotation: timed out waiting for the condition; caused by: nodes ", true,
+		"the node is being registered, on a slow machine"},
+}
 
 // outage are parts of what embedded components log, as errors and each of them again and
 // again, when a server has no leader to agree with: the one thing that is wrong is said
@@ -104,8 +107,10 @@ func isBenign(r slog.Record, message string) bool {
 	if b, ok := benign[message]; ok && (!b.startOnly || !settled.Load()) {
 		return true
 	}
-	if contains(r, message, raced) || !settled.Load() && strings.HasPrefix(message, unregistered) {
-		return true
+	for _, b := range benignParts {
+		if (!b.startOnly || !settled.Load()) && contains(r, message, b.part) {
+			return true
+		}
 	}
 	return IsInterrupted() && contains(r, message, outage...)
 }

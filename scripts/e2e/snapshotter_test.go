@@ -37,7 +37,7 @@ func (n *node) diskKnown(t *testing.T) {
 	}
 	var summary struct {
 		Node struct {
-			FS, ImageFS struct{ CapacityBytes, Inodes uint64 }
+			FS struct{ CapacityBytes, Inodes uint64 }
 		}
 	}
 	path := "/api/v1/nodes/" + n.name + "/proxy/stats/summary"

@@ -48,8 +48,11 @@ func TestGate(t *testing.T) {
 		t.Errorf("the keys are %v", keys)
 	}
 	// The client of this test forgets what changes between a list and a watch.
-	for !slices.ContainsFunc(c.api.Actions(), func(a k8stesting.Action) bool { return a.GetVerb() == "watch" }) {
-		time.Sleep(time.Millisecond)
+	watches := func(a k8stesting.Action) bool { return a.GetVerb() == "watch" }
+	for deadline := time.Now().Add(5 * time.Second); !slices.ContainsFunc(c.api.Actions(), watches); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the keys are not watched")
+		}
 	}
 	_, changed := g.Keys()
 	go ask(a.NetworkCertFile(), "/watch")

@@ -116,18 +116,7 @@ func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}()
 		(*h).ServeHTTP(w, in)
 	}()
-	select {
-	case <-w.headerSent:
-	case <-ctx.Done():
-		// A response that is whole ends the context too, and counts.
-		select {
-		case <-w.headerSent:
-		default:
-			w.Close()
-			return nil, context.Cause(ctx)
-		}
-	}
-	if err := w.early(); err != nil {
+	if err := w.awaitHeader(); err != nil {
 		return nil, err
 	}
 	return &http.Response{
@@ -254,8 +243,20 @@ func (w *memoryWriter) finish(err error) {
 	}
 }
 
-// early returns the error of a handler that ended without sending a header.
-func (w *memoryWriter) early() error {
+// awaitHeader waits until the header is sent, and returns the error of a handler that
+// ended without it, or of a request that did.
+func (w *memoryWriter) awaitHeader() error {
+	select {
+	case <-w.headerSent:
+	case <-w.ctx.Done():
+		// A response that is whole ends the context too, and counts.
+		select {
+		case <-w.headerSent:
+		default:
+			w.Close()
+			return context.Cause(w.ctx)
+		}
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.sent == nil {
