@@ -6,6 +6,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/google/cadvisor/lib/container/containerd"
 	cadvisorapi "github.com/google/cadvisor/lib/model"
 	"golang.org/x/sys/unix"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
@@ -40,6 +41,9 @@ func (k *Kubelet) measure(ctx context.Context) (cadvisor.Interface, error) {
 			roots = append(roots, group)
 		}
 	}
+	// Without it the metrics of containers lack their names, pods and images. It is a flag
+	// of cAdvisor's, a package variable, and every kubelet of a process has the same one.
+	*containerd.ArgContainerdEndpoint = k.cfg.RuntimeEndpoint
 	// The containerd in this process knows PodSandboxStats, the one thing upstream asks.
 	fromRuntime := utilfeature.DefaultFeatureGate.Enabled(features.PodAndContainerStatsFromCRI)
 	c, err := cadvisor.New(logger, cadvisor.NewImageFsInfoProvider(s.ContainerRuntimeEndpoint), s.RootDirectory, roots,

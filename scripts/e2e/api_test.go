@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,30 @@ func TestHealthAndMetrics(t *testing.T) {
 			return nil
 		})
 	}
+}
+
+// TestContainersAreNamedInMetrics: by the metrics of a container it can be told whose it
+// is, which dashboards and alerts select by.
+func TestContainersAreNamedInMetrics(t *testing.T) {
+	t.Parallel()
+	n := shared(t)
+	ns := n.namespace(t)
+	pod := n.servers(t, ns, "measured", 1, "")[0]
+	container := pod.Spec.Containers[0]
+	labels := []string{fmt.Sprintf("container=%q", container.Name), fmt.Sprintf("namespace=%q", ns), fmt.Sprintf("pod=%q", pod.Name), container.Image + `"`}
+	eventually(t, 40*time.Second, func() error {
+		out, err := n.tryKubectl(nil, "get", "--raw", "/api/v1/nodes/"+n.name+"/proxy/metrics/cadvisor")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(out) {
+			lacks := func(label string) bool { return !strings.Contains(line, label) }
+			if strings.HasPrefix(line, "container_memory_working_set_bytes{") && !slices.ContainsFunc(labels, lacks) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no container_memory_working_set_bytes with %s", labels)
+	})
 }
 
 func TestDiscoveryAndSchemas(t *testing.T) {
