@@ -1,106 +1,160 @@
-// Kedge is Kubernetes in one file: this executable is the server, the node, the
-// command line client and the network plug-in, by the name that it is called by.
+// Kedge is Kubernetes in one file: depending on the name under which it is called, this executable is the server and
+// the node, the command line client, or the CNI plugin.
 //
-// Package main only wires: flags and files become configurations, configurations
-// become components, components become a group. It imports everything and nothing
-// imports it.
+// Package main selects one of them, and provides the functions that the command line (package command) calls.
 package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"time"
 
-	"github.com/urfave/cli/v2"
-
-	"kedge/internal/interspersed"
-	"kedge/internal/machines/keeper"
+	"kedge/appliance/bundle"
+	"kedge/appliance/doctor"
+	"kedge/appliance/support"
+	"kedge/assembly"
+	"kedge/command"
+	"kedge/command/kubectl"
+	"kedge/internal/errorkind"
 	"kedge/network/cniclient"
+	"kedge/preflight"
+	"kedge/runtime"
+	"kedge/runtime/ctr"
+	"kedge/server/snapshots"
+	"kedge/server/snapshots/archive"
+	"kedge/server/snapshots/s3"
+	"kedge/throwaway/machine/supervisor"
 )
 
-func main() { os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr)) }
+// Set by the linker; see the Makefile.
+var (
+	version     = "dev"
+	commit      = "unknown"
+	buildDate   = "" // RFC 3339, of the commit, so that builds are reproducible
+	runcVersion = "" // of the embedded program, which is not a dependency of this executable
+)
 
-// run is the program without its global state: it returns the exit code.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	switch filepath.Base(args[0]) {
+func main() {
+	// The launcher runs this program by a file that it has open, and without this the number of
+	// that would be the name of the process in ps and top. It is of no other use.
+	_ = os.WriteFile("/proc/self/comm", []byte("kedge"), 0)
+	switch filepath.Base(os.Args[0]) {
 	case "kubectl":
-		return kubectl(args[1:])
+		os.Exit(kubectl.Run(os.Args[1:], command.MachineKubeconfig()))
 	case "kedge-cni":
-		return cniclient.Main()
+		os.Exit(cniclient.Main())
 	}
-	if code, was := keeper.Main(args); was {
-		return code
+	if code, was := supervisor.Main(os.Args); was {
+		os.Exit(code)
 	}
-	app := newApp(stdout, stderr)
-	if completeFlag(app, args) {
-		return 0
+	host, err := assembly.ReadHost()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "kedge:", err)
+		os.Exit(errorkind.ExitFailure)
 	}
-	err := app.RunContext(ctx, interspersed.Reorder(app, args))
-	if err == nil {
-		return 0
-	}
-	var code exitCode
-	if errors.As(err, &code) { // the command has said what there is to say
-		return int(code)
-	}
-	fmt.Fprintln(stderr, "kedge:", err)
-	return 1
+	os.Exit(program(host).Run(context.Background(), os.Args, os.Stdout, os.Stderr))
 }
 
-// exitCode is the error of a command that has already told what was wrong.
-type exitCode int
-
-func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
-
-// newApp is the command line.
-func newApp(stdout, stderr io.Writer) *cli.App {
-	app := &cli.App{
-		Name:                      "kedge",
-		Usage:                     "Kubernetes in one file",
-		Version:                   version,
-		Writer:                    stdout,
-		ErrWriter:                 stderr,
-		HideVersion:               true, // it is a command
-		UseShortOptionHandling:    true,
-		DisableSliceFlagSeparator: true, // values of upstream flags contain commas; see splitList
-		EnableBashCompletion:      true,
-		ExitErrHandler:            func(*cli.Context, error) {}, // run decides
-		Commands: []*cli.Command{
-			serverCommand(),
-			agentCommand(),
-			upCommand(),
-			downCommand(),
-			lsCommand(),
-			logsCommand(),
-			tokenCommand(),
-			nodeCommand(),
-			statusCommand(),
-			netCommand(),
-			checkCommand(),
-			imagesCommand(),
-			killallCommand(),
-			kubectlCommand(),
-			ctrCommand(),
-			versionCommand(),
-			completionCommand(),
-			referenceCommand(),
+// program returns the command line of this executable on a machine.
+func program(host assembly.Host) *command.Program {
+	build := assembly.Build{Version: version}
+	build.Time, _ = time.Parse(time.RFC3339, buildDate)
+	node := func(n command.Node) assembly.Input {
+		return assembly.Input{Values: n.Values, Host: host, Build: build, Token: n.Token, Warnings: n.Warnings, Role: n.Role}
+	}
+	return &command.Program{
+		Version: version, Commit: commit, Modules: modules(), Launcher: host.Launcher,
+		Server:  func(ctx context.Context, n command.Node) error { return assembly.RunServer(ctx, node(n)) },
+		Agent:   func(ctx context.Context, n command.Node) error { return assembly.RunAgent(ctx, node(n)) },
+		KillAll: func(ctx context.Context, n command.Node) error { return assembly.KillAll(ctx, node(n)) },
+		Check: func(ctx context.Context, n command.Node) ([]preflight.Result, bool, error) {
+			return assembly.Check(ctx, node(n))
+		},
+		Doctor: func(ctx context.Context, n command.Node, fix bool) doctor.Report {
+			return assembly.Doctor(ctx, node(n), fix)
+		},
+		SupportBundle: func(ctx context.Context, n command.Node, version string, w io.Writer) (support.Summary, error) {
+			return assembly.SupportBundle(ctx, node(n), version, w)
+		},
+		Restore: func(ctx context.Context, n command.Node, file string, lock archive.Lock, force bool) (command.Restored, error) {
+			done, err := assembly.Restore(ctx, node(n), file, lock, force)
+			return command.Restored{Snapshot: done.Header, Revision: done.Revision, Kept: done.Kept, NewNode: done.NewNode}, err
+		},
+		Bucket: func(ctx context.Context, n command.Node) (command.Bucket, error) {
+			b, err := assembly.OpenBucket(ctx, node(n))
+			if err != nil {
+				return nil, err
+			}
+			return bucket{b}, nil
+		},
+		ResetServer:  func(n command.Node) (string, error) { return assembly.ResetServer(node(n)) },
+		Certificates: command.Certificates{List: assembly.Certificates, Rotate: assembly.RotateCertificates},
+		LinkPrefixes: assembly.LinkPrefixes,
+		Kubectl:      kubectl.Run,
+		Containers: command.Containers{
+			Socket: func(runDir string) string {
+				cfg := runtime.DefaultConfig()
+				cfg.RunDir = runDir
+				return cfg.Socket()
+			},
+			List: runtime.ListImages, Import: runtime.ImportImages, Remove: runtime.RemoveImages, Pull: runtime.PullImages, Export: runtime.ExportImages,
+			Ctr: ctr.Run, ReadArchive: readArchive, Fetch: fetchImage,
 		},
 	}
-	app.Action = func(c *cli.Context) error {
-		if c.Args().Present() {
-			return unknownCommand("", c.Args().First(), app.Commands)
-		}
-		return cli.ShowAppHelp(c)
+}
+
+// bucket is an S3 bucket for the commands.
+type bucket struct{ *s3.Bucket }
+
+func (b bucket) List(ctx context.Context) ([]command.Stored, error) {
+	all, err := b.Bucket.List(ctx)
+	var out []command.Stored
+	for _, o := range all {
+		out = append(out, command.Stored{Name: o.Name, Size: o.Size, Node: o.Meta[snapshots.MetaNode], Taken: o.Meta[snapshots.MetaTaken], Revision: o.Meta[snapshots.MetaRevision]})
 	}
-	app.OnUsageError = usageError
-	for _, cmd := range app.Commands {
-		cmd.OnUsageError = usageError
-		for _, sub := range cmd.Subcommands {
-			sub.OnUsageError = usageError
-		}
+	return out, err
+}
+
+func (b bucket) Prune(ctx context.Context, prefix, node string, keep int) ([]string, error) {
+	return snapshots.PruneRemote(ctx, b.Bucket, prefix, node, keep)
+}
+
+// readArchive and fetchImage read images for bundles.
+func readArchive(ctx context.Context, name string, r io.Reader, dir string) (all []bundle.Image, err error) {
+	found, err := runtime.ReadArchive(ctx, name, r, dir)
+	for _, img := range found {
+		all = append(all, bundle.Image{Name: img.Name, Descriptor: img.Target})
 	}
-	return app
+	return all, err
+}
+
+func fetchImage(ctx context.Context, registriesFile, image string, architectures []string, dir string) (bundle.Image, error) {
+	img, err := runtime.FetchImage(ctx, registriesFile, image, architectures, dir)
+	return bundle.Image{Name: img.Name, Descriptor: img.Target}, err
+}
+
+// modules returns the components whose versions "kedge version" prints.
+func modules() []command.Module {
+	info, built := debug.ReadBuildInfo()
+	linked := func(path string) string {
+		if !built {
+			return ""
+		}
+		for _, dep := range info.Deps {
+			if dep.Path == path {
+				return dep.Version
+			}
+		}
+		return ""
+	}
+	return []command.Module{
+		{Name: "Kubernetes", Version: linked("k8s.io/kubernetes")},
+		{Name: "etcd", Version: linked("go.etcd.io/etcd/server/v3")},
+		{Name: "containerd", Version: linked("github.com/containerd/containerd/v2")},
+		{Name: "runc", Version: runcVersion},
+	}
 }

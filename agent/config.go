@@ -9,46 +9,54 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"kedge/agent/hostpaths"
+	"kedge/agent/nodeobject"
 	"kedge/internal/componentflags"
+	"kedge/internal/errorkind"
 )
 
-// Config is everything the node is told. Package main composes it once; it is
-// passed by value and not changed afterwards.
+// Config is the configuration of the node. Package assembly composes it once; it is passed by value and not
+// changed afterwards.
 type Config struct {
-	DataDir string // the kubelet's directory and logs are below it
+	DataDir string // parent of the kubelet's directory and of the logs
 	RunDir  string
 
 	NodeName string
-	NodeIPs  []netip.Addr // at first: one, or one of each family
-	// Addresses are the node's at any time, and ExternalIPs those that it has elsewhere:
-	// what is behind a router does not see them.
-	Addresses   func() []netip.Addr
+	NodeIPs  []netip.Addr // at the start: one address, or one of each family
+	// ExternalIPs are addresses of the node that only machines outside its network see, such as those of a router.
 	ExternalIPs []netip.Addr
 	NodeLabels  []string // KEY=VALUE, set at registration
 	NodeTaints  []string // KEY=VALUE:EFFECT, set at registration
 
 	ClusterDNS    []netip.Addr
 	ClusterDomain string
-	ResolvConf    string // for pods with dnsPolicy Default; empty means: none
+	ResolvConf    string // for pods with dnsPolicy Default; empty means that they get no resolver
 
 	RuntimeEndpoint string // containerd's socket
-	CgroupRoot      string // below which all pods are; carries the node's name
-	SystemdCgroups  bool   // systemd owns the tree of control groups
+	CgroupRoot      string // parent of all pods' cgroups; its name contains the node's name
+	SystemdCgroups  bool   // systemd manages the cgroup tree
 
-	// The kubelet's serving certificate and whom it lets in.
-	ServingCert string
-	ServingKey  string
-	ClientCA    string
+	// HostPaths puts volumes and logs in the standard folders of the host, where CSI drivers and log collectors
+	// expect them.
+	HostPaths bool
 
 	KubeletPort int
-	KubeletArgs []string // user's, NAME=VALUE
+	KubeletArgs []string // the user's arguments, NAME=VALUE
+}
 
-	// Volumes keeps the kubelet's volume plugins apart from those of the controllers
-	// of this process. Nil where it has none.
-	Volumes *Volumes
-
-	// Client is how the kubelet reaches the API: in memory on a server.
+// Dependencies are what the kubelet needs of other parts of the process.
+type Dependencies struct {
+	// Client is how the kubelet calls the API: in memory on a server.
 	Client *rest.Config
+	// Addresses returns the node's addresses, which may change.
+	Addresses func() []netip.Addr
+	// ServingCert and ServingKey are the files of the kubelet's serving certificate.
+	ServingCert, ServingKey string
+	// ClientCA is the file with the authority that signs for the kubelet's clients.
+	ClientCA string
+	// Volumes keeps the kubelet's volume plugins apart from those of the controllers of this process. Nil where the
+	// process has no controllers.
+	Volumes *Volumes
 }
 
 // DefaultConfig returns the settings that do not depend on the machine.
@@ -56,7 +64,7 @@ func DefaultConfig() Config {
 	return Config{ClusterDomain: "cluster.local", KubeletPort: 10250}
 }
 
-// Validate reports everything that is wrong with c, joined.
+// Validate reports all errors of c, joined.
 func (c Config) Validate() error {
 	var errs []error
 	for name, dir := range map[string]string{"data": c.DataDir, "run": c.RunDir} {
@@ -67,38 +75,55 @@ func (c Config) Validate() error {
 	if c.NodeName == "" {
 		errs = append(errs, errors.New("the node has no name; give one with --node-name"))
 	}
-	if c.OthersAddresses() && len(c.ExternalIPs) > 0 {
-		errs = append(errs, errors.New("--node-external-ip and --kubelet-arg=node-ip or cloud-provider exclude each other: leave one out"))
+	if c.AddressSourceOverridden() && len(c.ExternalIPs) > 0 {
+		errs = append(errs, errorkind.BadSettings("node-external-ip", "", "kubelet-arg", "=node-ip or cloud-provider exclude each other: leave one out"))
 	}
 	if len(c.NodeIPs) == 0 {
 		errs = append(errs, errors.New("the node has no address; give one with --node-ip"))
 	}
 	if c.KubeletPort < 1 || c.KubeletPort > 65535 {
-		errs = append(errs, fmt.Errorf("--kubelet-port %d is not between 1 and 65535", c.KubeletPort))
+		errs = append(errs, errorkind.BadSetting("kubelet-port", " %d is not between 1 and 65535", c.KubeletPort))
 	}
 	for _, l := range c.NodeLabels {
-		if err := checkLabel(l); err != nil {
-			errs = append(errs, fmt.Errorf("--node-label %q: %w", l, err))
+		if err := nodeobject.CheckLabel(l); err != nil {
+			errs = append(errs, errorkind.BadItem("node-label", l, " %q: %w", l, err))
 		}
 	}
 	for i, t := range c.NodeTaints {
-		err := checkTaint(t)
-		if err == nil && slices.ContainsFunc(c.NodeTaints[:i], func(earlier string) bool { return sameTaint(t, earlier) }) {
-			err = errors.New("there is one of this key and effect already")
+		err := nodeobject.CheckTaint(t)
+		if err == nil && slices.ContainsFunc(c.NodeTaints[:i], func(earlier string) bool { return nodeobject.SameTaint(t, earlier) }) {
+			err = errors.New("a taint with this key and effect is given already")
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("--node-taint %q: %w", t, err))
+			errs = append(errs, errorkind.BadItem("node-taint", t, " %q: %w", t, err))
 		}
 	}
 	errs = append(errs, componentflags.Check(c.KubeletArgs, fromKubelet, decided, componentflags.Logging, componentflags.Clients))
 	return errors.Join(errs...)
 }
 
+// places returns the kubelet's folders.
+func (c Config) places() hostpaths.Places {
+	if c.HostPaths {
+		return hostpaths.Standard()
+	}
+	return hostpaths.Below(c.DataDir)
+}
+
+// otherPlaces returns the folders that would be used with the opposite value of HostPaths.
+func (c Config) otherPlaces() hostpaths.Places {
+	c.HostPaths = !c.HostPaths
+	return c.places()
+}
+
 // kubeletDir is the kubelet's root directory.
-func (c Config) kubeletDir() string { return filepath.Join(c.DataDir, "kubelet") }
+func (c Config) kubeletDir() string { return c.places().Kubelet }
 
-// logDir is where the logs of containers are.
-func (c Config) logDir() string { return filepath.Join(c.DataDir, "log") }
-
-// StaticPodDir is the folder whose manifests the kubelet runs without the API.
+// StaticPodDir is the folder with the manifests of static pods.
 func (c Config) StaticPodDir() string { return filepath.Join(c.DataDir, "pod-manifests") }
+
+// AddressSourceOverridden reports whether the user has chosen another source of the node's addresses: the kubelet's own
+// flags, or a cloud controller manager.
+func (c Config) AddressSourceOverridden() bool {
+	return componentflags.Has(c.KubeletArgs, "node-ip") || componentflags.Has(c.KubeletArgs, "cloud-provider")
+}

@@ -1,10 +1,9 @@
-// Package agent is the node: the kubelet, assembled in this process from its
-// upstream packages, and what it needs of the machine around it.
+// Package agent is the node: the kubelet, assembled in this process from its upstream packages, and the
+// preparation of the machine for it.
 //
-// Files called embed_*.go are the only ones that import packages of
-// k8s.io/kubernetes. The kubelet's mounter is replaced by one that uses system
-// calls, because no program of the host is run.
+// Only the files embed_*.go import packages of k8s.io/kubernetes. The kubelet's mounter is replaced by an
+// implementation with system calls, because kedge runs no programs of the host.
 //
-// It is not for the control plane (package server). Only package main may
-// import it; it must not import server or datastore.
+// It is not for the control plane (package server). Only the packages assembly and main may import it; it must
+// not import server or datastore.
 package agent

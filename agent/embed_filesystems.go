@@ -16,40 +16,38 @@ import (
 	"k8s.io/kubernetes/pkg/kubelet/cm"
 )
 
-// ownFilesystems is cAdvisor with the size of a directory's file system asked of the
-// kernel at that directory.
+// ownFilesystems is cAdvisor with file system sizes from statfs on the directory itself.
 //
-// cAdvisor reads the mount table once, when it is made, and takes one mount point for
-// each device. On overlayfs and tmpfs that is the last one, or any, and with the native
-// snapshotter it is a container's root or a layer that is being unpacked: the kubelet
-// ends, or stops to see full disks, when that one goes.
+// cAdvisor reads the mount table once, when it is created, and uses one mount point per device. On overlayfs
+// and tmpfs that may be any mount point, and with the native snapshotter it is a container's root or a layer
+// that is being unpacked: when that mount point is removed, the kubelet ends, or no longer detects full disks.
 type ownFilesystems struct {
 	cadvisor.Interface
 	root string // the kubelet's directory
 }
 
-// measure makes cAdvisor as upstream's app.Run would.
-func (k *Kubelet) measure(ctx context.Context) (cadvisor.Interface, error) {
+// newCAdvisor creates cAdvisor as upstream's app.Run would.
+func (k *Kubelet) newCAdvisor(ctx context.Context) (cadvisor.Interface, error) {
 	s, logger := k.server, klog.FromContext(ctx)
 	roots := []string{cm.NodeAllocatableRoot(s.CgroupRoot, s.CgroupsPerQOS, s.CgroupDriver)}
 	own, err := cm.GetKubeletContainer(logger, s.KubeletCgroups)
 	if err != nil {
-		k.log.Debug("the kubelet's own control group is not known: metrics lack it", "err", err)
+		k.log.Debug("the kubelet's own cgroup is unknown; metrics will not include it", "err", err)
 	}
 	for _, group := range []string{own, s.RuntimeCgroups, s.SystemCgroups} {
 		if group != "" {
 			roots = append(roots, group)
 		}
 	}
-	// Without it the metrics of containers lack their names, pods and images. It is a flag
-	// of cAdvisor's, a package variable, and every kubelet of a process has the same one.
+	// Without the endpoint the metrics of containers lack their names, pods and images. The variable is a flag
+	// of cAdvisor, global for the process.
 	*containerd.ArgContainerdEndpoint = k.cfg.RuntimeEndpoint
-	// The containerd in this process knows PodSandboxStats, the one thing upstream asks.
+	// The containerd in this process supports PodSandboxStats, which is all that upstream checks.
 	fromRuntime := utilfeature.DefaultFeatureGate.Enabled(features.PodAndContainerStatsFromCRI)
 	c, err := cadvisor.New(logger, cadvisor.NewImageFsInfoProvider(s.ContainerRuntimeEndpoint), s.RootDirectory, roots,
 		cadvisor.UsingLegacyCadvisorStats(s.ContainerRuntimeEndpoint), s.LocalStorageCapacityIsolation, fromRuntime)
 	if err != nil {
-		return nil, fmt.Errorf("prepare the measuring of containers: %w", err)
+		return nil, fmt.Errorf("create cAdvisor: %w", err)
 	}
 	return ownFilesystems{c, s.RootDirectory}, nil
 }
@@ -57,8 +55,8 @@ func (k *Kubelet) measure(ctx context.Context) (cadvisor.Interface, error) {
 // RootFsInfo implements cadvisor.Interface.
 func (f ownFilesystems) RootFsInfo() (cadvisorapi.FsInfo, error) { return f.GetDirFsInfo(f.root) }
 
-// GetDirFsInfo implements cadvisor.Interface. The device has a number for its name, which
-// is only compared; the mount point is the directory.
+// GetDirFsInfo implements cadvisor.Interface. Device is the device number, because device names are only
+// compared; Mountpoint is the directory.
 func (f ownFilesystems) GetDirFsInfo(dir string) (cadvisorapi.FsInfo, error) {
 	var file unix.Stat_t
 	if err := unix.Stat(dir, &file); err != nil {

@@ -33,108 +33,124 @@ import (
 	"k8s.io/kubernetes/pkg/kubelet/eviction"
 	"k8s.io/kubernetes/pkg/kubelet/kubeletconfig/configfiles"
 	utilfs "k8s.io/kubernetes/pkg/util/filesystem"
-	"k8s.io/kubernetes/pkg/util/oom"
 	taintutil "k8s.io/kubernetes/pkg/util/taints"
 	"k8s.io/kubernetes/pkg/volume/util/hostutil"
 	"k8s.io/kubernetes/pkg/volume/util/subpath"
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
+	"sigs.k8s.io/yaml"
 
+	"kedge/agent/checkpoints"
 	"kedge/agent/mounter"
+	"kedge/agent/nodeobject"
 	"kedge/internal/atomicfile"
 	"kedge/internal/componentflags"
+	"kedge/internal/errorkind"
+	"kedge/internal/lifecycle"
+	"kedge/internal/logging"
 )
 
 // Kubelet is the component that runs the kubelet.
 type Kubelet struct {
 	cfg    Config
+	deps   Dependencies
 	log    *slog.Logger
 	server *options.KubeletServer
 
-	started time.Time // set by Run
+	started    time.Time // set by Run
+	late       int       // number of late failures; used by Run only
+	hasStarted bool      // upstream's kubelet has started, which it can do once; used by Run only
 }
 
-// NewKubelet parses the component's flags and keeps the rest.
-func NewKubelet(cfg Config, log *slog.Logger) (*Kubelet, error) {
+// NewKubelet parses the kubelet's flags and configuration files and stores the rest.
+func NewKubelet(cfg Config, deps Dependencies, log *slog.Logger) (*Kubelet, error) {
 	kc, err := options.NewKubeletConfiguration()
 	if err != nil {
-		return nil, fmt.Errorf("make the kubelet's configuration: %w", err)
+		return nil, fmt.Errorf("create the kubelet's configuration: %w", err)
 	}
-	k := &Kubelet{cfg: cfg, log: log, server: &options.KubeletServer{KubeletFlags: *options.NewKubeletFlags(), KubeletConfiguration: *kc}}
-	if err := k.defaults(); err != nil {
+	k := &Kubelet{cfg: cfg, deps: deps, log: log, server: &options.KubeletServer{KubeletFlags: *options.NewKubeletFlags(), KubeletConfiguration: *kc}}
+	if err := k.configure(); err != nil {
 		return nil, err
-	}
-	args, err := componentflags.Merge(nil, cfg.KubeletArgs, fromKubelet)
-	if err != nil {
-		return nil, err
-	}
-	if err := k.parse(args); err != nil {
-		return nil, err
-	}
-	if k.server.KubeletConfigFile != "" || k.server.KubeletDropinConfigDirectory != "" {
-		own := k.server.KubeletConfiguration.DeepCopy()
-		if err := k.mergeFiles(); err != nil {
-			return nil, err
-		}
-		if err := checkFiles(own, &k.server.KubeletConfiguration); err != nil {
-			return nil, err
-		}
-		// Flags win over files, so they have to be read again.
-		if err := k.parse(args); err != nil {
-			return nil, err
-		}
-	}
-	if err := options.ValidateKubeletFlags(&k.server.KubeletFlags); err != nil {
-		return nil, fmt.Errorf("%s: %w", fromKubelet, err)
 	}
 	return k, componentflags.ApplyVerbosity(&k.server.Logging, fromKubelet)
 }
 
-// parse reads user's flags over what is set already.
+// configure lays the user's files and flags over the defaults.
+func (k *Kubelet) configure() error {
+	if err := k.defaults(); err != nil {
+		return err
+	}
+	args, err := componentflags.Merge(nil, k.cfg.KubeletArgs, fromKubelet)
+	if err != nil {
+		return err
+	}
+	if err := k.parse(args); err != nil {
+		return err
+	}
+	if k.server.KubeletConfigFile != "" || k.server.KubeletDropinConfigDirectory != "" {
+		own := k.server.KubeletConfiguration.DeepCopy()
+		if err := k.mergeFiles(); err != nil {
+			return err
+		}
+		if err := checkFiles(own, &k.server.KubeletConfiguration); err != nil {
+			return err
+		}
+		// Flags take precedence over files, so they are parsed again.
+		if err := k.parse(args); err != nil {
+			return err
+		}
+	}
+	if err := options.ValidateKubeletFlags(&k.server.KubeletFlags); err != nil {
+		return errorkind.BadSetting(fromKubelet, ": %w", err)
+	}
+	return nil
+}
+
+// parse applies the user's flags to the current configuration.
 func (k *Kubelet) parse(args []string) error {
 	fs := pflag.NewFlagSet("kubelet", pflag.ContinueOnError)
 	fs.SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
 	k.server.AddFlags(fs)
 	if err := fs.Parse(args); err != nil {
-		return fmt.Errorf("--kubelet-arg: %w", err)
+		return errorkind.BadSetting("kubelet-arg", ": %w", err)
 	}
-	// Upstream has this one twice and takes either for a yes: the flag alone could
-	// not say no to what the configuration says.
+	// Upstream has seccomp-default as a flag and as a field, and enables it if either is true: the flag alone
+	// could not disable it.
 	if fs.Changed("seccomp-default") {
 		k.server.KubeletConfiguration.SeccompDefault = k.server.KubeletFlags.SeccompDefault
 	}
 	return nil
 }
 
-// defaults sets what kedge wants of the kubelet. Users can change all of it.
+// defaults sets kedge's defaults for the kubelet. Users can change all of them.
 func (k *Kubelet) defaults() error {
 	dir := k.cfg.kubeletDir()
 	f := &k.server.KubeletFlags
 	f.HostnameOverride = k.cfg.NodeName
 	f.RootDirectory = dir
 	f.CertDirectory = filepath.Join(dir, "pki")
-	// The kubelet would run without an API if this were empty. Its clients are
-	// given to it, so the file is never read.
+	// With an empty path the kubelet would run without the API. The file is never read, because its clients are
+	// set in its dependencies.
 	f.KubeConfig = filepath.Join(dir, "unused")
-	if k.cfg.OthersAddresses() {
+	if k.cfg.AddressSourceOverridden() {
 		var ips []string
 		for _, ip := range k.cfg.NodeIPs {
 			ips = append(ips, ip.String())
 		}
 		f.NodeIP = strings.Join(ips, ",")
 	} else {
-		// The kubelet reads its addresses once, and a cloud's controller may change them
-		// when it likes: NodeAddresses is in its place.
+		// The kubelet reads its addresses only once, and a cloud controller manager may change them at any
+		// time: nodeobject.Addresses replaces both.
 		f.CloudProvider = "external"
 		if len(k.cfg.NodeIPs) > 0 && k.cfg.NodeIPs[0].Is6() {
-			f.NodeIP = "::" // so that pods' addresses of this family come first
+			f.NodeIP = "::" // so that IPv6 addresses of pods come first
 		}
 	}
 	f.NodeLabels = map[string]string{}
 	for _, l := range k.cfg.NodeLabels {
 		key, value, ok := strings.Cut(l, "=")
 		if !ok {
-			return fmt.Errorf("--node-label %q: want KEY=VALUE", l)
+			return errorkind.BadItem("node-label", l, " %q: want KEY=VALUE", l)
 		}
 		f.NodeLabels[key] = value
 	}
@@ -143,19 +159,19 @@ func (k *Kubelet) defaults() error {
 	for _, t := range k.cfg.NodeTaints {
 		parsed, _, err := taintutil.ParseTaints([]string{t})
 		if err != nil {
-			return fmt.Errorf("--node-taint %q: %w", t, err)
+			return errorkind.BadItem("node-taint", t, " %q: %w", t, err)
 		}
 		c.RegisterWithTaints = append(c.RegisterWithTaints, parsed...)
 	}
 	c.Authentication.Anonymous.Enabled = false
 	c.Authentication.Webhook.Enabled = true
-	c.Authentication.X509.ClientCAFile = k.cfg.ClientCA
+	c.Authentication.X509.ClientCAFile = k.deps.ClientCA
 	c.Authorization.Mode = kubeletconfig.KubeletAuthorizationModeWebhook
-	c.TLSCertFile, c.TLSPrivateKeyFile = k.cfg.ServingCert, k.cfg.ServingKey
+	c.TLSCertFile, c.TLSPrivateKeyFile = k.deps.ServingCert, k.deps.ServingKey
 	c.TLSMinVersion = "VersionTLS12"
 	c.Port = int32(k.cfg.KubeletPort)
 	c.ReadOnlyPort = 0
-	c.HealthzPort = 0 // kedge's own status answers; no port is open that nobody needs
+	c.HealthzPort = 0 // kedge's own status replaces it, and no unneeded port is open
 
 	c.ContainerRuntimeEndpoint = "unix://" + k.cfg.RuntimeEndpoint
 	c.ImageServiceEndpoint = c.ContainerRuntimeEndpoint
@@ -165,7 +181,7 @@ func (k *Kubelet) defaults() error {
 	}
 	c.FailCgroupV1 = false
 	c.FailSwapOn = false
-	c.MakeIPTablesUtilChains = false // would run iptables
+	c.MakeIPTablesUtilChains = false // it would run iptables
 	c.SeccompDefault = true
 	c.PodPidsLimit = 4096
 	c.SerializeImagePulls = false
@@ -175,18 +191,17 @@ func (k *Kubelet) defaults() error {
 	c.ClusterDomain = k.cfg.ClusterDomain
 	c.ResolverConfig = k.cfg.ResolvConf
 	c.StaticPodPath = k.cfg.StaticPodDir()
-	c.PodLogsDir = filepath.Join(k.cfg.logDir(), "pods")
+	c.PodLogsDir = k.cfg.places().PodLogs
 	c.VolumePluginDir = filepath.Join(dir, "volume-plugins")
 	c.EvictionHard = map[string]string{
 		"memory.available": eviction.DefaultEvictionHard["memory.available"],
-		// Upstream's 10 and 15 % are gigabytes that small devices do not have.
+		// Upstream's 10 and 15 % are gigabytes, which small devices do not have.
 		"nodefs.available": "5%", "nodefs.inodesFree": "5%", "imagefs.available": "5%",
 	}
 	return nil
 }
 
-// mergeFiles lays the user's --kubelet-arg=config=FILE and config-dir=DIR over
-// what is set so far.
+// mergeFiles merges the user's --kubelet-arg=config=FILE and config-dir=DIR into the current configuration.
 func (k *Kubelet) mergeFiles() error {
 	scheme, _, err := kubeletscheme.NewSchemeAndCodecs()
 	if err != nil {
@@ -217,27 +232,47 @@ func (k *Kubelet) mergeFiles() error {
 		if err != nil {
 			return err
 		}
+		if err := checkKind(abs); err != nil {
+			return errorkind.BadSetting("kubelet-arg", "=config: %w", err)
+		}
 		loader, err := configfiles.NewFsLoader(&utilfs.DefaultFs{}, abs)
 		if err != nil {
-			return fmt.Errorf("--kubelet-arg=config: %w", err)
+			return errorkind.BadSetting("kubelet-arg", "=config: %w", err)
 		}
 		patch, _, err := loader.LoadIntoJSON()
 		if err != nil {
-			return fmt.Errorf("--kubelet-arg=config: read %s: %w", file, err)
+			return errorkind.BadSetting("kubelet-arg", "=config: read %s: %w", file, err)
 		}
 		if merged, err = jsonpatch.MergePatch(merged, patch); err != nil {
-			return fmt.Errorf("--kubelet-arg=config: merge %s: %w", file, err)
+			return errorkind.BadSetting("kubelet-arg", "=config: merge %s: %w", file, err)
 		}
 	}
 	result := &v1beta1.KubeletConfiguration{}
 	if err := json.Unmarshal(merged, result); err != nil {
-		return fmt.Errorf("--kubelet-arg=config: %w", err)
+		return errorkind.BadSetting("kubelet-arg", "=config: %w", err)
 	}
 	scheme.Default(result)
 	return scheme.Convert(result, &k.server.KubeletConfiguration, nil)
 }
 
-// checkFiles says what the user's files change that cannot be given as a flag either.
+// checkKind returns an error if a file is not a KubeletConfiguration. Upstream's loader would print the whole
+// file.
+func checkKind(file string) error {
+	data, err := atomicfile.ReadSmall(file, 1<<20)
+	if err != nil {
+		return err
+	}
+	var meta struct{ APIVersion, Kind string }
+	if err := yaml.Unmarshal(data, &meta); err != nil {
+		return fmt.Errorf("%s is not valid YAML: %w", file, err)
+	}
+	if want := v1beta1.SchemeGroupVersion.String(); meta.Kind != "KubeletConfiguration" || meta.APIVersion == "" {
+		return fmt.Errorf("%s has apiVersion %q and kind %q; begin it with \"apiVersion: %s\" and \"kind: KubeletConfiguration\"", file, meta.APIVersion, meta.Kind, want)
+	}
+	return nil
+}
+
+// checkFiles reports fields in the user's files that are not allowed as flags either.
 func checkFiles(own, merged *kubeletconfig.KubeletConfiguration) error {
 	var errs []error
 	for _, setting := range []struct {
@@ -255,11 +290,11 @@ func checkFiles(own, merged *kubeletconfig.KubeletConfiguration) error {
 		{"tlsPrivateKeyFile", "tls-private-key-file", func(c *kubeletconfig.KubeletConfiguration) any { return c.TLSPrivateKeyFile }},
 	} {
 		if setting.of(own) != setting.of(merged) {
-			errs = append(errs, fmt.Errorf("%s=config: %s cannot be set: %s", fromKubelet, setting.name, decided[setting.flag]))
+			errs = append(errs, errorkind.BadSetting(fromKubelet, "=config: %s cannot be set: %s", setting.name, decided[setting.flag]))
 		}
 	}
 	if merged.Logging.Format != own.Logging.Format {
-		errs = append(errs, fmt.Errorf("%s=config: logging.format cannot be set: %s", fromKubelet, componentflags.Logging["logging-format"]))
+		errs = append(errs, errorkind.BadSetting(fromKubelet, "=config: logging.format cannot be set: %s", componentflags.Logging["logging-format"]))
 	}
 	return errors.Join(errs...)
 }
@@ -267,16 +302,16 @@ func checkFiles(own, merged *kubeletconfig.KubeletConfiguration) error {
 // Name implements lifecycle.Component.
 func (k *Kubelet) Name() string { return "kubelet" }
 
-// Run implements lifecycle.Component. It is ready when the node is Ready in the API.
+// Run implements lifecycle.Component. It calls ready when the node is Ready in the API.
 func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	c := &k.server.KubeletConfiguration
 	if err := utilfeature.DefaultMutableFeatureGate.SetFromMap(c.FeatureGates); err != nil {
-		return fmt.Errorf("--kubelet-arg=feature-gates: %w", err)
+		return errorkind.BadSetting("kubelet-arg", "=feature-gates: %w", err)
 	}
 	if err := kubeletvalidation.ValidateKubeletConfiguration(c, utilfeature.DefaultFeatureGate); err != nil {
-		return fmt.Errorf("--kubelet-arg: %w", err)
+		return errorkind.BadSetting("kubelet-arg", ": %w", err)
 	}
-	for _, d := range []string{k.cfg.kubeletDir(), k.cfg.logDir(), c.PodLogsDir, c.VolumePluginDir} {
+	for _, d := range []string{k.cfg.kubeletDir(), filepath.Dir(c.PodLogsDir), c.PodLogsDir, c.VolumePluginDir} {
 		if err := atomicfile.MkdirAll(d, 0o750); err != nil {
 			return fmt.Errorf("prepare the kubelet's directories: %w", err)
 		}
@@ -284,25 +319,74 @@ func (k *Kubelet) Run(ctx context.Context, ready func()) error {
 	if err := atomicfile.MkdirAll(c.StaticPodPath, 0o700); err != nil {
 		return fmt.Errorf("prepare the folder for static pods: %w", err)
 	}
-	kubelet.ContainerLogsDir = filepath.Join(k.cfg.logDir(), "containers")
-	deps, err := k.dependencies(ctx)
+	if k.hasStarted {
+		return lifecycle.Final(errStarted)
+	}
+	if err := checkpoints.SetAside(k.cfg.kubeletDir(), stateFiles(), time.Now(), k.log); err != nil {
+		return err
+	}
+	if err := k.checkStart(ctx); err != nil {
+		return err
+	}
+	kubelet.ContainerLogsDir = k.cfg.places().LogLinks
+	return k.attempt(ctx, ready)
+}
+
+// attempt runs upstream's kubelet until ctx ends or the kubelet fails.
+func (k *Kubelet) attempt(ctx context.Context, ready func()) error {
+	a := newAttempt()
+	defer a.end()
+	// stop ends those loops of the kubelet that can end.
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	deps, err := k.dependencies(ctx, a)
 	if err != nil {
 		return err
 	}
-	k.started = time.Now().Truncate(time.Second) // heartbeats have no finer clock
-	watch, stop := context.WithCancel(ctx)
-	defer stop()
+	defer logging.FatalOf(func() { a.note(errFailed) }, "k8s.io/kubernetes/pkg/kubelet", "k8s.io/kubernetes/pkg/volume/csi", "k8s.io/kubernetes/cmd/kubelet")()
+	began := time.Now()
+	k.started = began.Truncate(time.Second) // heartbeats have a resolution of one second
 	go func() {
-		if k.waitNodeReady(watch, deps.HeartbeatClient) == nil {
+		if k.waitNodeReady(ctx, deps.HeartbeatClient, began) == nil {
 			ready()
 		}
 	}()
-	return app.Run(ctx, k.server, deps, utilfeature.DefaultFeatureGate)
+	returned := make(chan error, 1)
+	go func() {
+		err := errFailed
+		defer func() {
+			if p := recover(); p != nil {
+				err = fmt.Errorf("%w: %v", errPanic, p)
+			}
+			returned <- err
+		}()
+		err = app.Run(ctx, k.server, deps, utilfeature.DefaultFeatureGate)
+	}()
+	select {
+	case err = <-returned: // before the kubelet's loops start, or because ctx has ended
+		if ctx.Err() != nil {
+			if errors.Is(err, errPanic) {
+				return err
+			}
+			return nil // an error of the interrupted start
+		}
+	case err = <-a.failed:
+		k.hasStarted = true
+	}
+	err = a.result(err, k.hasStarted, k.late)
+	if a.isLate() {
+		k.late++
+	}
+	return err
 }
 
-// dependencies are what upstream's UnsecuredDependencies makes, without what
-// would run programs of the host.
-func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, error) {
+var errPanic = errors.New("panic")
+
+var errFailed = errors.New("the kubelet failed; its last log messages have the reason")
+
+// dependencies returns the same as upstream's UnsecuredDependencies, without the parts that would run programs
+// of the host.
+func (k *Kubelet) dependencies(ctx context.Context, a *attempt) (*kubelet.Dependencies, error) {
 	tls, err := app.InitializeTLS(ctx, &k.server.KubeletFlags, &k.server.KubeletConfiguration)
 	if err != nil {
 		return nil, fmt.Errorf("prepare the kubelet's TLS: %w", err)
@@ -317,41 +401,43 @@ func (k *Kubelet) dependencies(ctx context.Context) (*kubelet.Dependencies, erro
 		HostUtil:            hostutil.NewHostUtil(),
 		Mounter:             m,
 		Subpather:           subpath.New(m),
-		OOMAdjuster:         oom.NewOOMAdjuster(),
-		OSInterface:         containedOS{logLinks: filepath.Join(k.cfg.logDir(), "containers")},
+		OSInterface:         containedOS{logLinks: k.cfg.places().LogLinks},
 		VolumePlugins:       plugins,
-		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.cfg.Volumes},
+		DynamicPluginProber: afterControllers{app.GetDynamicPluginProber(ctx, k.server.VolumePluginDir, utilexec.New()), ctx, k.deps.Volumes},
 		TLSOptions:          tls,
-		OnHeartbeatFailure:  func() {}, // upstream drops its connections; which server is called is decided below the client
+		OnHeartbeatFailure:  func() {}, // upstream would close its connections; the choice of the server is made below the client
 	}
-	if d.KubeClient, err = kubernetes.NewForConfig(k.cfg.Client); err != nil {
-		return nil, fmt.Errorf("make the kubelet's client: %w", err)
+	client := a.client(k.deps.Client)
+	if d.KubeClient, err = kubernetes.NewForConfig(client); err != nil {
+		return nil, fmt.Errorf("create the kubelet's client: %w", err)
 	}
-	if !k.cfg.OthersAddresses() {
-		d.KubeClient = &registering{d.KubeClient, k.cfg.Addresses, k.cfg.ExternalIPs}
+	if !k.cfg.AddressSourceOverridden() {
+		d.KubeClient = nodeobject.Creating(d.KubeClient, k.deps.Addresses, k.cfg.ExternalIPs)
 	}
-	if d.EventClient, err = v1core.NewForConfig(k.cfg.Client); err != nil {
-		return nil, fmt.Errorf("make the kubelet's client: %w", err)
+	if d.EventClient, err = v1core.NewForConfig(client); err != nil {
+		return nil, fmt.Errorf("create the kubelet's client: %w", err)
 	}
-	// A heartbeat that hangs must not keep the next one back.
-	heartbeat := rest.CopyConfig(k.cfg.Client)
+	// A heartbeat that hangs must not delay the next heartbeat.
+	heartbeat := rest.CopyConfig(client)
 	heartbeat.Timeout = min(k.server.NodeStatusUpdateFrequency.Duration, time.Duration(k.server.NodeLeaseDurationSeconds)*time.Second)
 	if d.HeartbeatClient, err = kubernetes.NewForConfig(heartbeat); err != nil {
-		return nil, fmt.Errorf("make the kubelet's client: %w", err)
+		return nil, fmt.Errorf("create the kubelet's client: %w", err)
 	}
-	if d.CAdvisorInterface, err = k.measure(ctx); err != nil {
+	if d.CAdvisorInterface, err = k.newCAdvisor(ctx); err != nil {
 		return nil, err
 	}
 	k.sourcePods(ctx, d)
+	a.guard(d)
+	installPromptVolumes(a, d)
 	return d, nil
 }
 
-// waitNodeReady returns nil when the node's condition Ready is true.
-func (k *Kubelet) waitNodeReady(ctx context.Context, c kubernetes.Interface) error {
+// waitNodeReady returns nil when the node's condition Ready is true and this kubelet has reported it.
+func (k *Kubelet) waitNodeReady(ctx context.Context, c kubernetes.Interface, began time.Time) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if k.nodeReady(ctx, c) == nil {
+		if node, err := k.nodeReady(ctx, c); err == nil && (k.isOwn(node) || k.renewsLease(ctx, c, began)) {
 			return nil
 		}
 		select {
@@ -362,39 +448,62 @@ func (k *Kubelet) waitNodeReady(ctx context.Context, c kubernetes.Interface) err
 	}
 }
 
-// nodeReady returns nil, or why the node is not Ready.
-func (k *Kubelet) nodeReady(ctx context.Context, c kubernetes.Interface) error {
+// isOwn reports whether the last heartbeat of the node certainly came from this kubelet. Heartbeats have a
+// resolution of one second: a heartbeat in the second of the start may be the previous kubelet's, unless the
+// Node was created after that.
+func (k *Kubelet) isOwn(node *corev1.Node) bool {
+	if !node.CreationTimestamp.Time.Before(k.started) {
+		return true
+	}
+	for _, cond := range node.Status.Conditions {
+		if cond.Type == corev1.NodeReady {
+			return cond.LastHeartbeatTime.Time.After(k.started)
+		}
+	}
+	return false
+}
+
+// renewsLease reports whether this kubelet has renewed the node's lease. On the first start of a cluster the
+// lease may be late, because its namespace is.
+func (k *Kubelet) renewsLease(ctx context.Context, c kubernetes.Interface, began time.Time) bool {
+	lease, err := c.CoordinationV1().Leases(corev1.NamespaceNodeLease).Get(ctx, k.cfg.NodeName, metav1.GetOptions{})
+	return err == nil && lease.Spec.RenewTime != nil && lease.Spec.RenewTime.After(began)
+}
+
+// nodeReady returns the Node, or the reason why it is not Ready.
+func (k *Kubelet) nodeReady(ctx context.Context, c kubernetes.Interface) (*corev1.Node, error) {
 	node, err := c.CoreV1().Nodes().Get(ctx, k.cfg.NodeName, metav1.GetOptions{})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, cond := range node.Status.Conditions {
 		if cond.Type == corev1.NodeReady {
 			switch {
 			case cond.LastHeartbeatTime.Time.Before(k.started):
-				// After a restart the object still says what was true before it.
-				return errNotReported
+				// After a restart the object still has the status from before it.
+				return nil, errNotReported
 			case cond.Status != corev1.ConditionTrue:
-				return errors.New(cond.Message)
+				return nil, errors.New(cond.Message)
 			}
-			return nil
+			return node, nil
 		}
 	}
-	return errNotReported
+	return nil, errNotReported
 }
 
-var errNotReported = errors.New("the node has not reported yet")
+var errNotReported = errors.New("the node has not reported its status yet")
 
 // Check implements lifecycle.Checker.
 func (k *Kubelet) Check(ctx context.Context) error {
-	c, err := kubernetes.NewForConfig(k.cfg.Client)
+	c, err := kubernetes.NewForConfig(k.deps.Client)
 	if err != nil {
 		return err
 	}
-	return k.nodeReady(ctx, c)
+	_, err = k.nodeReady(ctx, c)
+	return err
 }
 
-// Endpoint is where the kubelet listens, for this process itself.
+// Endpoint returns the address of the kubelet's server for clients in this process.
 func (k *Kubelet) Endpoint() netip.AddrPort {
 	a, err := netip.ParseAddr(k.server.Address)
 	switch {
@@ -406,6 +515,5 @@ func (k *Kubelet) Endpoint() netip.AddrPort {
 	return netip.AddrPortFrom(a, uint16(k.server.Port))
 }
 
-// StopTimeout implements lifecycle.StopTimeouter: containers go on running, so
-// there is little to stop.
+// StopTimeout implements lifecycle.StopTimeouter. It is short, because containers continue to run.
 func (k *Kubelet) StopTimeout() time.Duration { return 3 * time.Second }

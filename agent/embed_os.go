@@ -7,9 +7,8 @@ import (
 	kubecontainer "k8s.io/kubernetes/pkg/kubelet/container"
 )
 
-// containedOS is the kubelet's view of the file system, with the one folder
-// whose path upstream has fixed moved below the data directory: the links to
-// container logs that log collectors follow.
+// containedOS is the kubelet's view of the file system. It moves the folder with the links to container logs,
+// whose path is fixed upstream, below the data directory.
 type containedOS struct {
 	kubecontainer.RealOS
 	logLinks string // instead of /var/log/containers

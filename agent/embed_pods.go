@@ -19,10 +19,9 @@ import (
 	"k8s.io/kubernetes/pkg/volume"
 )
 
-// sourcePods gives the kubelet its sources of pods: files, a URL and the API, as the
-// configuration says and as upstream would itself. The pods of the API may come only
-// when the kubelet knows its own node's object, whose labels decide what it admits;
-// upstream looks once a second whether it does, and the first time always too early, so
+// sourcePods creates the kubelet's sources of pods from the configuration as upstream would: files, a URL and
+// the API. Pods of the API may be delivered only when the kubelet knows its own Node object, whose labels
+// decide which pods it admits. Upstream checks that once a second, and its first check is always too early, so
 // that the first pod of every start would wait for a second.
 func (k *Kubelet) sourcePods(ctx context.Context, d *kubelet.Dependencies) {
 	log, c, node := klog.FromContext(ctx), &k.server.KubeletConfiguration, types.NodeName(k.cfg.NodeName)
@@ -52,10 +51,10 @@ func (k *Kubelet) sourcePods(ctx context.Context, d *kubelet.Dependencies) {
 	d.PodConfig = pods
 }
 
-// ownNode is a volume plugin for no volume: the host of a plugin is the only way that
-// upstream gives to what the running kubelet knows of its own node.
+// ownNode is a volume plugin that supports no volume: the host of a plugin is the only interface through which
+// upstream exposes the kubelet's knowledge of its own Node.
 type ownNode struct {
-	volume.VolumePlugin // nil: the rest is asked only of a plugin that supports a volume
+	volume.VolumePlugin // nil: the other methods are called only for plugins that support a volume
 
 	host atomic.Pointer[volume.VolumeHost]
 }
@@ -68,8 +67,8 @@ func (n *ownNode) Init(host volume.VolumeHost) error {
 func (*ownNode) GetPluginName() string        { return "kedge.dev/own-node" }
 func (*ownNode) CanSupport(*volume.Spec) bool { return false }
 
-// await returns true when the kubelet knows its node, and false when ctx ends before. It
-// asks ever more seldom: an agent may have to wait for days until it meets a server.
+// await returns true when the kubelet knows its Node, and false when ctx ends before. Its interval grows,
+// because an agent may wait for days until it reaches a server.
 func (n *ownNode) await(ctx context.Context) bool {
 	for began := time.Now(); ; {
 		if host := n.host.Load(); host != nil {

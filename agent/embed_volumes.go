@@ -13,32 +13,30 @@ import (
 	"kedge/internal/lifecycle"
 )
 
-// csiNode is a variable of upstream's CSI plugin: the node as which plugins are
-// registered. There is no exported way to set it; TestVolumesMatchUpstream of
-// internal/house fails when it changes.
+// csiNode is a variable of upstream's CSI plugin: the node for which plugins are registered. It cannot be set
+// through an exported function; TestVolumesMatchUpstream of scripts/house fails when it changes.
 //
 //go:linkname csiNode k8s.io/kubernetes/pkg/volume/csi.nim
 var csiNode nodeinfomanager.Interface
 
-// Volumes keeps apart the two that use upstream's volume plugins in one process: the
-// kubelet, and the controllers, which are built every time that this server begins to
-// lead.
+// Volumes separates the two users of upstream's volume plugins in one process: the kubelet, and the
+// controllers, which are built each time this server becomes the leader.
 //
-// The CSI plugin keeps its node and the handler of registrations in variables of its
-// package, since upstream expects a process to be one or the other. Whoever is
-// initialised last owns them: were it the controllers, which have no node, the kubelet
-// would ask for a CSINode without a name for ever. So the kubelet comes after the
-// controllers where they are built at the start, and otherwise gets back what was its.
+// The CSI plugin keeps its node and the handler of registrations in package variables, because upstream expects
+// a process to be either the kubelet or the controllers. The last initialisation wins: after that of the
+// controllers, which have no node, the kubelet would request a CSINode without a name for ever. So the
+// kubelet's plugins are initialised after the controllers' if those are built at the start, and otherwise Build
+// restores the variables.
 type Volumes struct {
-	leads lifecycle.Condition // whether the controllers are about to be built
+	leads lifecycle.Condition // true if the controllers are about to be built
 
 	mu       sync.Mutex
-	kubelet  bool          // its plugins are initialised, or about to be
-	building chan struct{} // closed when the controllers are built; nil while none are
-	built    bool          // once at least
+	kubelet  bool          // the kubelet's plugins are initialised, or about to be
+	building chan struct{} // closed when the controllers are built; nil while they are not being built
+	built    bool          // the controllers were built at least once
 }
 
-// NewVolumes makes one for a process whose controllers are built when leads holds.
+// NewVolumes returns the Volumes of a process that builds its controllers when leads holds.
 func NewVolumes(leads lifecycle.Condition) *Volumes { return &Volumes{leads: leads} }
 
 // Build calls build, which initialises the controllers' volume plugins.
@@ -56,8 +54,7 @@ func (v *Volumes) Build(ctx context.Context, build func() error) error {
 	if !kubelet {
 		return build()
 	}
-	// It went first, and has nearly done so: there is nothing between its prober
-	// and the plugin but a loop.
+	// The kubelet was first and is almost finished: between its prober and the CSI plugin there is only a loop.
 	for csiNode == nil {
 		select {
 		case <-ctx.Done():
@@ -82,7 +79,7 @@ func (v *Volumes) await(ctx context.Context) {
 			return
 		}
 		v.mu.Unlock()
-		poll := time.After(10 * time.Millisecond) // until they begin to be built
+		poll := time.After(10 * time.Millisecond) // until building begins
 		if building != nil {
 			poll = nil
 		}
@@ -95,13 +92,13 @@ func (v *Volumes) await(ctx context.Context) {
 	}
 }
 
-// afterControllers lets the kubelet's volume plugins be initialised when volumes
-// allows. The prober is the first thing that the plugins' initialisation calls.
+// afterControllers delays the initialisation of the kubelet's volume plugins until volumes allows it. The
+// prober is called first during that initialisation.
 type afterControllers struct {
 	volume.DynamicPluginProber
 
 	ctx     context.Context
-	volumes *Volumes // nil where this process has no controllers
+	volumes *Volumes // nil if this process has no controllers
 }
 
 func (p afterControllers) Init() error {

@@ -10,14 +10,15 @@ import (
 
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 
-	"kedge/agent/stalesocket"
+	"kedge/agent/hostpaths"
 	"kedge/internal/cgroup"
 	"kedge/internal/mounts"
+	"kedge/internal/unixsocket"
 )
 
-// Prepare makes the cgroup of the node's pods and claims it for this process. It is
-// called once, before anything else makes kernel objects in the node's name; release
-// gives the claim back.
+// Prepare creates the cgroup of the node's pods, and claims the cgroup and the kubelet's folders for this
+// process. It is called once, before other parts create kernel objects with the node's name; release gives up
+// the claims.
 func Prepare(ctx context.Context, cfg Config) (release func() error, err error) {
 	if cfg.SystemdCgroups {
 		err = cgroup.EnsureSlice(ctx, cfg.CgroupRoot)
@@ -27,38 +28,45 @@ func Prepare(ctx context.Context, cfg Config) (release func() error, err error) 
 	if err != nil {
 		return nil, err
 	}
-	return cgroup.Claim(cfg.cgroupPath())
+	leavePlaces, err := hostpaths.Claim(cfg.places(), cfg.otherPlaces(), cfg.HostPaths)
+	if err != nil {
+		return nil, err
+	}
+	leaveGroup, err := cgroup.Claim(cfg.cgroupPath())
+	if err != nil {
+		return nil, errors.Join(err, leavePlaces())
+	}
+	return func() error { return errors.Join(leaveGroup(), leavePlaces()) }, nil
 }
 
-// leastLimits are what the kernel must allow for a full node: at its own defaults
-// programs in pods fail with "too many open files" from a few dozen on, and a second
-// node of the same machine does not start.
-var leastLimits = map[string]uint64{
+// minLimits are the minimum kernel limits for a full node: with the kernel's defaults, programs in pods fail
+// with "too many open files" from a few dozen pods on, and a second node on the same machine does not start.
+var minLimits = map[string]uint64{
 	"/proc/sys/fs/inotify/max_user_instances": 8192,
 	"/proc/sys/fs/inotify/max_user_watches":   524288,
 }
 
-// RaiseLimits raises those limits of the kernel that are lower than a node needs, and
-// lowers none. Where it may not, the limits stay as they are, and preflight says so.
+// RaiseLimits raises the kernel limits that are lower than a node needs. If it has no permission, the limits
+// stay as they are, and preflight reports them.
 func RaiseLimits(log *slog.Logger) {
-	for path, least := range leastLimits {
+	for path, minimum := range minLimits {
 		text, err := os.ReadFile(path)
 		if err != nil {
-			continue // preflight has the sentence for it
+			continue // preflight reports it
 		}
 		have, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
-		if err != nil || have >= least {
+		if err != nil || have >= minimum {
 			continue
 		}
-		if err := os.WriteFile(path, []byte(strconv.FormatUint(least, 10)), 0); err != nil {
-			log.Debug("a limit of the kernel stays as it is", "path", path, "err", err)
+		if err := os.WriteFile(path, []byte(strconv.FormatUint(minimum, 10)), 0); err != nil {
+			log.Debug("a kernel limit could not be raised", "path", path, "err", err)
 			continue
 		}
-		log.Info("raised a limit of the kernel", "path", path, "from", have, "to", least)
+		log.Info("raised a kernel limit", "path", path, "from", have, "to", minimum)
 	}
 }
 
-// cgroupPath is where the node's cgroup is in a hierarchy.
+// cgroupPath returns the path of the node's cgroup in a hierarchy.
 func (c Config) cgroupPath() string {
 	if c.SystemdCgroups {
 		return "/" + cgroup.Slice(c.CgroupRoot)
@@ -66,14 +74,14 @@ func (c Config) cgroupPath() string {
 	return c.CgroupRoot
 }
 
-// Cleanup ends processes of pods that the runtime has lost track of, detaches the
-// volumes that the kubelet has mounted and removes the pods' cgroups. The runtime
-// must have ended its containers. What is stored in volumes stays.
+// Cleanup kills processes of pods that the runtime has lost track of, detaches the volumes that the kubelet has
+// mounted and removes the pods' cgroups. The runtime must have stopped its containers before. The data in
+// volumes is kept.
 //
-// Of the folder for device plugins, which another node of this machine may use, it
-// removes the kubelet's socket if no kubelet listens on it.
+// In the folder for device plugins, which another node of this machine may use, it only removes the kubelet's
+// socket, and only if no kubelet listens on it.
 func Cleanup(ctx context.Context, cfg Config) error {
-	errs := []error{cgroup.End(cfg.cgroupPath()), mounts.DetachBelow(cfg.kubeletDir()), stalesocket.Remove(pluginapi.KubeletSocket)}
+	errs := []error{cgroup.End(cfg.cgroupPath()), mounts.DetachBelow(cfg.kubeletDir()), unixsocket.RemoveStale(pluginapi.KubeletSocket)}
 	if cfg.SystemdCgroups {
 		errs = append(errs, cgroup.RemoveSlice(ctx, cfg.CgroupRoot))
 	} else {

@@ -9,7 +9,7 @@ import (
 	"go.etcd.io/etcd/client/v3/kubernetes"
 )
 
-// acknowledged is what a child was told has been written.
+// acknowledged holds the writes that a child process has reported as acknowledged.
 type acknowledged struct {
 	count    int
 	revision int64                  // the highest seen
@@ -23,12 +23,12 @@ type acknowledgment struct {
 
 func newAcknowledged() *acknowledged { return &acknowledged{last: map[int]acknowledgment{}} }
 
-// note takes a line of a child's story, and checks that revisions only grow.
+// note records a line of a child's output, and checks that revisions increase.
 func (a *acknowledged) note(t *testing.T, line string) {
 	t.Helper()
 	var writer int
 	var ack acknowledgment
-	// A line cut short by the kill is not an acknowledgment that anybody got.
+	// A line that the kill has cut short is no acknowledgment.
 	if n, _ := fmt.Sscanf(line, "ack %d %d %d", &writer, &ack.sequence, &ack.revision); n != 3 {
 		return
 	}
@@ -40,8 +40,8 @@ func (a *acknowledged) note(t *testing.T, line string) {
 	a.revision = max(a.revision, ack.revision)
 }
 
-// check looks for everything acknowledged in a store. The store may have more: a write that was cut off
-// before its acknowledgment.
+// check looks for all acknowledged writes in a store. The store may hold one more of each writer, whose acknowledgment was
+// cut off.
 func (a *acknowledged) check(t *testing.T, s *Store) {
 	t.Helper()
 	c := newClient(t, s)

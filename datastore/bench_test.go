@@ -22,12 +22,12 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 )
 
-// The benchmarks measure one store by three ways to it: function calls, gRPC over loopback, and the same with
-// mutual TLS, which is how an etcd beside an API server is commonly reached. Run them with
+// The benchmarks measure one store through three transports: function calls, gRPC over loopback, and gRPC with mutual TLS,
+// which is common for an etcd beside an API server. Run them with
 //
 //	go test -run ^$ -bench . ./datastore
 //
-// on a directory of the disk in question (TMPDIR), since each write waits for it.
+// in a directory on the disk to measure (TMPDIR), since each write waits for the disk.
 func benchmark(b *testing.B, run func(b *testing.B, c *kubernetes.Client)) {
 	for _, way := range []struct {
 		name string
@@ -100,7 +100,7 @@ func BenchmarkList1000(b *testing.B) {
 	})
 }
 
-// BenchmarkStream1000 is the list that the API server makes of a large type.
+// BenchmarkStream1000 measures the request with which the API server lists a large resource type.
 func BenchmarkStream1000(b *testing.B) {
 	benchmark(b, func(b *testing.B, c *kubernetes.Client) {
 		fill(b, c, "/a/", 1000, string(benchValue))
@@ -124,7 +124,7 @@ func BenchmarkStream1000(b *testing.B) {
 	})
 }
 
-// BenchmarkStart measures the way from nothing, or from a stopped store, to ready.
+// BenchmarkStart measures the time to readiness of a new store and of a stopped one.
 func BenchmarkStart(b *testing.B) {
 	b.Run("new", func(b *testing.B) {
 		for b.Loop() {
@@ -148,7 +148,7 @@ func BenchmarkStart(b *testing.B) {
 	})
 }
 
-// BenchmarkClient measures what a resource type costs that only waits: a client with one open watch.
+// BenchmarkClient measures the cost of an idle resource type: a client with one open watch.
 func BenchmarkClient(b *testing.B) {
 	s, _ := start(b, testConfig(b.TempDir()))
 	heap, stack, goroutines := resources()
@@ -180,7 +180,7 @@ func update(b *testing.B, c *kubernetes.Client, key string, revision int64) int6
 	return resp.Revision
 }
 
-// dialGRPC serves the store's etcd on loopback, as etcd itself would, and returns a client of that.
+// dialGRPC serves the store over gRPC on loopback, as etcd does, and returns a client of it.
 func dialGRPC(b *testing.B, s *Store, tlsConfig *tls.Config) *kubernetes.Client {
 	b.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -205,7 +205,7 @@ func dialGRPC(b *testing.B, s *Store, tlsConfig *tls.Config) *kubernetes.Client 
 	return c
 }
 
-// selfSigned returns one certificate that serves as client's, server's and authority's.
+// selfSigned returns a certificate that serves as client, server and CA certificate.
 func selfSigned(b *testing.B) *tls.Config {
 	b.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -240,8 +240,8 @@ func selfSigned(b *testing.B) *tls.Config {
 	}
 }
 
-// BenchmarkMembers is an update through the leader, and through a follower, of three members on one machine, beside
-// a member that is alone. All share one disk and its syncs, so three machines do better.
+// BenchmarkMembers measures an update through the leader and through a follower of three members on one machine, and
+// through a member that is alone. All share one disk and its syncs, so three machines are faster.
 func BenchmarkMembers(b *testing.B) {
 	updates := func(b *testing.B, n *testNode) {
 		c := newClient(b, n.Store)

@@ -5,8 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,9 +18,11 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/kubernetes"
 	"go.etcd.io/etcd/server/v3/etcdserver"
+
+	"kedge/datastore/peers"
 )
 
-// pool is the members that clients use; a member that is stopped or killed stays in it.
+// pool holds the members that clients use. A member stays in it while it is stopped.
 type pool struct {
 	mu    sync.Mutex
 	nodes []*testNode
@@ -38,7 +40,8 @@ func (p *pool) pick(client int) *testNode {
 	return p.nodes[client%len(p.nodes)]
 }
 
-// 1, 3, 5, 3, 1 members under load, and in each step one is killed and starts again.
+// TestGrowAndShrink grows a cluster from 1 to 5 members and shrinks it to 1 under load. In each step one member is killed
+// and started again.
 func TestGrowAndShrink(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -67,7 +70,7 @@ func TestGrowAndShrink(t *testing.T) {
 	restart(e)
 	restart(c.leader(a, b, d, e, f))
 
-	// The members that leave may be leading.
+	// The removed members may be the leader.
 	for i, gone := range []*testNode{f, a} {
 		if err := d.Remove(t.Context(), gone.name); err != nil {
 			t.Fatal(err)
@@ -88,11 +91,11 @@ func TestGrowAndShrink(t *testing.T) {
 	put(t, d, "/end", "1")
 	h.End(t)
 
-	// Alone again, it closes the port at its next start.
+	// After its next start the store, which is alone again, does not listen.
 	d.stop()
 	d.start()
 	select {
-	case <-d.mesh.opened:
+	case <-d.mesh.Opened():
 		t.Error("a store that is alone again listens")
 	default:
 	}
@@ -101,8 +104,8 @@ func TestGrowAndShrink(t *testing.T) {
 	}
 }
 
-// A member that was admitted and never came holds nobody up.
-func TestOrphansDoNotBlock(t *testing.T) {
+// Members that were admitted and never start do not block others.
+func TestUnstartedLearnersDoNotBlock(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
 	a := c.node("a").start()
@@ -118,22 +121,21 @@ func TestOrphansDoNotBlock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	orphans := 0
+	unstarted := 0
 	for _, m := range members {
 		if !m.Started {
-			orphans++
+			unstarted++
 			if !m.Learner || m.Reachable || !strings.HasPrefix(m.Name, "o") {
-				t.Errorf("orphan %+v", m)
+				t.Errorf("unstarted learner %+v", m)
 			}
 		}
 	}
-	if orphans == 0 || orphans > maxWaiting {
-		t.Errorf("%d orphans of %+v", orphans, members)
+	if unstarted == 0 || unstarted > maxPendingLearners {
+		t.Errorf("%d unstarted learners of %+v", unstarted, members)
 	}
 }
 
-// A machine that died is replaced by a new one of the same name; while it lives, or is needed for a majority, it
-// is not.
+// A new member of the same name replaces a dead one, but not one that is alive or needed for a majority.
 func TestReplaceDeadMember(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -142,36 +144,36 @@ func TestReplaceDeadMember(t *testing.T) {
 	a, b := nodes[0], nodes[1]
 	elsewhere := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.9:1")}
 	if _, err := a.Admit(t.Context(), "b", elsewhere); !errors.Is(err, ErrMemberExists) {
-		t.Errorf("admission in a living member's name: %v, want ErrMemberExists", err)
+		t.Errorf("admission with the name of a member that is alive: %v, want ErrMemberExists", err)
 	}
 	if _, err := a.Admit(t.Context(), "a", elsewhere); !errors.Is(err, ErrMemberExists) {
-		t.Errorf("admission in one's own name: %v, want ErrMemberExists", err)
+		t.Errorf("admission with the name of this member: %v, want ErrMemberExists", err)
 	}
 	put(t, a, "/a", "1")
 	c.admit(a, "orphan")
 	b.kill()
-	c.await("b is missing", func() error {
-		if a.mesh.reach(b.book.self().ID).alive(time.Now()) {
+	c.await("b is unreachable", func() error {
+		if a.mesh.Status(b.book.Self().ID).Alive(time.Now()) {
 			return errors.New("alive")
 		}
 		return nil
 	})
 	if err := a.Remove(t.Context(), "c"); !errors.Is(err, ErrQuorum) {
-		t.Errorf("removal of one of two living members of three: %v, want ErrQuorum", err)
+		t.Errorf("removal of one of two members alive of three: %v, want ErrQuorum", err)
 	}
 	again := c.join(a, "b")
 	c.awaitVoters(a, "a", "b", "c")
 	if got := get(t, again, "/a"); got != "1" {
 		t.Errorf("the new b has %q", got)
 	}
-	// The old one comes back.
+	// The old member starts again.
 	b.launch()
 	<-b.done
 	if !errors.Is(b.err, ErrRemoved) {
 		t.Errorf("the old b: %v, want ErrRemoved", b.err)
 	}
 	if got := get(t, again, "/a"); got != "1" {
-		t.Errorf("with the old b back the new one has %q", got)
+		t.Errorf("with the old b running the new one has %q", got)
 	}
 }
 
@@ -182,30 +184,35 @@ func TestRemovedMember(t *testing.T) {
 	a, b := nodes[0], nodes[1]
 	put(t, a, "/a", "1")
 	if err := a.Remove(t.Context(), "nobody"); !errors.Is(err, ErrNoMember) {
-		t.Errorf("removal of nobody: %v, want ErrNoMember", err)
+		t.Errorf("removal of an unknown member: %v, want ErrNoMember", err)
 	}
 
-	// While it is off.
+	// Removed while it is stopped.
 	b.stop()
-	gone := b.mesh.ownHello()
+	gone := b.book.Get()
 	if err := a.Remove(t.Context(), "b"); err != nil {
 		t.Fatal(err)
 	}
-	body, err := json.Marshal(gone)
+	body, err := json.Marshal(map[string]any{"cluster": gone.Cluster, "from": gone.Self, "others": gone.Others})
 	if err != nil {
 		t.Fatal(err)
 	}
-	answer := httptest.NewRecorder()
-	a.mesh.answerHello(answer, httptest.NewRequest(http.MethodPost, helloPath, bytes.NewReader(body)))
-	if !strings.Contains(answer.Body.String(), `"removed":true`) {
-		t.Errorf("the removed member's hello was answered with %s", answer.Body)
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: peerClient(t, b.cfg.Peer), DisableKeepAlives: true}}
+	resp, err := client.Post(fmt.Sprintf("https://127.0.0.1:%d/kedge/hello", a.cfg.Peer.Port), "application/json", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil || !strings.Contains(string(answer), `"removed":true`) {
+		t.Errorf("the heartbeat of the removed member was answered with %s, %v", answer, err)
 	}
 	b.launch()
 	<-b.done
 	if !errors.Is(b.err, ErrRemoved) {
 		t.Fatalf("b: %v, want ErrRemoved", b.err)
 	}
-	// And nobody need be there to tell it again.
+	// The directory is marked, so a further start needs no other member to fail.
 	c.lan.isolate("b", true)
 	b.launch()
 	<-b.done
@@ -214,7 +221,7 @@ func TestRemovedMember(t *testing.T) {
 	}
 	c.lan.isolate("b", false)
 
-	// Its store is kept aside, and it may join anew.
+	// SetAside keeps the old store, and the member may join again.
 	kept, err := SetAside(b.cfg.Dir, time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -223,7 +230,7 @@ func TestRemovedMember(t *testing.T) {
 		t.Errorf("the directory holds a store: %v, %v", holds, err)
 	}
 	if holds, err := HoldsStore(kept); err != nil || !holds {
-		t.Errorf("what was kept holds a store: %v, %v", holds, err)
+		t.Errorf("the directory set aside holds a store: %v, %v", holds, err)
 	}
 	admission, err := a.Admit(t.Context(), "b", []netip.AddrPort{b.port.at})
 	if err != nil {
@@ -233,7 +240,7 @@ func TestRemovedMember(t *testing.T) {
 	b.start()
 	c.awaitVoters(a, "a", "b", "c")
 
-	// While it is running, by itself, leading.
+	// Removed by itself, while it leads.
 	leader := c.leader(nodes...)
 	if err := leader.Remove(t.Context(), leader.name); err != nil {
 		t.Fatal(err)
@@ -256,7 +263,7 @@ func TestRemovedMember(t *testing.T) {
 	}
 }
 
-// A member that is admitted and taken out again before it comes finds out.
+// A member that was admitted and removed before its first start learns of it.
 func TestAdmissionIsOver(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
@@ -272,7 +279,7 @@ func TestAdmissionIsOver(t *testing.T) {
 	}
 }
 
-// Of the members that a new one asks, one may not have heard of it yet: that is no removal.
+// A joining member may ask a member that has not applied its admission yet. That does not mean that it was removed.
 func TestJoinByWayOfOneThatLags(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
@@ -281,7 +288,7 @@ func TestJoinByWayOfOneThatLags(t *testing.T) {
 	lags := without(nodes, leader)[0]
 	d := c.node("d")
 	c.awaitFor("admission", time.Minute, func() error {
-		// In the moment in which nobody has missed it yet.
+		// The admission must be committed before the isolated member counts as unhealthy.
 		c.lan.isolate(lags.name, true)
 		a, err := leader.Admit(t.Context(), "d", []netip.AddrPort{d.port.at})
 		if err != nil { // on a busy machine; etcd wants connections that have been good for a while
@@ -297,7 +304,7 @@ func TestJoinByWayOfOneThatLags(t *testing.T) {
 	select {
 	case <-d.done:
 		t.Fatalf("d: Run: %v", d.err)
-	case <-time.After(2 * lookEvery):
+	case <-time.After(2 * joinRetryInterval):
 	}
 	c.lan.isolate(lags.name, false)
 	c.lan.isolate("d", false)
@@ -305,7 +312,7 @@ func TestJoinByWayOfOneThatLags(t *testing.T) {
 	c.awaitVoters(leader, "a", "b", "c", "d")
 }
 
-// A member that joins may be cut short at any moment of its first start, and the others change meanwhile.
+// A joining member may be killed at any moment of its first start, while the list of members changes.
 func TestJoinIsResumed(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -322,15 +329,14 @@ func TestJoinIsResumed(t *testing.T) {
 		}
 		b.kill()
 	}
-	// From here on without the admission: the directory knows.
+	// From here on the directory holds the data of the admission.
 	b.cfg.Join = nil
 	b.start()
 	c.awaitVoters(a, "a", "b")
 	put(t, b, "/a", "1")
 }
 
-// Whoever comes late gets a copy of the database, because the log does not go back far enough; so does a member
-// that was away for long.
+// A new member, or one that was away for long, gets a copy of the database if the log does not reach back far enough.
 func TestCatchUpBySnapshot(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -354,7 +360,7 @@ func TestCatchUpBySnapshot(t *testing.T) {
 	c.lan.isolate("d", true)
 	c.await("d is cut off", func() error {
 		if d.Check(t.Context()) == nil {
-			return errors.New("it is well")
+			return errors.New("Check succeeds")
 		}
 		return nil
 	})
@@ -371,30 +377,30 @@ func TestCatchUpBySnapshot(t *testing.T) {
 	}
 }
 
-// What somebody says of members that there are not is forgotten, so that nobody looks for them for ever.
-func TestNoGhosts(t *testing.T) {
+// Peers that are no members, from other members' messages, are dropped from the address book.
+func TestUnknownPeersAreDropped(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
-	ghost := Peer{ID: "1234", Name: "ghost", URL: newVirtualURL(), Addresses: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.66:1")}, Seq: 1}
-	nodes[1].mesh.learn([]Peer{ghost})
-	if _, known := nodes[1].book.other(ghost.ID); known {
-		t.Error("a member with a leader believes in a ghost")
+	unknown := Peer{ID: "1234", Name: "unknown", URL: peers.NewLoopbackURL(), Addresses: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.66:1")}, Seq: 1}
+	nodes[1].mesh.Learn([]Peer{unknown})
+	if _, known := nodes[1].book.Other(unknown.ID); known {
+		t.Error("a member with a leader accepted an unknown peer")
 	}
-	if _, err := nodes[1].book.merge([]Peer{ghost}); err != nil { // as from a time without a leader
+	if _, err := nodes[1].book.Merge([]Peer{unknown}); err != nil { // as while there is no leader
 		t.Fatal(err)
 	}
-	c.await("it is forgotten", func() error {
+	c.await("the unknown peer is dropped", func() error {
 		for _, n := range nodes {
-			if _, known := n.book.other(ghost.ID); known {
-				return fmt.Errorf("%s knows it", n.name)
+			if _, known := n.book.Other(unknown.ID); known {
+				return fmt.Errorf("it is in the address book of %s", n.name)
 			}
 		}
 		return nil
 	})
 }
 
-// Stores that were created without an address on loopback, and without a port, grow all the same.
+// Stores that were created without a loopback address and a peer port can grow.
 func TestStoreOfBeforeGrows(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
@@ -403,11 +409,11 @@ func TestStoreOfBeforeGrows(t *testing.T) {
 	a.cfg.Peer = PeerConfig{}
 	a.start()
 	put(t, a, "/a", "1")
-	if _, err := a.Admit(t.Context(), "b", []netip.AddrPort{peer.addrPorts(peer.Addresses)[0]}); !errors.Is(err, ErrNoPeers) {
+	if _, err := a.Admit(t.Context(), "b", []netip.AddrPort{netip.AddrPortFrom(peer.Addresses[0], peer.Port)}); !errors.Is(err, ErrNoPeers) {
 		t.Errorf("admission without a port: %v, want ErrNoPeers", err)
 	}
 	a.stop()
-	if err := os.Remove(filepath.Join(a.cfg.Dir, bookFile)); err != nil {
+	if err := os.Remove(filepath.Join(a.cfg.Dir, peers.BookFile)); err != nil {
 		t.Fatal(err)
 	}
 	a.cfg.Peer = peer
@@ -419,8 +425,8 @@ func TestStoreOfBeforeGrows(t *testing.T) {
 	}
 }
 
-// The address book may be lost: the store has a copy.
-func TestBookIsLost(t *testing.T) {
+// The address book may be lost, because the store holds a copy.
+func TestAddressBookIsLost(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
@@ -436,9 +442,9 @@ func TestBookIsLost(t *testing.T) {
 		n.stop()
 		n.cfg.Join = nil
 	}
-	// Gone or damaged, all at once.
+	// All address books are lost at once: one damaged, the others missing.
 	for i, n := range nodes {
-		file := filepath.Join(n.cfg.Dir, bookFile)
+		file := filepath.Join(n.cfg.Dir, peers.BookFile)
 		damage := os.Remove(file)
 		if i == 0 {
 			damage = os.WriteFile(file, []byte("{"), 0o600)
@@ -456,7 +462,7 @@ func TestBookIsLost(t *testing.T) {
 	}
 }
 
-// A watch through etcd's own client, as the API server's.
+// watchOn opens a watch like the API server's.
 func watchOn(t *testing.T, n *testNode) clientv3.WatchChan {
 	t.Helper()
 	w := newClient(t, n.Store).Watch(clientv3.WithRequireLeader(t.Context()), "/w", clientv3.WithPrefix(), clientv3.WithCreatedNotify())

@@ -16,18 +16,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A child is this test binary, started again to be one store in a process of its own that can be killed, or
-// can fail for good. It is told its role and directory in the environment, and tells its story on stdout, one
-// event a line.
+// A child is this test binary, started again as one store in a process of its own that can be killed or can fail for good.
+// The environment holds its role and directory. It reports events on stdout, one per line.
 const (
 	childRole = "KEDGE_DATASTORE_TEST_CHILD"
 	childDir  = "KEDGE_DATASTORE_TEST_DIR"
 
 	roleWriter  = "writer" // writes for ever
 	roleFull    = "full"   // writes until files may not grow further
-	roleFatal   = "fatal"  // is told by etcd that all is lost
-	rolePanic   = "panic"  // has a panic in a call
-	roleMember  = "member" // is a member that does what it is told; see machines_test.go
+	roleFatal   = "fatal"  // logs a fatal message of etcd
+	rolePanic   = "panic"  // panics in a call
+	roleMember  = "member" // runs commands; see machines_test.go
 	childFailed = 3        // exit status of a child whose Run returned ErrFailed
 	fileLimit   = 20 << 20 // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
 	writers     = 4        // of roleWriter
@@ -38,7 +37,7 @@ func runChild(role string) int {
 		return runMember()
 	}
 	if role == roleFull {
-		// The kernel refuses to grow a file beyond this, like a disk that is full, but for this process only.
+		// The kernel refuses to grow a file beyond this limit, as on a full disk, but for this process only.
 		limit := unix.Rlimit{Cur: fileLimit, Max: fileLimit}
 		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
 			panic(err)
@@ -65,7 +64,7 @@ func runChild(role string) int {
 		case rolePanic:
 			go func() {
 				defer func() { out.printf("recovered %v\n", recover()) }()
-				_, err := call(s.transport.Load(), context.Background(), new(int), func(context.Context, *int) (*int, error) {
+				_, err := localCall(s.transport.Load(), context.Background(), new(int), func(context.Context, *int) (*int, error) {
 					panic("index out of range")
 				})
 				out.printf("call %v\n", err)
@@ -79,7 +78,7 @@ func runChild(role string) int {
 	return 1
 }
 
-// childWrite reports every write after it was acknowledged: writer, sequence number, revision.
+// childWrite reports every acknowledged write: writer, sequence number, revision.
 func childWrite(s *Store, writer, size int, out *syncedPrinter) {
 	c, err := s.NewClient()
 	if err != nil {
@@ -106,7 +105,7 @@ func (p *syncedPrinter) printf(format string, args ...any) {
 	fmt.Printf(format, args...)
 }
 
-// startChild starts a child whose events arrive on lines, which is closed when it has ended.
+// startChild starts a child and sends its events to lines, which is closed when the child has ended.
 func startChild(t *testing.T, role, dir string) (command *exec.Cmd, lines <-chan string) {
 	t.Helper()
 	command = exec.Command(os.Args[0])
@@ -130,7 +129,8 @@ func startChild(t *testing.T, role, dir string) (command *exec.Cmd, lines <-chan
 	return command, c
 }
 
-// After a fatal message of etcd the component fails, nothing of etcd goes on, and the process may end in order.
+// After a fatal message of etcd, the component fails, no code of etcd after the message runs, and the process can stop in
+// order.
 func TestFatalFailsTheComponent(t *testing.T) {
 	for _, tc := range []struct {
 		role string
@@ -149,20 +149,20 @@ func TestFatalFailsTheComponent(t *testing.T) {
 			if command.ProcessState.ExitCode() != childFailed {
 				t.Errorf("%v, want exit status %d", err, childFailed)
 			}
-			story := strings.Join(got, "\n")
+			output := strings.Join(got, "\n")
 			for _, want := range tc.want {
-				if !strings.Contains(story, want) {
-					t.Errorf("%q did not happen:\n%s", want, story)
+				if !strings.Contains(output, want) {
+					t.Errorf("%q is not in the output:\n%s", want, output)
 				}
 			}
-			if strings.Contains(story, "returned from fatal") {
+			if strings.Contains(output, "returned from fatal") {
 				t.Error("code after a fatal message was run")
 			}
 		})
 	}
 }
 
-// When the disk refuses to write, the store stops at once, and what it acknowledged is there when it can again.
+// When a write to the disk fails, the store stops at once. All acknowledged writes are there after the next start.
 func TestWriteErrorFailsTheComponent(t *testing.T) {
 	dir := t.TempDir()
 	command, lines := startChild(t, roleFull, dir)
@@ -185,9 +185,8 @@ func TestWriteErrorFailsTheComponent(t *testing.T) {
 	acked.check(t, s)
 }
 
-// TestKill kills a writing store again and again, at any moment of its life, and looks for what it had
-// acknowledged. It shows that nothing is acknowledged that only memory knows; that the disk keeps what it was
-// told to keep takes a power cut.
+// TestKill kills a writing store again and again, at any moment of its life, and looks for its acknowledged writes. It shows
+// that the store acknowledges nothing that only memory holds. Whether the disk keeps it takes a power cut to test.
 func TestKill(t *testing.T) {
 	rounds := 36
 	if !long() {
@@ -197,7 +196,7 @@ func TestKill(t *testing.T) {
 	acked := newAcknowledged()
 	for round := range rounds {
 		command, lines := startChild(t, roleWriter, dir)
-		// A third of the rounds end while the store is opening, for the others there is time to write.
+		// In a third of the rounds the kill comes while the store opens. In the others there is time to write.
 		if round%3 != 0 {
 			if line := <-lines; line != "ready" {
 				t.Fatalf("round %d: %q", round, line)
@@ -225,7 +224,7 @@ func TestKill(t *testing.T) {
 	t.Logf("%d kills, %d writes", rounds, acked.count)
 }
 
-// TestKillDuringCreation kills stores in their first moments, of which etcd does not survive all.
+// TestKillDuringCreation kills stores in their first moments. By itself, etcd does not survive all of these kills.
 func TestKillDuringCreation(t *testing.T) {
 	rounds := 20
 	if !long() {

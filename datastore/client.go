@@ -15,27 +15,24 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Endpoint is the address by which clients know the store in this process, and what to give the API server
-// as its etcd server. It leads nowhere: nothing is ever dialled.
+// Endpoint is the address of the store in this process, for the API server's list of etcd servers. It is never dialled.
 const Endpoint = "http://datastore.kedge.invalid:2379"
 
-// keepAliveTimeout is how long a lease's first keep-alive may stay without an answer.
+// keepAliveTimeout bounds the wait for the answer to the first keep-alive of a lease.
 const keepAliveTimeout = time.Second
 
-// NewClient returns a client of the store, good from when the store is ready until it stops. The caller closes
-// it.
+// NewClient returns a client of the store, which works while the store serves. The caller closes it.
 //
-// Each call returns a client that shares nothing with the others. The API server closes the client of a
-// resource type when the type goes away, which ends all watches and leases of that client; and it wraps the
-// client's KV in place. Close returns an error, as it does for every client whose connection is gone before
-// it; callers ignore it.
+// Each call returns a client that shares nothing with the others. The API server closes the client of a resource type
+// when the type is removed, which ends all watches and leases of that client; and it wraps the client's KV in place. Close
+// returns an error, as it does for every client whose connection was closed before; callers ignore it.
 func (s *Store) NewClient() (*kubernetes.Client, error) {
 	t := s.transport.Load()
 	if t == nil {
 		return nil, ErrNotServing
 	}
-	// Built the long way because only clientv3.New sets endpoints. Without them the API server takes the
-	// store for one that cannot report watch progress, and stops serving consistent lists from its caches.
+	// Only clientv3.New sets endpoints. Without them the API server concludes that the store cannot report watch progress,
+	// and stops serving consistent lists from its caches.
 	c, err := clientv3.New(clientv3.Config{
 		Endpoints: []string{Endpoint},
 		Logger:    s.zap,
@@ -46,8 +43,8 @@ func (s *Store) NewClient() (*kubernetes.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("new client: %w", err)
 	}
-	// The connection that came with it is not used. Closed at once it keeps no goroutine and half the memory,
-	// and if a method should ever be missed below, its calls fail instead of waiting.
+	// The client's own connection is not used. Closing it frees its goroutine and half of the client's memory, and makes
+	// calls of a service that is not replaced below fail instead of wait.
 	_ = c.ActiveConnection().Close()
 
 	c.KV = clientv3.NewKVFromKVClient(kvClient{t}, c)
@@ -62,7 +59,7 @@ func (s *Store) NewClient() (*kubernetes.Client, error) {
 	return k, nil
 }
 
-// noConn stands for a service that the store does not have. It has one client, this process, and no users.
+// noConn replaces the connection of the auth service, which the store does not have, because it has no users.
 type noConn struct{}
 
 func (noConn) Invoke(_ context.Context, method string, _, _ any, _ ...grpc.CallOption) error {

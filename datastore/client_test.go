@@ -17,7 +17,7 @@ import (
 	"go.etcd.io/etcd/client/v3/kubernetes"
 )
 
-// One client belongs to one resource type. Closing it must be felt by nobody else.
+// Each resource type has a client. Closing one must not affect the others.
 func TestClientCloseLeavesOthersAlone(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	doomed, other := newClient(t, s), newClient(t, s)
@@ -82,8 +82,7 @@ func (k *countingKV) Put(ctx context.Context, key, value string, opts ...clientv
 	return k.KV.Put(ctx, key, value, opts...)
 }
 
-// The API server's feature check iterates over endpoints and asks each for its version; see hook for the check
-// itself.
+// The API server's feature check asks each endpoint for its version; package hook tests the check itself.
 func TestClientEndpointsAndStatus(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newClient(t, s)
@@ -125,7 +124,7 @@ func TestClientRangeStream(t *testing.T) {
 	}
 }
 
-// The stream's errors are those of a get.
+// The errors of a stream are those of a get.
 func TestClientRangeStreamErrors(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newClient(t, s)
@@ -145,7 +144,7 @@ func TestClientRangeStreamErrors(t *testing.T) {
 
 }
 
-// The API server clears the list of a chunk while etcd still looks at its own.
+// The API server clears the list of a chunk while etcd still reads its own.
 func TestRangeStreamDoesNotShareLists(t *testing.T) {
 	g := newGate(alwaysLed)
 	defer g.close()
@@ -267,7 +266,7 @@ func TestClientWatchDeliversInOrder(t *testing.T) {
 	}
 }
 
-// etcd's own in-process client panics here.
+// etcd's own in-process client panics in this call.
 func TestClientDefragment(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newClient(t, s)
@@ -325,7 +324,7 @@ func TestClientMembers(t *testing.T) {
 	}
 }
 
-// There are no users, and nobody can switch them on.
+// The store has no users, and authentication cannot be enabled.
 func TestClientAuthIsOff(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	if resp, err := newClient(t, s).AuthEnable(t.Context()); err == nil {
@@ -333,7 +332,7 @@ func TestClientAuthIsOff(t *testing.T) {
 	}
 }
 
-// A store that stops must let go of its clients, whatever they are doing, and answer late calls.
+// A store that stops ends all calls of its clients, and refuses later ones.
 func TestClientsOfStoppingStore(t *testing.T) {
 	s, stop := start(t, testConfig(t.TempDir()))
 	c := newClient(t, s)

@@ -16,7 +16,7 @@ import (
 	"kedge/internal/pki"
 )
 
-// A testCluster is several stores in this process, on a testLAN.
+// testCluster is a cluster of stores in this process, on a testLAN.
 type testCluster struct {
 	tb    testing.TB
 	lan   *testLAN
@@ -48,7 +48,7 @@ func newTestCluster(tb testing.TB) *testCluster {
 	return &testCluster{tb: tb, lan: newTestLAN(tb), ca: ca, nodes: map[string]*testNode{}}
 }
 
-// peerConfig has a certificate for one member, and no addresses.
+// peerConfig returns a configuration with a certificate for one member, and without addresses.
 func (c *testCluster) peerConfig(name string) PeerConfig {
 	c.tb.Helper()
 	leaf := pki.Leaf{CommonName: name, DNSNames: []string{PeerServerName}, Client: true, Server: true}
@@ -59,7 +59,7 @@ func (c *testCluster) peerConfig(name string) PeerConfig {
 	return PeerConfig{Port: freePort(c.tb), CAFile: c.ca.CertFile(), CertFile: pair.CertFile, KeyFile: pair.KeyFile}
 }
 
-// node makes a machine that is not running.
+// node makes a member that is not running.
 func (c *testCluster) node(name string) *testNode {
 	c.tb.Helper()
 	cfg := testConfig(filepath.Join(c.tb.TempDir(), "store"))
@@ -72,7 +72,7 @@ func (c *testCluster) node(name string) *testNode {
 	return n
 }
 
-// launch starts a store and does not wait.
+// launch starts a store without waiting until it is ready.
 func (n *testNode) launch() {
 	n.Store = New(n.cfg, testLog(n.c.tb).With("node", n.name))
 	n.net = n.port
@@ -126,7 +126,7 @@ func (n *testNode) stop() {
 	}
 }
 
-// kill stops a store so that the others do not hear of it.
+// kill stops a store whose network is cut, so that it cannot hand over.
 func (n *testNode) kill() {
 	n.c.tb.Helper()
 	n.c.lan.isolate(n.name, true)
@@ -134,7 +134,7 @@ func (n *testNode) kill() {
 	n.c.lan.isolate(n.name, false)
 }
 
-// join admits a new member by way of another, and starts it.
+// join admits a new member through another one, and starts it.
 func (c *testCluster) join(via *testNode, name string) *testNode {
 	c.tb.Helper()
 	n := c.admit(via, name)
@@ -142,8 +142,7 @@ func (c *testCluster) join(via *testNode, name string) *testNode {
 	return n
 }
 
-// admit makes a machine that is admitted and not started. As whoever joins it asks again: a leader may be lost
-// meanwhile, on a busy machine.
+// admit admits a new member and does not start it. It retries, because the leader may change meanwhile on a busy machine.
 func (c *testCluster) admit(via *testNode, name string) *testNode {
 	c.tb.Helper()
 	n := c.node(name)
@@ -155,21 +154,21 @@ func (c *testCluster) admit(via *testNode, name string) *testNode {
 	return n
 }
 
-// grow makes a cluster of the named members, all of which vote.
+// grow makes a cluster of the named members, all of which are voters.
 func (c *testCluster) grow(names ...string) []*testNode {
 	c.tb.Helper()
 	nodes := []*testNode{c.node(names[0]).start()}
 	for _, name := range names[1:] {
 		nodes = append(nodes, c.join(nodes[0], name))
 	}
-	// Each of them must know: a vote that has not got around counts for nothing when the leader is lost.
+	// Each member must have applied the promotions, or it does not count the new votes after the loss of the leader.
 	for _, n := range nodes {
 		c.awaitVoters(n, names...)
 	}
 	return nodes
 }
 
-// awaitVoters waits until exactly these vote.
+// awaitVoters waits until the voters are exactly the named members.
 func (c *testCluster) awaitVoters(via *testNode, names ...string) {
 	c.tb.Helper()
 	slices.Sort(names)
@@ -191,7 +190,7 @@ func (c *testCluster) awaitVoters(via *testNode, names ...string) {
 	})
 }
 
-// await waits until check has nothing to say.
+// await waits until check returns nil.
 func (c *testCluster) await(what string, check func() error) {
 	c.tb.Helper()
 	c.awaitFor(what, 30*time.Second, check)
@@ -212,7 +211,7 @@ func (c *testCluster) awaitFor(what string, limit time.Duration, check func() er
 	}
 }
 
-// leader waits for one of the nodes to lead.
+// leader waits until one of the nodes leads.
 func (c *testCluster) leader(nodes ...*testNode) *testNode {
 	c.tb.Helper()
 	var leader *testNode
@@ -223,7 +222,7 @@ func (c *testCluster) leader(nodes ...*testNode) *testNode {
 				return nil
 			}
 		}
-		return errors.New("none leads")
+		return errors.New("no leader")
 	})
 	return leader
 }
@@ -265,7 +264,7 @@ func TestStoreAloneListensNowhere(t *testing.T) {
 	c := newTestCluster(t)
 	n := c.node("a").start()
 	select {
-	case <-n.mesh.opened:
+	case <-n.mesh.Opened():
 		t.Error("a store that stays alone listens")
 	default:
 	}
@@ -297,7 +296,7 @@ func TestStoreGrows(t *testing.T) {
 			}
 		}
 	}
-	// All start again, at once and in the cold.
+	// All members stop, and start again at once.
 	for _, n := range nodes {
 		n.stop()
 	}

@@ -7,66 +7,66 @@ import (
 	"time"
 )
 
-// Config is what a Store is built from. Every write is on disk before it is acknowledged; there is
-// deliberately no field that could change that.
+// Config holds the settings of a Store. Every write is on disk before it is acknowledged; there is deliberately no setting
+// for that.
 type Config struct {
-	// Dir holds everything of the store and belongs to it alone. It is created if missing. Absolute.
+	// Dir is the absolute path of the store's directory, which nothing else uses. It is created if missing.
 	Dir string
 
-	// MemberName names this member among the servers of the cluster.
+	// MemberName is the name of this member, unique among the servers of the cluster.
 	MemberName string
 
-	// Peer is how this member and others reach each other. It may be empty, for a store that stays alone.
+	// Peer says how this member and the others reach each other. It may be empty if the store stays alone.
 	Peer PeerConfig
 
-	// Join is the admission to a store that other members have, for the first start of a new member. It is
-	// ignored once the directory holds a store.
+	// Join is the admission with which a new member starts for the first time. It is ignored if the directory holds a
+	// store already.
 	Join *Admission
 
-	// Tick is raft's unit of time and Election how long a follower waits for a leader before it stands for
-	// election. All members of a cluster must agree on both.
+	// Tick is raft's unit of time, and Election the time without a leader after which a follower stands for election. All
+	// members of a cluster must agree on both.
 	Tick, Election time.Duration
 
-	// Alone is for a store of one member, Several for one of more. Members need not agree on it; each takes
-	// what fits when it starts, so the first one keeps to Alone until it starts again.
+	// Alone applies to a store with one member, Several to one with more. A member chooses at its start, so the first
+	// member of a cluster uses Alone until it starts again. Members need not agree.
 	Alone, Several Pace
 
-	// Quota is the size of the database file above which writes are refused. Zero means a quarter of the
-	// volume, at most 2 GiB.
+	// Quota is the size of the database file above which writes are refused. Zero means a quarter of the volume, at most
+	// 2 GiB.
 	Quota int64
 
 	Defrag DefragConfig
 }
 
-// Pace says how much is kept in memory before it is written in bulk. Nothing is at risk by waiting: the
-// write-ahead log has it all.
+// Pace says how many changes wait in memory before they are written in bulk. Waiting is safe, because the write-ahead log
+// holds all of them.
 type Pace struct {
-	// BatchInterval and BatchLimit bound how long, and how many, changes wait in memory before they are
-	// committed to the database file. The limit also bounds the buffer that every read copies.
+	// BatchInterval and BatchLimit bound the time and the number of changes that wait in memory before they are committed
+	// to the database file. The limit also bounds the buffer that every read copies.
 	BatchInterval time.Duration
 	BatchLimit    int
 
-	// SnapshotCount is after how many raft entries the log is cut, and SnapshotCatchUp how many are kept
-	// beyond the cut for a member that lags. Both are held in memory.
+	// SnapshotCount is the number of raft entries after which the log is truncated, and SnapshotCatchUp the number of
+	// older entries that are kept for members that lag. All of them are held in memory.
 	SnapshotCount, SnapshotCatchUp uint64
 }
 
-// DefragConfig says when the database file is rewritten to give space back to the file system. That stops
-// all reads and writes while it lasts, so it waits for a quiet moment.
+// DefragConfig says when the database is defragmented, which rewrites the file to return space to the file system. Reads
+// and writes stop meanwhile, so it waits for a quiet moment.
 type DefragConfig struct {
-	// Interval is how often the size is looked at, and the span over which quiet is judged.
+	// Interval is the interval at which the size is checked and the write rate is measured.
 	Interval time.Duration
-	// MinSize is the file size under which rewriting is not worth it.
+	// MinSize is the file size up to which the database is not defragmented.
 	MinSize int64
-	// MaxFree is the part of the file that may be unused, from 0 to 1.
+	// MaxFree is the fraction of the file that may be unused, from 0 to 1.
 	MaxFree float64
-	// QuietRate is how many raft entries in a second still count as quiet.
+	// QuietRate is the number of raft entries per second up to which the store counts as quiet.
 	QuietRate float64
-	// Patience is how long a busy store is waited for before it is rewritten all the same.
+	// Patience is the time after which a busy store is defragmented all the same.
 	Patience time.Duration
 }
 
-// DefaultConfig returns the settings for a cluster that begins with one server. Only Dir is left to fill in.
+// DefaultConfig returns the default settings, without Dir.
 func DefaultConfig() Config {
 	return Config{
 		MemberName: "kedge",
@@ -78,8 +78,7 @@ func DefaultConfig() Config {
 			SnapshotCount:   1000,
 			SnapshotCatchUp: 500,
 		},
-		// A member that was away for a while should find in the log what it missed, and not have to copy
-		// the whole database.
+		// A member that was away for a while should catch up from the log, without a copy of the whole database.
 		Several: Pace{
 			BatchInterval:   time.Second,
 			BatchLimit:      1000,
@@ -96,7 +95,7 @@ func DefaultConfig() Config {
 	}
 }
 
-// Validate reports everything that is wrong with c, and changes nothing.
+// Validate reports all mistakes in c at once.
 func (c Config) Validate() error {
 	var problems []error
 	require := func(ok bool, format string, args ...any) {
@@ -124,8 +123,8 @@ func (c Config) Validate() error {
 	require(c.Defrag.QuietRate >= 0, "defragment quiet rate %v is negative", c.Defrag.QuietRate)
 	require(c.Defrag.Patience >= 0, "defragment patience %v is negative", c.Defrag.Patience)
 
-	problems = append(problems, c.Peer.validate())
-	require(c.Join == nil || c.Peer.enabled(), "a member that joins others needs a peer port")
+	problems = append(problems, c.Peer.Validate())
+	require(c.Join == nil || c.Peer.Enabled(), "a member that joins others needs a peer port")
 	require(c.Join == nil || c.Join.valid(), "the admission is incomplete")
 	require(c.Join == nil || c.Join.Name == c.MemberName, "the admission is not for this member %q", c.MemberName)
 

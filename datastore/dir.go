@@ -10,22 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/internal/atomicfile"
+	"kedge/internal/errorkind"
 )
 
 const (
-	// lockFile is held locked by the process that has the store open.
+	// lockFile is locked by the process that has the store open.
 	lockFile = "lock"
-	// newFile is there from before the store is first created until it has first been ready.
+	// newFile exists from before the creation of the store until the store was first ready.
 	newFile = "new"
-	// memberDir is etcd's own directory name.
+	// memberDir is the name that etcd gives its directory.
 	memberDir = "member"
 )
 
-// openDir takes sole possession of the data directory and brings it into a state that can be opened. The
-// directory is free again when the returned function is called, or the process ends however it may.
+// openDir locks the data directory and removes what an interrupted start has left. The lock lasts until the returned
+// function is called or the process ends.
 //
-// joins says that the store, if it is not there yet, is to become a member of one that others have.
-func openDir(dir string, joins bool) (release func() error, err error) {
+// joins means that a store that does not exist yet is to join other members. exists means that the directory held a store
+// before.
+func openDir(dir string, joins, exists bool) (release func() error, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -36,13 +38,13 @@ func openDir(dir string, joins bool) (release func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := cleanDir(dir, joins); err != nil {
+	if err := cleanDir(dir, joins, exists); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return lock.Close, nil
 }
 
-// lockDir locks the directory for as long as the returned file is open.
+// lockDir locks the directory while the returned file is open.
 func lockDir(dir string) (*os.File, error) {
 	lock, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -57,15 +59,20 @@ func lockDir(dir string) (*os.File, error) {
 	return lock, nil
 }
 
-// cleanDir removes what a crash may have left behind.
-func cleanDir(dir string, joins bool) error {
+// cleanDir removes what a crash may have left behind. A store that existed before and is missing is an error.
+func cleanDir(dir string, joins, exists bool) error {
 	marker, member := filepath.Join(dir, newFile), filepath.Join(dir, memberDir)
-	if holds, err := HoldsStore(dir); err != nil {
+	holds, err := HoldsStore(dir)
+	if err != nil {
 		return err
-	} else if joins && !holds {
-		// The first start of a member that joins was cut short, or is this one. Without a log it has promised
-		// nothing to the others, so what there is can go. With one it must not: they may have counted on it
-		// already. And its log need not begin with the members, which it gets from the others.
+	}
+	if _, err := os.Stat(marker); !holds && exists && errors.Is(err, os.ErrNotExist) {
+		return Lost(dir)
+	}
+	if joins && !holds {
+		// This is the first start of a member that joins, or an earlier one was interrupted. Without a log the member has
+		// acknowledged nothing to the others, so everything can be removed. A log must be kept, because the others may
+		// already rely on it. The log may be incomplete at its beginning: the member gets the rest from the others.
 		if err := errors.Join(os.RemoveAll(member), os.RemoveAll(marker)); err != nil {
 			return err
 		}
@@ -73,8 +80,8 @@ func cleanDir(dir string, joins bool) error {
 	}
 	switch _, err := os.Stat(marker); {
 	case err == nil:
-		// The very first start was cut short. etcd cannot start again from a log without its first entries,
-		// and nobody has ever been served from this one, so begin afresh.
+		// The very first start was interrupted. etcd cannot start from a log without its first entries. The store has
+		// never served a client, so it is created again.
 		if err := os.RemoveAll(member); err != nil {
 			return err
 		}
@@ -84,17 +91,19 @@ func cleanDir(dir string, joins bool) error {
 	}
 
 	switch _, err := os.Stat(member); {
+	case err == nil && !holds:
+		return Lost(dir) // a first start writes the marker first, and the log before the rest of the store
 	case errors.Is(err, os.ErrNotExist):
 		if err := os.WriteFile(marker, nil, 0o600); err != nil {
 			return err
 		}
-		// The marker must be on disk before anything that it speaks of.
+		// The marker must be on disk before the store.
 		return atomicfile.SyncDir(dir)
 	case err != nil:
 		return err
 	}
 
-	// Copies made by a defragmentation that did not end.
+	// Copies of the database from interrupted defragmentations.
 	left, err := filepath.Glob(filepath.Join(member, "snap", "db.tmp.*"))
 	if err != nil {
 		return err
@@ -107,7 +116,42 @@ func cleanDir(dir string, joins bool) error {
 	return nil
 }
 
-// markCreated records that the store exists from now on and is never again begun afresh.
+// Lost returns the error for a store that existed in dir and is missing.
+func Lost(dir string) error {
+	what := dir
+	for _, below := range []string{memberDir, filepath.Join(memberDir, "wal")} {
+		if _, err := os.Stat(filepath.Join(dir, below)); err != nil {
+			break
+		}
+		what = filepath.Join(dir, below)
+	}
+	switch entries, err := os.ReadDir(what); {
+	case err != nil:
+		what += " is missing"
+	case len(entries) == 0:
+		what += " is empty"
+	case what == dir:
+		what = filepath.Join(dir, memberDir) + " is missing"
+	case filepath.Base(what) == memberDir:
+		what = filepath.Join(what, "wal") + " is missing"
+	default:
+		what += " has no file of the log"
+	}
+	return errorkind.Permanent(fmt.Errorf("%w: %s; if a file system is not mounted there, mount it; otherwise %s", ErrDamaged, what, remedy(dir)))
+}
+
+// remedy says what to do when the store in dir is damaged or lost.
+func remedy(dir string) string {
+	return fmt.Sprintf("restore a snapshot with \"kedge snapshot restore\", or, if the cluster has other servers, set %s aside with "+
+		"\"kedge server reset\" and join this server anew, with --server and a token that \"kedge token create --role server\" makes there", dir)
+}
+
+// damage returns the error for a store whose files are damaged.
+func damage(dir, what string) error {
+	return errorkind.Permanent(fmt.Errorf("%w: %s; %s", ErrDamaged, what, remedy(dir)))
+}
+
+// markCreated records that the store exists, so that it is never created again.
 func markCreated(dir string) error {
 	err := os.Remove(filepath.Join(dir, newFile))
 	if errors.Is(err, os.ErrNotExist) {
@@ -119,7 +163,7 @@ func markCreated(dir string) error {
 	return atomicfile.SyncDir(dir)
 }
 
-// volume returns the size of the volume that holds dir and what is free on it, in bytes.
+// volume returns the size and the free space, in bytes, of the volume that holds dir.
 func volume(dir string) (size, free int64, err error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
@@ -132,19 +176,19 @@ func volume(dir string) (size, free int64, err error) {
 
 const (
 	maxQuota = int64(2 << 30)
-	// minQuota lets a store exist on a tiny volume; a cluster without load needs about 10 MiB.
+	// minQuota allows a store on a tiny volume; a cluster without load needs about 10 MiB.
 	minQuota = int64(64 << 20)
 )
 
-// quota is the configured quota, or a quarter of a volume of the given size within sensible bounds. Not more,
-// because a defragmentation needs room for a second copy.
+// quota returns the configured quota, or a quarter of a volume of the given size within fixed bounds. It is not more than
+// that, because a defragmentation needs space for a second copy.
 func (c Config) quota(volumeSize int64) int64 {
 	if c.Quota > 0 {
 		return c.Quota
 	}
 	limit := maxQuota
 	if strconv.IntSize == 32 {
-		// The file is mapped into memory in one piece.
+		// The whole file is mapped into memory.
 		limit = 512 << 20
 	}
 	return max(min(volumeSize/4, limit), minQuota)

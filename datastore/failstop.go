@@ -8,18 +8,18 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// failStop is what etcd's fatal and panic messages end in: the first one fails the store, and the goroutine
-// that raised it never runs again.
+// failStop handles etcd's fatal and panic messages: the first one fails the store, and the goroutine that logged it never
+// runs again.
 //
-// etcd raises them where going on would be wrong: a log that cannot be written, a commit that failed. Its
-// caller counts on not coming back, so returning is out of the question; it would acknowledge what is not on
-// disk. Unwinding is no better: the deferred clean-up of the raft loop closes the log, which syncs once more,
-// and a sync that is repeated after a failure may succeed without having written anything. So the goroutine
-// is parked, the component returns ErrFailed, and the process ends in order around it.
+// etcd logs them where it must not go on: the log cannot be written, or a commit has failed. The code after such a message
+// relies on never being reached; if the hook returned, etcd would acknowledge writes that are not on disk. Unwinding the
+// goroutine is no better: the deferred clean-up of the raft loop closes the log, which syncs again, and a sync after a
+// failed one may succeed without having written anything. So the goroutine is parked, the component returns ErrFailed, and
+// the rest of the process stops in order.
 type failStop struct {
 	once   sync.Once
 	failed chan struct{} // closed by the first failure
-	err    error         // good once failed is closed
+	err    error         // valid once failed is closed
 }
 
 func newFailStop() *failStop { return &failStop{failed: make(chan struct{})} }
@@ -37,7 +37,7 @@ func (f *failStop) OnWrite(entry *zapcore.CheckedEntry, fields []zapcore.Field) 
 	park()
 }
 
-// entryError keeps the error of a log entry, so that callers can still ask errors.Is about the disk.
+// entryError wraps the error of a log entry, so that callers can use errors.Is on it.
 func entryError(message string, fields []zapcore.Field) error {
 	for _, field := range fields {
 		if err, ok := field.Interface.(error); ok && field.Type == zapcore.ErrorType {

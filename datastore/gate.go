@@ -10,15 +10,15 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// gate stands before every call and stream. It keeps clients out once the store stops, it does what etcd's gRPC
-// interceptors do for those who asked for a leader, and it ends calls that wait for a leader in vain.
+// gate admits every call and stream. It keeps clients out when the store stops, it replaces etcd's gRPC interceptors for
+// clients that require a leader, and it ends calls that wait for a leader in vain.
 //
 //	open ──close──► closed    (for ever)
 //
-// etcd's server must not be stopped under a call: it would read from a closed database file. Over gRPC the
-// listener sees to that; here close does, which turns newcomers away, cancels who is inside and waits for them.
+// etcd's server must not be stopped during a call: the call would read from a closed database file. Over gRPC the listener
+// prevents that. Here close does: it refuses new calls, cancels those in flight, and waits for their end.
 type gate struct {
-	// leader is who leads by raft's own state, and raft.None if nobody does.
+	// leader returns the ID of the leader in raft's own state, or raft.None.
 	leader func() uint64
 
 	mu     sync.RWMutex // guards closed, and wg.Add against wg.Wait
@@ -29,106 +29,106 @@ type gate struct {
 	cancel context.CancelCauseFunc
 
 	streamsMu sync.Mutex
-	streams   map[*admission]struct{} // those that end when there is no leader
+	streams   map[*inflightCall]struct{} // in flight and requiring a leader
 
-	callsMu    sync.Mutex              // guards what follows
-	calls      map[*admission]struct{} // those that need a majority
-	reign      uint64                  // counts the elections that were seen
-	leaderless bool                    // for so long that calls need not wait for one
+	callsMu    sync.Mutex                 // guards the fields below
+	calls      map[*inflightCall]struct{} // in flight and requiring a majority
+	term       uint64                     // number of elections that the gate has seen
+	leaderless bool                       // for so long that new calls fail at once
 }
 
 func newGate(leader func() uint64) *gate {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	return &gate{
 		leader: leader, ctx: ctx, cancel: cancel,
-		streams: map[*admission]struct{}{}, calls: map[*admission]struct{}{},
+		streams: map[*inflightCall]struct{}{}, calls: map[*inflightCall]struct{}{},
 	}
 }
 
 func (g *gate) hasLeader() bool { return g.leader() != raft.None }
 
-// admission is one call or stream inside the gate. leave must be called when it is over.
-type admission struct {
+// inflightCall is a call or stream that the gate has admitted. Its leave must be called when it is over.
+type inflightCall struct {
 	gate   *gate
-	ctx    context.Context // for the server side; its cause says why the gate ended it
+	ctx    context.Context // for the server side; its cause says why the gate ended the call
 	cancel context.CancelCauseFunc
 	detach func() bool // stops ctx from following gate.ctx
-	reign  uint64      // of a call that needs a majority: when it began
+	term   uint64      // in which a call that requires a majority began
 }
 
 // enter admits one call. Its errors are those that etcd sends over the wire.
-func (g *gate) enter(ctx context.Context) (admission, error) {
+func (g *gate) enter(ctx context.Context) (inflightCall, error) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	if g.closed {
-		return admission{}, rpctypes.ErrGRPCStopped
+		return inflightCall{}, rpctypes.ErrGRPCStopped
 	}
 	if requiresLeader(ctx) && !g.hasLeader() {
-		return admission{}, rpctypes.ErrGRPCNoLeader
+		return inflightCall{}, rpctypes.ErrGRPCNoLeader
 	}
 	g.wg.Add(1)
-	a := admission{gate: g}
-	a.ctx, a.cancel = context.WithCancelCause(ctx)
-	cancel := a.cancel
-	a.detach = context.AfterFunc(g.ctx, func() { cancel(rpctypes.ErrGRPCStopped) })
-	return a, nil
+	c := inflightCall{gate: g}
+	c.ctx, c.cancel = context.WithCancelCause(ctx)
+	cancel := c.cancel
+	c.detach = context.AfterFunc(g.ctx, func() { cancel(rpctypes.ErrGRPCStopped) })
+	return c, nil
 }
 
-// enterStream admits one stream, which also ends when the leader it asked for is gone.
-func (g *gate) enterStream(ctx context.Context) (*admission, error) {
-	a, err := g.enter(ctx)
+// enterStream admits one stream. If the stream requires a leader, it also ends when there is none any more.
+func (g *gate) enterStream(ctx context.Context) (*inflightCall, error) {
+	c, err := g.enter(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if requiresLeader(ctx) {
 		g.streamsMu.Lock()
-		g.streams[&a] = struct{}{}
+		g.streams[&c] = struct{}{}
 		g.streamsMu.Unlock()
 	}
-	return &a, nil
+	return &c, nil
 }
 
-// enterCall admits one call that cannot be answered without a majority. etcd would let it wait for 7 s, in which
-// the leader may have gone and come back; here it ends as soon as it is known to be in vain.
-func (g *gate) enterCall(ctx context.Context) (*admission, error) {
-	a, err := g.enter(ctx)
+// enterCall admits one call that requires a majority. etcd would let it wait for 7 s, in which the leader may have gone
+// and come back. Here the call ends as soon as its answer is known never to come.
+func (g *gate) enterCall(ctx context.Context) (*inflightCall, error) {
+	c, err := g.enter(ctx)
 	if err != nil {
 		return nil, err
 	}
 	g.callsMu.Lock()
 	defer g.callsMu.Unlock()
 	if g.leaderless {
-		a.leave()
+		c.leave()
 		return nil, rpctypes.ErrGRPCNoLeader
 	}
-	a.reign = g.reign
-	g.calls[&a] = struct{}{}
-	return &a, nil
+	c.term = g.term
+	g.calls[&c] = struct{}{}
+	return &c, nil
 }
 
-func (a *admission) leaveCall() {
-	a.gate.callsMu.Lock()
-	delete(a.gate.calls, a)
-	a.gate.callsMu.Unlock()
-	a.leave()
+func (c *inflightCall) leaveCall() {
+	c.gate.callsMu.Lock()
+	delete(c.gate.calls, c)
+	c.gate.callsMu.Unlock()
+	c.leave()
 }
 
-func (a *admission) leave() {
-	a.detach()
-	a.cancel(nil)
-	a.gate.wg.Done()
+func (c *inflightCall) leave() {
+	c.detach()
+	c.cancel(nil)
+	c.gate.wg.Done()
 }
 
-func (a *admission) leaveStream() {
-	a.gate.streamsMu.Lock()
-	delete(a.gate.streams, a)
-	a.gate.streamsMu.Unlock()
-	a.leave()
+func (c *inflightCall) leaveStream() {
+	c.gate.streamsMu.Lock()
+	delete(c.gate.streams, c)
+	c.gate.streamsMu.Unlock()
+	c.leave()
 }
 
-// reason is why the gate ended the call, in place of err, or err if it did not.
-func (a *admission) reason(err error) error {
-	switch cause := context.Cause(a.ctx); cause {
+// reason returns the error with which the gate ended the call, or err if the gate did not end it.
+func (c *inflightCall) reason(err error) error {
+	switch cause := context.Cause(c.ctx); cause {
 	case rpctypes.ErrGRPCStopped, rpctypes.ErrGRPCNoLeader, rpctypes.ErrGRPCTimeoutDueToLeaderFail:
 		return cause
 	default:
@@ -136,7 +136,7 @@ func (a *admission) reason(err error) error {
 	}
 }
 
-// shut turns newcomers away and cancels who is inside, without waiting for them.
+// shut refuses new calls and cancels those in flight, without waiting for their end.
 func (g *gate) shut() {
 	g.mu.Lock()
 	g.closed = true
@@ -144,32 +144,31 @@ func (g *gate) shut() {
 	g.cancel(rpctypes.ErrGRPCStopped)
 }
 
-// close shuts the gate and waits until everybody has left.
+// close shuts the gate and waits for the end of all calls in flight.
 func (g *gate) close() {
 	g.shut()
 	g.wg.Wait()
 }
 
 const (
-	// patience is for how many election timeouts there must be no leader before streams and calls end. New
-	// streams are refused at once, but to open one again costs much, so those that are open are kept through
-	// an ordinary election, also one that has to be repeated. With the time in which raft notices that it is
-	// cut off, which is up to two timeouts, it makes less than five.
-	patience = 2
-	// regard is how often in an election timeout the gate looks.
-	regard = 4
-	// settling is the part of an election timeout in which calls from before a new leader may still be answered.
-	// What was on its way to the old one may be lost, and nobody would say so.
-	settling = 2
+	// leaderlessTimeouts is the number of election timeouts without a leader after which streams and calls end. New
+	// streams are refused at once; open ones survive an ordinary election, even a repeated one, because to open them
+	// again is expensive. Raft itself takes up to two timeouts to notice that it is cut off, so the sum is less than five.
+	leaderlessTimeouts = 2
+	// checksPerTimeout is the number of times per election timeout that the gate checks the leader.
+	checksPerTimeout = 4
+	// graceDivisor divides the election timeout to give the time in which calls from before an election may still be
+	// answered. Requests on their way to the old leader may be lost, and etcd does not report that.
+	graceDivisor = 2
 )
 
-// watchLeader ends the streams that asked for a leader when there has been none for some time, and the calls
-// that wait for one, or have waited for one that is gone. It returns when the gate closes.
+// watchLeader ends streams that require a leader when there has been none for some time, and calls that wait for a
+// leader or were sent to a former one. It returns when the gate closes.
 func (g *gate) watchLeader(election time.Duration) {
-	ticker := time.NewTicker(election / regard)
+	ticker := time.NewTicker(election / checksPerTimeout)
 	defer ticker.Stop()
 	last := g.leader()
-	var lost, since time.Time // since when there is no leader, or this one after another
+	var lostAt, electedAt time.Time // lostAt is zero while there is a leader
 	for {
 		select {
 		case <-g.ctx.Done():
@@ -180,28 +179,28 @@ func (g *gate) watchLeader(election time.Duration) {
 		id := g.leader()
 		switch {
 		case id == raft.None:
-			if lost.IsZero() {
-				lost = now
+			if lostAt.IsZero() {
+				lostAt = now
 			}
-			if now.Sub(lost) >= patience*election {
+			if now.Sub(lostAt) >= leaderlessTimeouts*election {
 				g.endLeaderless()
 			}
 			continue
-		case id != last || !lost.IsZero():
-			last, lost, since = id, time.Time{}, now
-			g.crown()
-		case now.Sub(since) >= election/settling && now.Sub(since) < 2*election:
-			g.endOlder()
+		case id != last || !lostAt.IsZero():
+			last, lostAt, electedAt = id, time.Time{}, now
+			g.elected()
+		case now.Sub(electedAt) >= election/graceDivisor && now.Sub(electedAt) < 2*election:
+			g.endEarlierTerms()
 		}
 		g.setLeaderless(false)
 	}
 }
 
-// crown begins another reign.
-func (g *gate) crown() {
+// elected records that a leader was elected, which begins a new term.
+func (g *gate) elected() {
 	g.callsMu.Lock()
 	defer g.callsMu.Unlock()
-	g.reign++
+	g.term++
 }
 
 func (g *gate) setLeaderless(is bool) {
@@ -210,33 +209,34 @@ func (g *gate) setLeaderless(is bool) {
 	g.leaderless = is
 }
 
-// endOlder ends the calls from before this reign.
-func (g *gate) endOlder() {
+// endEarlierTerms ends the calls that began before this term.
+func (g *gate) endEarlierTerms() {
 	g.callsMu.Lock()
 	defer g.callsMu.Unlock()
-	for a := range g.calls {
-		if a.reign < g.reign {
-			a.cancel(rpctypes.ErrGRPCTimeoutDueToLeaderFail)
+	for c := range g.calls {
+		if c.term < g.term {
+			c.cancel(rpctypes.ErrGRPCTimeoutDueToLeaderFail)
 		}
 	}
 }
 
+// endLeaderless ends all streams and calls that require a leader, and makes new calls fail at once.
 func (g *gate) endLeaderless() {
 	g.streamsMu.Lock()
 	defer g.streamsMu.Unlock()
-	for a := range g.streams {
-		a.cancel(rpctypes.ErrGRPCNoLeader)
+	for c := range g.streams {
+		c.cancel(rpctypes.ErrGRPCNoLeader)
 	}
 	g.callsMu.Lock()
 	defer g.callsMu.Unlock()
 	g.leaderless = true
-	for a := range g.calls {
-		a.cancel(rpctypes.ErrGRPCNoLeader)
+	for c := range g.calls {
+		c.cancel(rpctypes.ErrGRPCNoLeader)
 	}
 }
 
 func requiresLeader(ctx context.Context) bool {
-	// In this process the client's outgoing metadata is what the server would find as incoming.
+	// Client and server share a process, so the client's outgoing metadata is the server's incoming metadata.
 	md, ok := metadata.FromOutgoingContext(ctx)
 	if !ok {
 		return false

@@ -9,6 +9,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kedge/internal/test/await"
+
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/raft/v3"
@@ -18,8 +20,7 @@ func isStopped(err error) bool {
 	return errors.Is(err, rpctypes.ErrStopped) || errors.Is(err, rpctypes.ErrGRPCStopped)
 }
 
-// Over gRPC an interceptor does this. Without it, watches on a member cut off from the others stay open and
-// tell nothing.
+// Over gRPC an interceptor does this. Without it, watches on a member that is cut off stay open and deliver nothing.
 func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var leader atomic.Bool
@@ -46,7 +47,7 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 		}
 		picky, easy := open(clientv3.WithRequireLeader(t.Context())), open(t.Context())
 
-		// An election that lasts a little less than two timeouts ends nothing.
+		// An election that lasts slightly less than two timeouts ends no stream.
 		leader.Store(false)
 		time.Sleep(2*interval - interval/2)
 		leader.Store(true)
@@ -73,12 +74,12 @@ func TestGateEndsStreamsWithoutLeader(t *testing.T) {
 			t.Errorf("stream ended with %v, want no leader", err)
 		}
 		if ended(easy) {
-			t.Error("a stream that did not ask for a leader ended")
+			t.Error("a stream that requires no leader ended")
 		}
 	})
 }
 
-// Calls that need a majority end with the leader, and those that it took along end soon after the next one is there.
+// Calls that require a majority end when there is no leader. Calls from before an election end soon after it.
 func TestGateEndsCallsInVain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var leader atomic.Uint64
@@ -87,7 +88,7 @@ func TestGateEndsCallsInVain(t *testing.T) {
 		const election = time.Second
 		go g.watchLeader(election)
 		defer g.close()
-		enter := func() *admission {
+		enter := func() *inflightCall {
 			a, err := g.enterCall(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -101,7 +102,7 @@ func TestGateEndsCallsInVain(t *testing.T) {
 		}
 		first.leaveCall()
 
-		// An election: what was under way has half a second under the new leader.
+		// After an election, calls in flight have half a second under the new leader.
 		before := enter()
 		leader.Store(raft.None)
 		time.Sleep(election)
@@ -113,22 +114,22 @@ func TestGateEndsCallsInVain(t *testing.T) {
 			t.Error("calls ended with the election")
 		}
 		time.Sleep(election)
-		for _, a := range []*admission{before, between} {
+		for _, a := range []*inflightCall{before, between} {
 			if err := a.reason(nil); err != rpctypes.ErrGRPCTimeoutDueToLeaderFail {
-				t.Errorf("a call from before the election was told %v", err)
+				t.Errorf("a call from before the election ended with %v", err)
 			}
 			a.leaveCall()
 		}
 		time.Sleep(5 * election)
 		if after.ctx.Err() != nil {
-			t.Error("a call of this leader's time was ended")
+			t.Error("a call under the current leader was ended")
 		}
 
-		// No leader at all.
+		// Without a leader for long, calls end.
 		leader.Store(raft.None)
 		time.Sleep(3 * election)
 		if err := after.reason(nil); err != rpctypes.ErrGRPCNoLeader {
-			t.Errorf("a call without a leader was told %v", err)
+			t.Errorf("a call without a leader ended with %v", err)
 		}
 		after.leaveCall()
 		if _, err := g.enterCall(t.Context()); err != rpctypes.ErrGRPCNoLeader {
@@ -140,7 +141,7 @@ func TestGateEndsCallsInVain(t *testing.T) {
 	})
 }
 
-// The same through etcd's client and watch server: the error must be the one that Kubernetes looks for.
+// The same through etcd's client and watch server: Kubernetes looks for this error.
 func TestWatchFailsWithoutLeader(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newClient(t, s)
@@ -165,21 +166,21 @@ func TestGateCloseWaits(t *testing.T) {
 		synctest.Wait()
 		select {
 		case <-closed:
-			t.Error("closed over a call that is still inside")
+			t.Error("closed during a call")
 		default:
 		}
 		if a.ctx.Err() == nil || a.reason(a.ctx.Err()) != rpctypes.ErrGRPCStopped {
-			t.Errorf("the call inside was told %v", a.reason(a.ctx.Err()))
+			t.Errorf("the call ended with %v", a.reason(a.ctx.Err()))
 		}
 		if _, err := g.enter(t.Context()); err != rpctypes.ErrGRPCStopped {
-			t.Errorf("a newcomer got %v", err)
+			t.Errorf("a new call got %v", err)
 		}
 		a.leave()
 		<-closed
 	})
 }
 
-// What the server sent before it returned arrives, in order, before its error.
+// Messages that the server sent before it returned arrive in order, before its error.
 func TestStreamDeliversBeforeError(t *testing.T) {
 	g := newGate(alwaysLed)
 	defer g.close()
@@ -211,7 +212,7 @@ func TestStreamDeliversBeforeError(t *testing.T) {
 	}
 }
 
-// A client that cancels is told so, and its server side ends.
+// A client that cancels gets the error of its context, and the server side ends.
 func TestStreamCancel(t *testing.T) {
 	g := newGate(alwaysLed)
 	defer g.close()
@@ -230,9 +231,10 @@ func TestStreamCancel(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
-	for err == nil {
+	await.True(t, "the stream ends with its context", func() bool {
 		_, err = s.Recv()
-	}
+		return err != nil
+	})
 	if err := clientv3.ContextError(ctx, err); !errors.Is(err, context.Canceled) {
 		t.Errorf("after its context: %v", err)
 	}

@@ -6,12 +6,12 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"kedge/internal/testhistory"
+	"kedge/internal/test/history"
 )
 
-// record starts clients, each of which writes and reads through whichever member pick gives it.
-func record(pick func(client int) *testNode, clients, keys int) *testhistory.History {
-	h := testhistory.New()
+// record starts clients that write and read through the member that pick returns.
+func record(pick func(client int) *testNode, clients, keys int) *history.History {
+	h := history.New()
 	for client := range clients {
 		h.Client(func() time.Duration { return time.Duration(1+rand.IntN(10)) * time.Millisecond }, func(n int) {
 			askOnce(h, client, n, pick(client), fmt.Sprintf("/h/%d", rand.IntN(keys)))
@@ -20,7 +20,7 @@ func record(pick func(client int) *testNode, clients, keys int) *testhistory.His
 	return h
 }
 
-func askOnce(h *testhistory.History, client, n int, node *testNode, key string) {
+func askOnce(h *history.History, client, n int, node *testNode, key string) {
 	c, err := node.current.Load().NewClient()
 	if err != nil {
 		return // it was not asked

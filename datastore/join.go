@@ -17,14 +17,14 @@ import (
 	"kedge/internal/atomicfile"
 )
 
-// removedFile says that the member was removed, so that the directory is not opened again.
+// removedFile marks the directory of a member that was removed, so that it is not opened again.
 const removedFile = "removed"
 
-// HoldsStore reports whether dir holds the store of a member: then Config.Join is ignored.
+// HoldsStore reports whether dir holds the store of a member. If it does, Config.Join is ignored.
 func HoldsStore(dir string) (bool, error) {
 	_, err := os.Stat(filepath.Join(dir, newFile))
 	if err == nil {
-		return false, nil // its creation was cut short; it will be begun afresh
+		return false, nil // its creation was interrupted; the next start creates it again
 	}
 	if !errors.Is(err, os.ErrNotExist) {
 		return false, err
@@ -32,9 +32,9 @@ func HoldsStore(dir string) (bool, error) {
 	return wal.Exist(filepath.Join(dir, memberDir, "wal")), nil
 }
 
-// SetAside makes room in dir for a new member, after ErrRemoved: everything of the old store is kept, in a new
-// directory beside dir whose path it returns, named with the time. The store must not be running. Nothing is
-// set aside, and no path returned, if there is nothing in dir.
+// SetAside makes room in dir for a new member, after ErrRemoved. It renames dir, with the whole old store, to a name that
+// holds the time, and returns the new path. The store must not be running. If dir is empty or missing, SetAside does
+// nothing and returns no path.
 func SetAside(dir string, now time.Time) (kept string, err error) {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0 {
@@ -49,7 +49,7 @@ func SetAside(dir string, now time.Time) (kept string, err error) {
 	}
 	kept = dir + ".removed-" + now.UTC().Format("20060102T150405Z")
 	if _, err := os.Lstat(kept); err == nil {
-		return "", errors.Join(fmt.Errorf("%s is there already", kept), lock.Close())
+		return "", errors.Join(fmt.Errorf("%s exists already", kept), lock.Close())
 	}
 	err = os.Rename(dir, kept)
 	if err == nil {
@@ -58,12 +58,12 @@ func SetAside(dir string, now time.Time) (kept string, err error) {
 	return kept, errors.Join(err, lock.Close())
 }
 
-// markRemoved keeps the directory from being opened again.
+// markRemoved marks the directory, so that it is not opened again.
 func markRemoved(dir string) error {
 	return atomicfile.Write(filepath.Join(dir, removedFile), nil, 0o600)
 }
 
-// Removed reports whether dir holds the store of a member that was removed: its Run returns ErrRemoved.
+// Removed reports whether dir holds the store of a removed member, whose Run returns ErrRemoved.
 func Removed(dir string) (bool, error) {
 	_, err := os.Stat(filepath.Join(dir, removedFile))
 	if errors.Is(err, os.ErrNotExist) {
@@ -72,49 +72,47 @@ func Removed(dir string) (bool, error) {
 	return err == nil, err
 }
 
-// membership asks the others who the members are, until one answers that knows this one. It is asked for because
-// an admission may be old: others may have come and gone since. ErrRemoved means that this member is not among them
-// any more, which only one that has seen the removal can know; see [hello].
-func (s *Store) membership(ctx context.Context) (types.URLsMap, error) {
-	said := false
+// awaitMemberList gets the list of members from another member, and retries until the list holds this one. The list of the
+// admission may be outdated. ErrRemoved means that this member was removed again, which a member that has seen the removal
+// reports; see peers.Mesh.Removed.
+func (s *Store) awaitMemberList(ctx context.Context) (types.URLsMap, error) {
+	logged := false
 	for {
-		members, err := s.askMembership(ctx)
+		members, err := s.fetchMemberList(ctx)
 		switch {
 		case err == nil:
 			return members, nil
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
-		case !said:
+		case !logged:
 			s.log.Info("waiting for a member of the datastore to join", "err", err)
-			said = true
+			logged = true
 		}
 		select {
-		case <-s.mesh.removed:
+		case <-s.mesh.Removed():
 			return nil, ErrRemoved
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-time.After(lookEvery / 4):
+		case <-time.After(joinRetryInterval / 4):
 		}
 	}
 }
 
-func (s *Store) askMembership(ctx context.Context) (types.URLsMap, error) {
-	c := s.book.get()
-	err := errors.New("none of them answers")
-	for _, w := range s.mesh.all() {
-		w.mu.Lock()
-		at := w.at
-		w.mu.Unlock()
+func (s *Store) fetchMemberList(ctx context.Context) (types.URLsMap, error) {
+	c := s.book.Get()
+	err := errors.New("no other member answers")
+	for _, p := range c.Others {
+		at := s.mesh.Location(p.ID)
 		if !at.IsValid() {
 			continue
 		}
 		var data []byte
 		var header http.Header
-		if data, header, err = s.mesh.request(ctx, http.MethodGet, at, "/members", nil); err != nil {
+		if data, header, err = s.mesh.Get(ctx, at, "/members"); err != nil {
 			continue
 		}
 		if cluster := header.Get("X-Etcd-Cluster-ID"); cluster != c.Cluster {
-			err = fmt.Errorf("member at %v is of the cluster %q, not %q", at, cluster, c.Cluster)
+			err = fmt.Errorf("the member at %v belongs to the cluster %q, not %q", at, cluster, c.Cluster)
 			continue
 		}
 		var members []*membership.Member
@@ -122,19 +120,19 @@ func (s *Store) askMembership(ctx context.Context) (types.URLsMap, error) {
 			continue
 		}
 		var urls types.URLsMap
-		if urls, err = urlsOf(members, c.Self); err == nil {
+		if urls, err = memberURLs(members, c.Self); err == nil {
 			return urls, nil
 		}
 	}
 	return nil, err
 }
 
-// errUnknown is of a member that lags behind the admission, as one does on a slow machine.
-var errUnknown = errors.New("the member that answers has not heard of this one yet")
+// errNotListed means that the other member has not applied the admission of this one yet, as on a slow machine.
+var errNotListed = errors.New("the other member does not know this one yet")
 
-// urlsOf are the members' URLs by their names. Who has not started has no name. Without this member among them it
-// is errUnknown.
-func urlsOf(members []*membership.Member, self Peer) (types.URLsMap, error) {
+// memberURLs returns the peer URLs of the members by name, or by ID for members that have not started. If the list does not
+// hold this member, the error is errNotListed.
+func memberURLs(members []*membership.Member, self Peer) (types.URLsMap, error) {
 	out := types.URLsMap{}
 	for _, m := range members {
 		urls, err := types.NewURLs(m.PeerURLs)
@@ -148,7 +146,7 @@ func urlsOf(members []*membership.Member, self Peer) (types.URLsMap, error) {
 		out[name] = urls
 	}
 	if out[self.Name] == nil {
-		return nil, errUnknown
+		return nil, errNotListed
 	}
 	return out, nil
 }

@@ -8,12 +8,17 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"kedge/datastore/peers"
 )
 
-// A testLAN is the network of several stores in this process. Their real addresses are ports of loopback, and it
-// knows which belongs to whom, so that it can cut the cable between any two. Their addresses on loopback are
-// real too; as all stores are in one process and each wants to listen on all of them, the LAN listens for all, and
-// tells by the address from which raft dials whose connection it is.
+// deadPeer is the time after which the kernel closes a connection that is not acknowledged, as package peers configures it.
+const deadPeer = 5 * time.Second
+
+// testLAN is the network of several stores in this process. Their addresses stand for ports of 127.0.0.1, and the LAN knows
+// the owner of each, so that it can cut the link between any two. Their loopback addresses are real. All stores are in one
+// process and each would listen on all of them, so the LAN listens on all, and finds the store of a connection by its
+// source address.
 type testLAN struct {
 	mu      sync.Mutex
 	ports   []*testPort
@@ -34,7 +39,7 @@ func newTestLAN(tb testing.TB) *testLAN {
 	return l
 }
 
-// testPort is one store's network.
+// testPort is the network of one store.
 type testPort struct {
 	lan  *testLAN
 	name string
@@ -54,8 +59,8 @@ func (l *testLAN) port(name string, at netip.AddrPort) *testPort {
 
 func pair(a, b string) [2]string { return [2]string{min(a, b), max(a, b)} }
 
-// plug cuts or mends the cable between two. Connections over a cut one say nothing any more; those over one that
-// was mended are gone.
+// plug restores or cuts the link between two stores. Connections over a cut link carry nothing any more; they are closed
+// when the link is restored.
 func (l *testLAN) plug(in bool, a, b string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -71,7 +76,7 @@ func (l *testLAN) plug(in bool, a, b string) {
 	}
 }
 
-// isolate cuts or mends all cables of one.
+// isolate cuts or restores all links of one store.
 func (l *testLAN) isolate(name string, is bool) {
 	l.mu.Lock()
 	var others []string
@@ -86,7 +91,7 @@ func (l *testLAN) isolate(name string, is bool) {
 	}
 }
 
-func (p *testPort) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+func (p *testPort) Dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	p.lan.mu.Lock()
 	var owner string
 	for _, other := range p.lan.ports {
@@ -98,7 +103,7 @@ func (p *testPort) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error
 	reachable := owner != "" && !p.lan.cut[ends]
 	p.lan.mu.Unlock()
 	if !reachable {
-		// Nobody says no on behalf of a machine that is not there.
+		// A machine that is not reachable sends no refusal either.
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}
@@ -116,14 +121,14 @@ func (p *testPort) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error
 	return c, nil
 }
 
-func (p *testPort) listenVirtual(a, from netip.Addr) (net.Listener, error) {
+func (p *testPort) ListenLoopback(a, from netip.Addr) (net.Listener, error) {
 	p.lan.mu.Lock()
 	defer p.lan.mu.Unlock()
 	p.from = from
 	hub := p.lan.hubs[a]
 	if hub == nil {
 		var err error
-		if hub, err = (kernelNetwork{}).listenVirtual(a, from); err != nil {
+		if hub, err = (peers.KernelNetwork{}).ListenLoopback(a, from); err != nil {
 			return nil, err
 		}
 		p.lan.hubs[a] = hub
@@ -134,7 +139,7 @@ func (p *testPort) listenVirtual(a, from netip.Addr) (net.Listener, error) {
 	return l, nil
 }
 
-// switchTo gives what connects to a member's address on loopback to the store that has connected.
+// switchTo passes connections to the loopback address of a member to the store that has opened them.
 func (l *testLAN) switchTo(a netip.Addr, hub net.Listener) {
 	for {
 		conn, err := hub.Accept()
@@ -186,8 +191,8 @@ func (l *testListener) Close() error {
 
 func (l *testListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// testConn is a connection over a cable. Once that is cut, what is sent vanishes and nothing comes, until one end
-// gives up, as the kernel makes it after deadPeer.
+// testConn is a connection over a link. After a cut, sent data is lost and nothing is received, until one end closes it, as
+// the kernel does after deadPeer.
 type testConn struct {
 	net.Conn
 	lan  *testLAN
@@ -244,7 +249,7 @@ var nextPort = struct {
 	n uint16
 }{n: 21000}
 
-// freePort returns a port that nothing of this process will be given again.
+// freePort returns a port that is free and is not returned again in this process.
 func freePort(tb testing.TB) uint16 {
 	tb.Helper()
 	nextPort.Lock()

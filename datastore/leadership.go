@@ -8,20 +8,28 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/raft/v3"
+
+	"kedge/internal/logging"
 )
 
-// leadership publishes who leads.
+// leadership publishes the leader.
 type leadership struct {
-	mu      sync.Mutex // guards what follows
+	// interrupted is called with true when the leader is lost, and with false when there is one again.
+	interrupted func(bool)
+
+	mu      sync.Mutex // guards the fields below
 	now     Leadership
-	changed chan struct{} // closed at the next change
+	known   bool          // there was a leader before
+	changed chan struct{} // closed by the next change
 }
 
-// Leadership returns who leads the store, and a channel that is closed when that has changed. It can be called
-// at any time: nobody leads a store that is not open.
+// Leadership returns the leader of the store, and a channel that is closed when it has changed. It may be called at any
+// time. A store that is not open has no leader.
 func (s *Store) Leadership() (Leadership, <-chan struct{}) { return s.leadership.get() }
 
-func newLeadership() *leadership { return &leadership{changed: make(chan struct{})} }
+func newLeadership() *leadership {
+	return &leadership{interrupted: logging.Interrupted, changed: make(chan struct{})}
+}
 
 func (l *leadership) get() (Leadership, <-chan struct{}) {
 	l.mu.Lock()
@@ -35,36 +43,45 @@ func (l *leadership) set(now Leadership) {
 	if l.now == now {
 		return
 	}
+	switch {
+	case !l.known:
+		l.known = now.Leader != "" // the first leader ends no outage
+	case now.Leader == "":
+		l.interrupted(true)
+	case now.Leader != l.now.Leader:
+		// Calls that the former leader did not answer fail now, even if there was no time without a leader.
+		l.interrupted(false)
+	}
 	l.now = now
 	close(l.changed)
 	l.changed = make(chan struct{})
 }
 
 const (
-	// regardLeader is how often raft's state is looked at when there are several members. It tells of a new leader,
-	// but not that one is lost.
-	regardLeader = 100 * time.Millisecond
-	// confirmTime is how long a majority may take to confirm that this member leads.
-	confirmTime = 500 * time.Millisecond
+	// leaderPollInterval is the interval at which raft's state is polled if there are several members. Raft notifies of a
+	// new leader, but not of the loss of one.
+	leaderPollInterval = 100 * time.Millisecond
+	// confirmTimeout bounds the confirmation of a majority that this member leads.
+	confirmTimeout = 500 * time.Millisecond
 )
 
-// watchLeadership publishes who leads until ctx ends.
+// watchLeadership publishes the leader until ctx ends.
 //
-// A member that is cut off believes that it leads for up to two election timeouts more. Until a majority has
-// answered it in this term, it is not published as leading; and what it writes afterwards cannot be committed.
+// A leader that is cut off believes for up to two more election timeouts that it leads. It is published as leading only
+// after a majority has answered it in this term, and cannot commit anything once it is cut off.
 func (s *Store) watchLeadership(ctx context.Context, server *etcdserver.EtcdServer, t *transport) {
-	ticker := time.NewTicker(regardLeader)
+	ticker := time.NewTicker(leaderPollInterval)
 	defer ticker.Stop()
-	tick, opened := ticker.C, s.mesh.opened
+	tick, opened := ticker.C, s.mesh.Opened()
 	select {
 	case <-opened:
 		opened = nil
 	default:
-		// Alone, nothing changes by itself.
+		// The leadership of a store with one member does not change.
 		ticker.Stop()
 	}
 	self := server.MemberID()
-	var confirmed uint64 // the term in which this member is known to lead; zero if none
+	var confirmed uint64 // the term in which a majority confirmed that this member leads; zero if none
 	for ctx.Err() == nil {
 		changed := server.LeaderChangedNotify()
 		id := server.Leader()
@@ -83,7 +100,7 @@ func (s *Store) watchLeadership(ctx context.Context, server *etcdserver.EtcdServ
 		}
 		s.leadership.set(now)
 		if id == self && confirmed == 0 {
-			sleep(ctx, regardLeader)
+			sleep(ctx, leaderPollInterval)
 			continue
 		}
 		select {
@@ -91,21 +108,21 @@ func (s *Store) watchLeadership(ctx context.Context, server *etcdserver.EtcdServ
 		case <-changed:
 		case <-opened:
 			opened = nil
-			ticker.Reset(regardLeader)
+			ticker.Reset(leaderPollInterval)
 		case <-tick:
 		}
 	}
 }
 
-// confirm asks a majority whether this member still leads.
+// confirm reports whether a majority confirms that this member leads.
 func (s *Store) confirm(ctx context.Context, t *transport) bool {
-	ctx, cancel := context.WithTimeout(ctx, confirmTime)
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
 	_, err := kvClient{t}.Range(ctx, &pb.RangeRequest{Key: []byte(checkKey)})
 	return err == nil
 }
 
-// Describe says who leads, where there are several members.
+// Describe names the leader if there are several members.
 func (s *Store) Describe() string {
 	t := s.transport.Load()
 	if t == nil || len(t.server.Cluster().Members()) < 2 {
@@ -117,6 +134,6 @@ func (s *Store) Describe() string {
 	case now.Leader != "":
 		return "led by " + now.Leader
 	default:
-		return "nobody leads"
+		return "no leader"
 	}
 }

@@ -18,15 +18,15 @@ import (
 
 	"go.etcd.io/etcd/client/v3/kubernetes"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 )
 
-// Here each member is a process of its own on a host of its own, with the kernel's network between them: this
-// test binary, told by lines on stdin what to do, and answering each with a line on stdout.
+// In these tests each member is a process of its own on a host of its own, with the kernel's network between them. The
+// process is this test binary. It reads commands from stdin, one per line, and answers each with a line on stdout.
 
 const memberConfig = "config.json"
 
-// runMember is such a process.
+// runMember runs such a process.
 func runMember() int {
 	data, err := os.ReadFile(filepath.Join(os.Getenv(childDir), memberConfig))
 	if err != nil {
@@ -41,7 +41,7 @@ func runMember() int {
 	out := &syncedPrinter{}
 	go func() {
 		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-			answer, err := s.obey(strings.Fields(lines.Text()))
+			answer, err := s.runCommand(strings.Fields(lines.Text()))
 			if err != nil {
 				answer = "error " + strings.ReplaceAll(err.Error(), "\n", "; ")
 			}
@@ -56,7 +56,7 @@ func runMember() int {
 	return 0
 }
 
-func (s *Store) obey(words []string) (string, error) {
+func (s *Store) runCommand(words []string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	switch words[0] {
@@ -96,15 +96,15 @@ func (s *Store) obey(words []string) (string, error) {
 	}
 	got, err := c.Kubernetes.Get(ctx, words[1], kubernetes.GetOptions{})
 	if err != nil || got.KV == nil {
-		return "", errors.Join(err, errors.New("not there"))
+		return "", errors.Join(err, errors.New("no such key"))
 	}
 	return string(got.KV.Value), nil
 }
 
-// machine is one host and its member.
+// machine is a host with its member.
 type machine struct {
 	t    *testing.T
-	host *testhost.Host
+	host *host.Host
 	at   netip.Prefix
 	dir  string
 	cfg  Config
@@ -163,7 +163,7 @@ func (m *machine) ask(line string) (string, error) {
 	select {
 	case answer, ok := <-m.lines:
 		if !ok {
-			return "", errors.New("it has ended")
+			return "", errors.New("the process has ended")
 		}
 		if why, failed := strings.CutPrefix(answer, "error "); failed {
 			return "", errors.New(why)
@@ -174,7 +174,7 @@ func (m *machine) ask(line string) (string, error) {
 	}
 }
 
-// await asks until the answer is the one wanted, and returns how long that took.
+// await repeats a command until its answer is the wanted one, and returns the time that took.
 func (m *machine) await(line, want string) time.Duration {
 	m.t.Helper()
 	began := time.Now()
@@ -190,7 +190,7 @@ func (m *machine) await(line, want string) time.Duration {
 	}
 }
 
-// renumber gives the machine another address, and tells the member or not.
+// renumber changes the address of the machine. If tell is set, it tells the member.
 func (m *machine) renumber(to netip.Prefix, tell bool) {
 	m.t.Helper()
 	if err := errors.Join(m.host.DelAddr(m.at), m.host.AddAddr(to)); err != nil {
@@ -205,11 +205,11 @@ func (m *machine) renumber(to netip.Prefix, tell bool) {
 	}
 }
 
-// machines makes a LAN of hosts with the addresses, and a cluster of their members.
+// machines makes a LAN of hosts with these addresses, and a cluster of their members.
 func machines(t *testing.T, addresses ...string) []*machine {
 	t.Helper()
-	testhost.RequireRoot(t)
-	lan, err := testhost.NewLAN()
+	host.RequireRoot(t)
+	lan, err := host.NewLAN()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,11 +263,11 @@ func leaderOf(t *testing.T, all []*machine) *machine {
 			}
 		}
 	}
-	t.Fatal("nobody leads")
+	t.Fatal("no leader")
 	return nil
 }
 
-// The leader is killed, and unplugged; the others go on.
+// The leader is killed, and then cut off. The others go on.
 func TestMachinesLoseTheirLeader(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -301,8 +301,8 @@ func TestMachinesLoseTheirLeader(t *testing.T) {
 	t.Logf("the member was back after %v", cut.await("get /a", "2").Round(time.Millisecond))
 }
 
-// All machines move to another network at once: there is no majority that could agree on anything, and no
-// address that anybody knows is right any more.
+// All machines move to another network at once: no majority exists that could agree on anything, and every known address is
+// wrong.
 func TestMachinesMoveAtOnce(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -316,7 +316,7 @@ func TestMachinesMoveAtOnce(t *testing.T) {
 		{name: "not told", to: [3]string{"172.16.6.11/24", "172.16.6.12/24", "172.16.6.13/24"}},
 		{name: "to IPv6", to: [3]string{"fd00:5::11/64", "fd00:5::12/64", "fd00:5::13/64"}, tell: true},
 		{name: "while off", to: [3]string{"172.16.7.11/24", "172.16.7.12/24", "172.16.7.13/24"}, off: true},
-		// Each gets the address that another had.
+		// Each machine gets the address of another one.
 		{name: "around", to: [3]string{"10.0.0.2/24", "10.0.0.3/24", "10.0.0.1/24"}, off: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -340,14 +340,14 @@ func TestMachinesMoveAtOnce(t *testing.T) {
 			for _, m := range all {
 				m.await("check", "ok")
 			}
-			t.Logf("all were well again after %v", time.Since(began).Round(time.Millisecond))
+			t.Logf("all Checks succeeded after %v", time.Since(began).Round(time.Millisecond))
 			all[1].await("put /a 2", "ok")
 			all[2].await("get /a", "2")
 		})
 	}
 }
 
-// Two find each other first and have a majority; the third must be found all the same.
+// Two members find each other first and have a majority. The third must be found all the same.
 func TestMachinesMoveOneLate(t *testing.T) {
 	requireLong(t)
 	t.Parallel()

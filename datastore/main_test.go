@@ -25,8 +25,8 @@ func TestMain(m *testing.M) {
 	)
 }
 
-// longVar asks for the tests that need minutes: many members, one after the other, under faults. "make test"
-// sets it, and leaves the race detector out; the shorter ones pass through the same code with it.
+// longVar enables tests that take minutes: many members, one after the other, under faults. "make test" sets it, without
+// the race detector; the shorter tests run the same code with it.
 const longVar = "KEDGE_TEST_LONG"
 
 func long() bool { return os.Getenv(longVar) != "" }
@@ -60,7 +60,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// start runs a store until the test ends, or stop is called, which fails the test on any error.
+// start runs a store until the end of the test or a call of stop, which fails the test on any error.
 func start(tb testing.TB, cfg Config) (s *Store, stop func()) {
 	tb.Helper()
 	s = New(cfg, testLog(tb))

@@ -15,47 +15,49 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/membership"
 	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
+
+	"kedge/datastore/peers"
 )
 
 const (
-	// peersPrefix has the members' addresses in the store, below it their IDs.
+	// peersPrefix is the prefix of the keys with the members' published addresses; the ID of the member follows.
 	peersPrefix = "/kedge/peers/"
-	// listTime is how long a majority may take to confirm the list of members.
-	listTime = 3 * time.Second
-	// settleTime is how long a change of members waits for connections to be old enough for etcd, which wants to
-	// have seen them for five seconds.
-	settleTime, settleEvery = 15 * time.Second, 250 * time.Millisecond
-	// maxWaiting is how many learners there may be before the one that has been away longest makes way.
-	maxWaiting = 4
+	// memberListTimeout bounds the confirmation of the list of members by a majority.
+	memberListTimeout = 3 * time.Second
+	// changeTimeout bounds a change of members. etcd refuses changes until the connections between members are five
+	// seconds old; changeRetryInterval is the interval of retries.
+	changeTimeout, changeRetryInterval = 15 * time.Second, 250 * time.Millisecond
+	// maxPendingLearners is the number of learners at which an admission removes the one that was seen least recently.
+	maxPendingLearners = 4
 )
 
-// Members returns the members of the store, as a majority has agreed on them, or as far as this one knows if
-// there is none: then with the members and with ErrNoLeader.
+// Members returns the members of the store, confirmed by a majority. Without a majority it returns the members that this
+// one knows, together with ErrNoLeader.
 func (s *Store) Members(ctx context.Context) ([]Member, error) {
 	t := s.transport.Load()
 	if t == nil {
 		return nil, ErrNotServing
 	}
-	a, err := t.gate.enter(ctx)
+	c, err := t.gate.enter(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer a.leave()
-	agreed, err := s.agreed(a.ctx, t.server)
+	defer c.leave()
+	list, err := s.agreedMembers(c.ctx, t.server)
 	if err != nil {
-		agreed, err = t.server.Cluster().Members(), fmt.Errorf("%w: %w", ErrNoLeader, err)
+		list, err = t.server.Cluster().Members(), fmt.Errorf("%w: %w", ErrNoLeader, err)
 	}
-	members := make([]Member, 0, len(agreed))
-	for _, m := range agreed {
+	members := make([]Member, 0, len(list))
+	for _, m := range list {
 		members = append(members, s.describe(t, m))
 	}
 	slices.SortFunc(members, func(a, b Member) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
 	return members, err
 }
 
-// agreed is the list of members that a majority confirms. An election meanwhile is no reason to give up.
-func (s *Store) agreed(ctx context.Context, server *etcdserver.EtcdServer) ([]*membership.Member, error) {
-	ctx, cancel := context.WithTimeout(ctx, listTime)
+// agreedMembers returns the list of members that a majority confirms. It retries if the leader changes meanwhile.
+func (s *Store) agreedMembers(ctx context.Context, server *etcdserver.EtcdServer) ([]*membership.Member, error) {
+	ctx, cancel := context.WithTimeout(ctx, memberListTimeout)
 	defer cancel()
 	for {
 		members, err := server.MemberList(ctx, &pb.MemberListRequest{Linearizable: true})
@@ -73,26 +75,26 @@ func (s *Store) describe(t *transport, m *membership.Member) Member {
 		Learner: m.IsLearner, Started: m.Name != "",
 	}
 	if out.Self {
-		out.Addresses = s.book.self().Addresses
+		out.Addresses = s.book.Self().Addresses
 		if out.Reachable = t.gate.hasLeader(); out.Reachable {
 			out.LastSeen = time.Now()
 		}
 		return out
 	}
-	if p, ok := s.book.other(id); ok {
+	if p, ok := s.book.Other(id); ok {
 		out.Addresses = p.Addresses
 	}
-	r := s.mesh.reach(id)
-	out.LastSeen, out.Reachable = r.seen, r.alive(time.Now())
+	r := s.mesh.Status(id)
+	out.LastSeen, out.Reachable = r.LastSeen, r.Alive(time.Now())
 	return out
 }
 
-// nameOf is the name of a member. One that has not started yet has told only the book.
+// nameOf returns the name of a member. The name of a member that has not started yet is in the address book only.
 func (s *Store) nameOf(server *etcdserver.EtcdServer, id types.ID) string {
 	if m := server.Cluster().Member(id); m != nil && m.Name != "" {
 		return m.Name
 	}
-	for _, p := range s.book.all() {
+	for _, p := range s.book.All() {
 		if p.ID == id.String() {
 			return p.Name
 		}
@@ -100,21 +102,21 @@ func (s *Store) nameOf(server *etcdserver.EtcdServer, id types.ID) string {
 	return id.String()
 }
 
-// Admit makes room for a new member of the given name, which is reached at addresses, and returns what it
-// needs to start. The addresses have ports, because members on one machine have different ones.
+// Admit adds a new member with the given name and addresses, and returns the data with which the member can start. The
+// addresses have ports, because members on one machine use different ones.
 //
-// It begins as a learner, which changes nothing for the others until it is there and has caught up; from then
-// on it has a vote, without anybody's doing.
+// The new member is a learner at first, which does not count for the majority. The leader promotes it to a voter when it
+// has caught up.
 //
-// Admit may be called on any member, and takes up to half a minute if members have just come or gone. A name of
-// a member that has never started, or is dead, is taken over: the dead one is removed first, if a majority stays
-// alive (else ErrQuorum). A living one is ErrMemberExists. A member that was admitted and never came does not
-// stand in the way of others.
+// Admit may be called on any member, and takes up to half a minute if members have just been added or removed. It replaces
+// a member of the same name that has never started or is dead: it removes the old one first, if that leaves a majority of
+// members alive (else ErrQuorum). If the member of that name is alive, the error is ErrMemberExists. Members that were
+// admitted and never started do not block further admissions.
 func (s *Store) Admit(ctx context.Context, name string, addresses []netip.AddrPort) (Admission, error) {
 	if name == "" || len(addresses) == 0 {
 		return Admission{}, errors.New("a member needs a name and an address")
 	}
-	if !s.cfg.Peer.enabled() {
+	if !s.cfg.Peer.Enabled() {
 		return Admission{}, ErrNoPeers
 	}
 	var out Admission
@@ -128,42 +130,42 @@ func (s *Store) Admit(ctx context.Context, name string, addresses []netip.AddrPo
 	return out, nil
 }
 
-// change makes one change of the members.
+// change runs do, which changes the members, while no other change is in progress.
 func (s *Store) change(ctx context.Context, do func(context.Context, *transport) error) error {
-	s.admitting.Lock()
-	defer s.admitting.Unlock()
+	s.membershipMu.Lock()
+	defer s.membershipMu.Unlock()
 	t := s.transport.Load()
 	if t == nil {
 		return ErrNotServing
 	}
-	// Not as one that needs a majority: a change may begin with another leader, and has limits of its own.
-	a, err := t.gate.enter(ctx)
+	// The change does not enter as a call that requires a majority: it survives an election, and has its own timeouts.
+	c, err := t.gate.enter(ctx)
 	if err != nil {
 		return err
 	}
-	defer a.leave()
-	if err := do(a.ctx, t); err != nil {
-		return a.reason(err)
+	defer c.leave()
+	if err := do(c.ctx, t); err != nil {
+		return c.reason(err)
 	}
 	return nil
 }
 
 func (s *Store) admit(ctx context.Context, t *transport, name string, addresses []netip.AddrPort) (Admission, error) {
 	server := t.server
-	if len(s.book.self().Addresses) == 0 {
-		return Admission{}, errors.New("this machine has no address by which another could reach it")
+	if len(s.book.Self().Addresses) == 0 {
+		return Admission{}, errors.New("this machine has no address at which other members can reach it")
 	}
-	members, err := s.agreed(ctx, server)
+	members, err := s.agreedMembers(ctx, server)
 	if err != nil {
 		return Admission{}, err
 	}
-	if err := s.settleAddress(ctx, server, members); err != nil {
+	if err := s.setLoopbackURL(ctx, server, members); err != nil {
 		return Admission{}, err
 	}
-	if err := s.mesh.open(); err != nil {
+	if err := s.mesh.Open(); err != nil {
 		return Admission{}, err
 	}
-	var waiting []*membership.Member
+	var pending []*membership.Member
 	for _, m := range members {
 		switch {
 		case s.nameOf(server, m.ID) == name:
@@ -171,11 +173,11 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 				return Admission{}, err
 			}
 		case m.IsLearner:
-			waiting = append(waiting, m)
+			pending = append(pending, m)
 		}
 	}
-	if len(waiting) >= maxWaiting {
-		if err := s.dropWaiting(ctx, server, waiting); err != nil {
+	if len(pending) >= maxPendingLearners {
+		if err := s.removePendingLearner(ctx, server, pending); err != nil {
 			return Admission{}, err
 		}
 	}
@@ -188,28 +190,28 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 	now := time.Now()
 	learner := membership.NewMemberAsLearner("", urls, "", &now)
 	peer.ID = learner.ID.String()
-	// The others must know where it is before raft on them does anything with it.
-	if err := s.publish(ctx, t, peer); err != nil {
+	// The other members need the address before their raft connects to the new member.
+	if err := s.publishPeer(ctx, t, peer); err != nil {
 		return Admission{}, err
 	}
-	if err := s.settled(ctx, func(ctx context.Context) error { _, err := server.AddMember(ctx, *learner); return err }); err != nil {
-		return Admission{}, errors.Join(err, s.forget(context.WithoutCancel(ctx), t, peer.ID))
+	if err := s.retryUnhealthy(ctx, func(ctx context.Context) error { _, err := server.AddMember(ctx, *learner); return err }); err != nil {
+		return Admission{}, errors.Join(err, s.deletePeer(context.WithoutCancel(ctx), t, peer.ID))
 	}
 	out := Admission{Cluster: server.Cluster().ID().String(), Name: name, ID: peer.ID, URL: peer.URL}
-	for _, p := range s.book.all() {
+	for _, p := range s.book.All() {
 		if p.ID != peer.ID {
 			out.Members = append(out.Members, p)
 		}
 	}
-	s.mesh.learn([]Peer{peer})
-	s.mesh.kick() // so that the others hear of it at once
+	s.mesh.Learn([]Peer{peer})
+	s.mesh.ProbeNow() // tells the other members at once
 	s.log.Info("member of the datastore admitted", "name", name, "member", peer.ID)
 	return out, nil
 }
 
-// settleAddress gives the only member of a store its address on loopback, if it was created without one.
-func (s *Store) settleAddress(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member) error {
-	self := s.book.self()
+// setLoopbackURL gives the only member of a store its loopback address, if an older kedge created the store without one.
+func (s *Store) setLoopbackURL(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member) error {
+	self := s.book.Self()
 	if len(members) != 1 || len(members[0].PeerURLs) == 1 && members[0].PeerURLs[0] == self.URL {
 		return nil
 	}
@@ -219,63 +221,62 @@ func (s *Store) settleAddress(ctx context.Context, server *etcdserver.EtcdServer
 	return err
 }
 
-// replace removes a member whose name is wanted by another, unless it lives.
+// replace removes a member whose name a new one takes over, unless the member is alive.
 func (s *Store) replace(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member, m *membership.Member) error {
-	if m.ID == server.MemberID() || m.Name != "" && s.mesh.reach(m.ID.String()).alive(time.Now()) {
+	if m.ID == server.MemberID() || m.Name != "" && s.mesh.Status(m.ID.String()).Alive(time.Now()) {
 		return ErrMemberExists
 	}
 	return s.removeMember(ctx, server, members, m)
 }
 
-// dropWaiting removes the learner that is least likely to come.
-func (s *Store) dropWaiting(ctx context.Context, server *etcdserver.EtcdServer, waiting []*membership.Member) error {
-	oldest := slices.MinFunc(waiting, func(a, b *membership.Member) int {
+// removePendingLearner removes the learner that is least likely to start: one that never has, or was seen least recently.
+func (s *Store) removePendingLearner(ctx context.Context, server *etcdserver.EtcdServer, pending []*membership.Member) error {
+	oldest := slices.MinFunc(pending, func(a, b *membership.Member) int {
 		if (a.Name == "") != (b.Name == "") { // never started
 			if a.Name == "" {
 				return -1
 			}
 			return 1
 		}
-		return s.mesh.reach(a.ID.String()).seen.Compare(s.mesh.reach(b.ID.String()).seen)
+		return s.mesh.Status(a.ID.String()).LastSeen.Compare(s.mesh.Status(b.ID.String()).LastSeen)
 	})
-	if s.mesh.reach(oldest.ID.String()).alive(time.Now()) {
-		return fmt.Errorf("%d members are catching up already, wait for one of them", len(waiting))
+	if s.mesh.Status(oldest.ID.String()).Alive(time.Now()) {
+		return fmt.Errorf("%d members are still catching up: wait until one of them has a vote", len(pending))
 	}
 	return s.removeMember(ctx, server, nil, oldest)
 }
 
-// freeURL is an address on loopback that no member has.
+// freeURL returns a peer URL with a loopback address that no member has.
 func (s *Store) freeURL(members []*membership.Member) string {
 	for {
-		u := newVirtualURL()
+		u := peers.NewLoopbackURL()
 		if !slices.ContainsFunc(members, func(m *membership.Member) bool { return slices.Contains(m.PeerURLs, u) }) {
 			return u
 		}
 	}
 }
 
-// settled does a change that etcd refuses while connections are new, until it does not any more.
-func (s *Store) settled(ctx context.Context, change func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, settleTime)
+// retryUnhealthy retries a change for as long as etcd refuses it because connections between members are too new.
+func (s *Store) retryUnhealthy(ctx context.Context, change func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, changeTimeout)
 	defer cancel()
 	for {
 		err := change(ctx)
 		if !errors.Is(err, etcderrors.ErrUnhealthy) {
 			return err
 		}
-		sleep(ctx, settleEvery)
+		sleep(ctx, changeRetryInterval)
 		if ctx.Err() != nil {
 			return fmt.Errorf("%w: not all members are connected with each other", ErrQuorum)
 		}
 	}
 }
 
-// Remove removes the member of the given name, alive or dead. It refuses with ErrQuorum if the members that
-// remain could not decide anything any more. The removed member finds out, and its Run returns ErrRemoved; that
-// may be this one.
+// Remove removes the member of the given name, alive or dead. It fails with ErrQuorum if the remaining members would have
+// no majority alive. The removed member, which may be this one, learns of it, and its Run returns ErrRemoved.
 func (s *Store) Remove(ctx context.Context, name string) error {
 	err := s.change(ctx, func(ctx context.Context, t *transport) error {
-		members, err := s.agreed(ctx, t.server)
+		members, err := s.agreedMembers(ctx, t.server)
 		if err != nil {
 			return err
 		}
@@ -299,99 +300,101 @@ func (s *Store) removeMember(ctx context.Context, server *etcdserver.EtcdServer,
 	}
 	remove := func(ctx context.Context) error { _, err := server.RemoveMember(ctx, uint64(m.ID)); return err }
 	if m.ID == server.MemberID() {
-		// A leader that removes itself leaves the others to find out by waiting.
+		// If a leader removed itself, the others would wait for an election timeout.
 		if err := s.HandOver(ctx); err != nil {
 			return err
 		}
 		remove = func(ctx context.Context) error { return s.removeSelf(ctx, server) }
 	}
 	name := s.nameOf(server, m.ID)
-	if err := s.settled(ctx, remove); err != nil {
+	if err := s.retryUnhealthy(ctx, remove); err != nil {
 		return err
 	}
 	s.log.Info("member of the datastore removed", "name", name, "member", m.ID.String())
 	if m.ID == server.MemberID() {
-		return nil // and soon there is nothing left to look after
+		return nil // this member stops, and needs no address book any more
 	}
-	return s.adopt(server)
+	return s.syncAddressBook(server)
 }
 
-// removeSelf returns when this member is removed. The others may decide it and then have nothing to do with this
-// member any more, so that its raft never hears of it; they say so when they are asked.
+// removeSelf removes this member, and returns when that is done. The others may commit the removal and close their
+// connections before this member's raft learns of it; then they report it in their answers to heartbeats.
 func (s *Store) removeSelf(ctx context.Context, server *etcdserver.EtcdServer) error {
 	done := make(chan error, 1)
 	go func() {
 		_, err := server.RemoveMember(ctx, uint64(server.MemberID()))
 		done <- err
 	}()
-	ticker := time.NewTicker(settleEvery)
+	ticker := time.NewTicker(changeRetryInterval)
 	defer ticker.Stop()
 	for {
 		select {
 		case err := <-done:
 			select {
-			case <-server.StoppingNotify(): // nobody stops it as long as we are inside the gate, but it itself
+			case <-server.StoppingNotify(): // while this call is inside the gate, only a removal stops etcd
 				return nil
 			default:
 			}
-			if s.mesh.isRemoved() {
+			select {
+			case <-s.mesh.Removed():
 				return nil
+			default:
 			}
 			return err
-		case <-s.mesh.removed:
+		case <-s.mesh.Removed():
 			return nil
 		case <-ticker.C:
-			s.mesh.kick()
+			s.mesh.ProbeNow()
 		}
 	}
 }
 
-// guardQuorum refuses the removal of a voter after which the voters that live would be no majority. One that has
-// just come back gets the time to answer.
+// guardQuorum refuses the removal of a voter if the remaining voters would have no majority alive. It waits for one
+// heartbeat, so that voters that have just come back count.
 func (s *Store) guardQuorum(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) error {
-	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	ctx, cancel := context.WithTimeout(ctx, peers.HeartbeatTimeout)
 	defer cancel()
 	for {
-		voters, living := s.votersWithout(server, members, leaves)
+		voters, alive := s.votersWithout(server, members, leaves)
 		switch {
 		case voters == 0:
-			return fmt.Errorf("%w: it is the only member that has a vote", ErrQuorum)
-		case living >= voters/2+1:
+			return fmt.Errorf("%w: it is the only voting member", ErrQuorum)
+		case alive >= voters/2+1:
 			return nil
 		case ctx.Err() != nil:
-			return fmt.Errorf("%w: of the %d that would remain %d would be alive", ErrQuorum, voters, living)
+			return fmt.Errorf("%w: only %d of the %d remaining voting members are alive", ErrQuorum, alive, voters)
 		}
-		s.mesh.kick()
-		sleep(ctx, settleEvery)
+		s.mesh.ProbeNow()
+		sleep(ctx, changeRetryInterval)
 	}
 }
 
-// votersWithout counts the voters, and those of them that live, without one.
-func (s *Store) votersWithout(server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) (voters, living int) {
+// votersWithout counts the voters besides the one that leaves, and those of them that are alive.
+func (s *Store) votersWithout(server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) (voters, alive int) {
 	for _, m := range members {
 		if m.IsLearner || m.ID == leaves.ID {
 			continue
 		}
 		voters++
-		if m.ID == server.MemberID() || s.mesh.reach(m.ID.String()).alive(time.Now()) {
-			living++
+		if m.ID == server.MemberID() || s.mesh.Status(m.ID.String()).Alive(time.Now()) {
+			alive++
 		}
 	}
-	return voters, living
+	return voters, alive
 }
 
-// HandOver makes another member the leader, if this one is and there is one that can be. It does nothing, and
-// succeeds, if this one does not lead or is alone. Run does it by itself before it stops.
+// HandOver transfers the leadership to another member. If this member does not lead or has no other voter, HandOver does
+// nothing and succeeds. Run hands over by itself before it stops.
 func (s *Store) HandOver(ctx context.Context) error {
 	t := s.transport.Load()
 	if t == nil {
 		return ErrNotServing
 	}
-	a, err := t.gate.enter(ctx)
+	c, err := t.gate.enter(ctx)
 	if err != nil {
 		return err
 	}
-	defer a.leave()
+	defer c.leave()
 	server := t.server
 	if server.Leader() != server.MemberID() {
 		return nil
@@ -401,32 +404,32 @@ func (s *Store) HandOver(ctx context.Context) error {
 		return nil
 	}
 	now := time.Now()
-	candidates = slices.DeleteFunc(candidates, func(m *membership.Member) bool { return !s.mesh.reach(m.ID.String()).alive(now) })
+	candidates = slices.DeleteFunc(candidates, func(m *membership.Member) bool { return !s.mesh.Status(m.ID.String()).Alive(now) })
 	slices.SortStableFunc(candidates, func(a, b *membership.Member) int {
-		return cmp.Compare(s.mesh.reach(b.ID.String()).applied, s.mesh.reach(a.ID.String()).applied)
+		return cmp.Compare(s.mesh.Status(b.ID.String()).Applied, s.mesh.Status(a.ID.String()).Applied)
 	})
-	err = errors.New("no other member that could lead answers")
+	err = errors.New("no other voting member answers")
 	for _, m := range candidates {
-		// Raft gives a transfer up after an election timeout.
-		ctx, cancel := context.WithTimeout(a.ctx, s.cfg.Election)
+		// Raft aborts a transfer after an election timeout.
+		ctx, cancel := context.WithTimeout(c.ctx, s.cfg.Election)
 		err = server.MoveLeader(ctx, uint64(server.MemberID()), uint64(m.ID))
 		cancel()
 		if err == nil || server.Leader() != server.MemberID() {
 			return nil
 		}
 	}
-	return fmt.Errorf("hand leadership over: %w", err)
+	return fmt.Errorf("transfer leadership: %w", err)
 }
 
-// otherVoters are the members with a vote besides this one.
+// otherVoters returns the voters besides this member.
 func otherVoters(server *etcdserver.EtcdServer) []*membership.Member {
 	return slices.DeleteFunc(server.Cluster().Members(), func(m *membership.Member) bool {
 		return m.IsLearner || m.ID == server.MemberID()
 	})
 }
 
-// publish writes where a member is into the store.
-func (s *Store) publish(ctx context.Context, t *transport, p Peer) error {
+// publishPeer writes the addresses of a member to the store.
+func (s *Store) publishPeer(ctx context.Context, t *transport, p Peer) error {
 	data, err := json.Marshal(p)
 	if err != nil {
 		return err
@@ -435,9 +438,9 @@ func (s *Store) publish(ctx context.Context, t *transport, p Peer) error {
 	return err
 }
 
-// forget takes a member's addresses out of the store.
-func (s *Store) forget(ctx context.Context, t *transport, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, listTime)
+// deletePeer deletes the addresses of a member from the store.
+func (s *Store) deletePeer(ctx context.Context, t *transport, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, memberListTimeout)
 	defer cancel()
 	_, err := kvClient{t}.DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte(peersPrefix + id)})
 	return err

@@ -10,8 +10,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// A member that is cut off says so within five seconds, whether it led or followed; the others go on; and all
-// that anybody was told fits one store.
+// A member that is cut off reports it within five seconds, whether it led or followed. The others go on. All answers to
+// clients fit one store.
 func TestPartition(t *testing.T) {
 	t.Parallel()
 	const told = 5 * time.Second
@@ -38,24 +38,24 @@ func TestPartition(t *testing.T) {
 
 			c.awaitFor("Check of the member that is cut off", time.Until(deadline), func() error {
 				if cut.Check(t.Context()) == nil {
-					return errors.New("is well")
+					return errors.New("Check succeeds")
 				}
 				return nil
 			})
 			if led {
 				c.awaitFor("the old leader's resignation", time.Until(deadline), func() error {
 					if now, _ := cut.Leadership(); now.Leading {
-						return fmt.Errorf("it says %+v", now)
+						return fmt.Errorf("leadership is %+v", now)
 					}
 					return nil
 				})
 			}
-			// What it is asked now it does not keep waiting for long.
+			// A new call does not wait for long.
 			asked := time.Now()
 			if _, err := newClient(t, cut.Store).Put(t.Context(), "/w/cut", "1"); err == nil {
 				t.Error("a member that is cut off has written")
 			} else if took := time.Since(asked); took > told {
-				t.Errorf("it took %v to be told %v", took, err)
+				t.Errorf("the call took %v to fail with %v", took, err)
 			}
 			select {
 			case resp, ok := <-watch:
@@ -105,10 +105,10 @@ func TestFlappingFollower(t *testing.T) {
 	if after, _ := leader.Leadership(); after != before {
 		t.Errorf("leadership went from %+v to %+v", before, after)
 	}
-	c.await("the member is well", func() error { return flaps.Check(t.Context()) })
+	c.await("its Check succeeds", func() error { return flaps.Check(t.Context()) })
 }
 
-// Stopping in order costs a client that tries again once nothing, whomever it asks.
+// An orderly stop of any member costs a client that retries once nothing.
 func TestRollingRestart(t *testing.T) {
 	requireLong(t)
 	c := newTestCluster(t)
@@ -144,7 +144,7 @@ func TestRollingRestart(t *testing.T) {
 		}
 		n.cfg.Join = nil
 		n.start()
-		c.await("all are well", func() error {
+		c.await("all Checks succeed", func() error {
 			var errs []error
 			for _, n := range nodes {
 				errs = append(errs, n.Check(t.Context()))
@@ -181,17 +181,17 @@ func TestHandOver(t *testing.T) {
 	select {
 	case <-changed:
 	case <-time.After(10 * time.Second):
-		t.Error("nobody was told")
+		t.Error("no change of leadership was reported")
 	}
-	c.await("it leads no more", func() error {
+	c.await("the old leader does not lead any more", func() error {
 		if now, _ := old.Leadership(); now.Leading {
-			return errors.New("it does")
+			return errors.New("it leads")
 		}
 		return nil
 	})
 	leader := c.leader(without(nodes, old)...)
 	for _, n := range nodes {
-		c.await("all know", func() error {
+		c.await("all members know the leader", func() error {
 			if now, _ := n.Leadership(); now.Leader != leader.name {
 				return fmt.Errorf("%s says %+v", n.name, now)
 			}
@@ -199,11 +199,11 @@ func TestHandOver(t *testing.T) {
 		})
 	}
 	if err := old.HandOver(t.Context()); err != nil {
-		t.Errorf("handing over what one does not have: %v", err)
+		t.Errorf("HandOver of a member that does not lead: %v", err)
 	}
 }
 
-// Terms of leadership must not overlap for those who look.
+// A term must never have two leaders.
 func TestLeadershipIsConfirmed(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
@@ -233,7 +233,7 @@ func TestLeadershipIsConfirmed(t *testing.T) {
 	}
 }
 
-// move gives the machine another address. The old one leads nowhere from then on.
+// move changes the address of the machine. The old address is not reachable any more.
 func (n *testNode) move(a netip.Addr) {
 	n.c.lan.mu.Lock()
 	n.port.at = netip.AddrPortFrom(a, n.cfg.Peer.Port)
@@ -273,11 +273,11 @@ func TestMemberMoves(t *testing.T) {
 			}
 			return nil
 		})
-		t.Logf("%s was in touch again after %v", n.name, time.Since(began).Round(time.Millisecond))
+		t.Logf("%s was reachable again after %v", n.name, time.Since(began).Round(time.Millisecond))
 	}
 	put(t, nodes[0], "/a", "1")
 
-	// Two while they are off, the third knows: they tell it.
+	// Two members move while they are stopped. The third has not moved, so both reach it and tell it their new addresses.
 	for i, n := range nodes[:2] {
 		n.stop()
 		n.cfg.Join = nil
@@ -294,7 +294,7 @@ func TestMemberMoves(t *testing.T) {
 	}
 }
 
-// Two machines swap their addresses: each is found at the other's old one, and nobody is taken for another.
+// Two machines swap their addresses. Each is found at the old address of the other, and neither is mistaken for the other.
 func TestMembersSwapAddresses(t *testing.T) {
 	requireLong(t)
 	t.Parallel()
@@ -314,30 +314,35 @@ func TestMembersSwapAddresses(t *testing.T) {
 	}
 	put(t, b, "/a", "1")
 	for _, n := range nodes {
-		c.await("it is well", func() error { return n.Check(t.Context()) })
+		c.await("its Check succeeds", func() error { return n.Check(t.Context()) })
 	}
-	if w := nodes[2].mesh.way(a.book.self().ID); w.ask(b.port.at) {
-		t.Error("b was taken for a")
+	for _, n := range []*testNode{a, b} {
+		c.await("its location is known", func() error {
+			if at := nodes[2].mesh.Location(n.book.Self().ID); at != n.port.at {
+				return fmt.Errorf("location of %s is %v, want %v", n.name, at, n.port.at)
+			}
+			return nil
+		})
 	}
 }
 
-// The members take turns at what stops one of them for a moment, and the leader does not lead meanwhile.
-func TestMembersTakeTurns(t *testing.T) {
+// Only one member at a time holds the defrag lock, and it does not lead meanwhile.
+func TestDefragLock(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
 	leader := c.leader(nodes...)
 	others := without(nodes, leader)
-	turn := func(n *testNode, do func() error) error {
-		return n.inTurn(t.Context(), n.transport.Load().server, do)
+	withLock := func(n *testNode, do func() error) error {
+		return n.withDefragLock(t.Context(), n.transport.Load().server, do)
 	}
-	err := turn(leader, func() error {
+	err := withLock(leader, func() error {
 		if now, _ := leader.Leadership(); leader.transport.Load().server.Leader() == leader.transport.Load().server.MemberID() {
-			t.Errorf("it is the leader's turn while it leads: %+v", now)
+			t.Errorf("the leader holds the lock while it leads: %+v", now)
 		}
 		for _, n := range others {
-			if err := turn(n, func() error { t.Error("two at once"); return nil }); !errors.Is(err, errNotNow) {
-				t.Errorf("the turn of %s while another has it: %v", n.name, err)
+			if err := withLock(n, func() error { t.Error("two members hold the lock"); return nil }); !errors.Is(err, errNotNow) {
+				t.Errorf("%s takes the lock while another member holds it: %v", n.name, err)
 			}
 		}
 		return nil
@@ -346,12 +351,12 @@ func TestMembersTakeTurns(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := false
-	if err := turn(leader, func() error { done = true; return nil }); err != nil || !done {
-		t.Errorf("the next turn: %v", err)
+	if err := withLock(leader, func() error { done = true; return nil }); err != nil || !done {
+		t.Errorf("the lock after its release: %v", err)
 	}
 	others[0].kill()
-	c.await("nobody stops while one is missing", func() error {
-		if err := turn(others[1], func() error { return nil }); !errors.Is(err, errNotNow) {
+	c.await("no member takes the lock while another is unreachable", func() error {
+		if err := withLock(others[1], func() error { return nil }); !errors.Is(err, errNotNow) {
 			return fmt.Errorf("%w, want not now", err)
 		}
 		return nil

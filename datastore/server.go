@@ -20,36 +20,37 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"kedge/datastore/peers"
 )
 
-// walSegment is the size of one file of the write-ahead log. Two are allocated at any time, and on a slow card
-// allocating takes as long as writing.
+// walSegment is the size of one file of the write-ahead log. Two are allocated at any time, and on a slow SD card
+// allocation takes as long as writing.
 const walSegment = 8 << 20
 
-// setWALSegment sets etcd's package variable once, because stores of one process share it.
+// setWALSegment sets etcd's package variable once, because all stores of a process share it.
 var setWALSegment = sync.OnceFunc(func() { wal.SegmentSizeBytes = walSegment })
 
-// maxLearners bounds the members that have no vote yet. All members must agree on it. More than one lets several
-// join at a time, and one that never comes does not stand in their way.
+// maxLearners bounds the members that have no vote yet. All members must agree on it. With more than one, several members
+// can join at a time, and a member that never starts does not block the others.
 const maxLearners = 8
 
-// opening is how the store is opened.
-type opening struct {
-	// self is this member's URL, and members are all members' by their names. Read when the directory is empty,
-	// and else ignored.
+// openOptions are the parameters with which the store is opened.
+type openOptions struct {
+	// self is the peer URL of this member, and members are those of all members by name. etcd reads them only if the
+	// directory is empty.
 	self    types.URLs
 	members types.URLsMap
-	// join is for a directory that is empty, and a cluster that exists.
+	// join means that the directory is empty and the cluster exists.
 	join bool
-	// several says that there are, or will at once be, other members.
+	// several means that the store has other members, or will have at once.
 	several bool
 	quota   int64
 }
 
-// newServer opens what is in the data directory, or creates it, but does not yet start raft.
-//
-// It uses etcdserver and not etcd's embed package, which would open two listeners.
-func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, error) {
+// newServer opens the store in the data directory, or creates it, without starting raft. It uses etcdserver instead of
+// etcd's embed package, which would open two listeners.
+func newServer(c Config, o openOptions, log *zap.Logger) (*etcdserver.EtcdServer, error) {
 	setWALSegment()
 	pace := c.Alone
 	if o.several {
@@ -64,13 +65,11 @@ func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, er
 		DataDir: c.Dir,
 		Logger:  log,
 
-		// The token makes the identity of every cluster its own, so that members of two can never take each
-		// other for peers.
 		NewCluster:          !o.join,
 		InitialPeerURLsMap:  o.members,
-		InitialClusterToken: rand.Text(),
+		InitialClusterToken: newClusterToken(),
 		PeerURLs:            o.self,
-		PeerTLSInfo:         c.Peer.tlsInfo(o.self),
+		PeerTLSInfo:         tlsInfo(c.Peer, o.self),
 
 		TickMs:                     uint(c.Tick.Milliseconds()),
 		ElectionTicks:              int(c.Election / c.Tick),
@@ -89,7 +88,7 @@ func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, er
 		MaxSnapFiles:           5,
 		MaxWALFiles:            5,
 
-		// etcd's defaults, which Kubernetes is tested with.
+		// etcd's defaults, with which Kubernetes is tested.
 		MaxRequestBytes:             1536 << 10,
 		MaxTxnOps:                   128,
 		WarningApplyDuration:        slowApply,
@@ -97,9 +96,11 @@ func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, er
 		BcryptCost:                  10,
 		V2Deprecation:               config.V2DeprDefault,
 
-		// The API server compacts. Two who do would undo each other's promises to clients that page.
+		// The API server compacts. A second compactor could delete revisions that the first one keeps for clients that
+		// page through a list.
 		AutoCompactionRetention: 0,
-		// Off, as there are no users: AuthToken "". There is nothing to downgrade to: DowngradeCheckTime 0.
+		// AuthToken is empty, because the store has no users. DowngradeCheckTime is 0, because there is no version to
+		// downgrade to.
 
 		CompactHashCheckTime: time.Minute,
 		ServerFeatureGate:    gates,
@@ -110,7 +111,11 @@ func newServer(c Config, o opening, log *zap.Logger) (*etcdserver.EtcdServer, er
 	return server, nil
 }
 
-// featureGates turns etcd's comparisons of the members' data on where there are several.
+// newClusterToken returns a random token. It makes the ID of every cluster unique, so that members of different clusters never
+// accept each other as peers.
+func newClusterToken() string { return rand.Text() }
+
+// featureGates enables etcd's comparisons of the members' data if there are several members.
 func featureGates(name string, several bool, log *zap.Logger) (featuregate.FeatureGate, error) {
 	gates := featuregate.New(name, log)
 	if err := gates.Add(features.DefaultEtcdServerFeatureGates); err != nil {
@@ -122,32 +127,31 @@ func featureGates(name string, several bool, log *zap.Logger) (featuregate.Featu
 	})
 }
 
-// tlsInfo is for raft's connections to other members, which go out from the member's own address on loopback.
-func (p PeerConfig) tlsInfo(self types.URLs) etcdtls.TLSInfo {
-	if !p.enabled() {
+// tlsInfo returns the TLS settings of raft's connections to other members, which leave from this member's loopback address.
+func tlsInfo(p peers.Config, self types.URLs) etcdtls.TLSInfo {
+	if !p.Enabled() {
 		return etcdtls.TLSInfo{}
 	}
 	info := etcdtls.TLSInfo{
 		CertFile: p.CertFile, KeyFile: p.KeyFile, TrustedCAFile: p.CAFile, ClientCertAuth: true,
-		ServerName: PeerServerName, MinVersion: tls.VersionTLS13,
+		ServerName: peers.ServerName, MinVersion: tls.VersionTLS13,
 	}
-	if a := virtualAddress(self[0].String()); a.IsValid() {
+	if a := peers.LoopbackAddr(self[0].String()); a.IsValid() {
 		info.LocalAddr = a.String()
 	}
 	return info
 }
 
-// campaignInterval is how often campaign looks whether it is time.
+// campaignInterval is the interval at which campaign checks whether the member can stand for election.
 const campaignInterval = 2 * time.Millisecond
 
-// campaign makes the only member of a cluster stand for election as soon as it can, and returns when there is
-// a leader or ctx has ended.
+// campaign makes the only member of a cluster stand for election as soon as it can, and returns when there is a leader or
+// ctx ends.
 //
-// Left alone, raft waits for an election timeout, in case there is a leader to be heard from. A short timeout
-// makes that wait short, but ticks of 10 ms keep an idle machine busy for nothing, and every member that joins
-// later would have to change its timing. So the timing is that of a cluster from the first start, and the
-// member sends itself the message with which a retiring leader names its successor. An election is safe at any
-// time; here it has one voter.
+// By itself, raft waits for an election timeout, in case there is a leader. A shorter timeout needs shorter ticks, and
+// ticks of 10 ms keep an idle machine busy; members that join later would have to use the same. So the timing is that of a
+// cluster from the first start, and the member sends itself MsgTimeoutNow, with which a leader makes its successor stand
+// for election. An election is safe at any time; this one has a single voter.
 func campaign(ctx context.Context, server *etcdserver.EtcdServer) {
 	ticker := time.NewTicker(campaignInterval)
 	defer ticker.Stop()
@@ -162,23 +166,22 @@ func campaign(ctx context.Context, server *etcdserver.EtcdServer) {
 		}
 		self := uint64(server.MemberID())
 		if members := server.Cluster().Members(); len(members) != 1 || uint64(members[0].ID) != self {
-			continue // not known yet, or not alone
+			continue // the members are not known yet, or there are others
 		}
 		if !applied(self) {
 			continue
 		}
-		// An error means that the server stops.
+		// An error means that the server is stopping.
 		_ = server.Process(ctx, &raftpb.Message{Type: raftpb.MsgTimeoutNow.Enum(), From: &self, To: &self})
 	}
 }
 
-// applied reports whether raft knows that everything committed is applied. Until then it must not be told to
-// stand for election: it would look through its log for changes of membership, of which etcd may have dropped
-// the beginning, and panic. Once it is so it stays so, because without a leader nothing is committed.
+// applied reports whether raft knows that all committed entries are applied. Before that, raft must not stand for
+// election: it would search the unapplied part of its log for changes of the members, of which etcd may have dropped the
+// beginning, and panic. Once true it stays true, because nothing is committed without a leader.
 //
-// It is raft's own view that counts, which lags behind etcd's, and etcd publishes it as a debug variable only:
-// that of the last member started in this process. Members of other stores of the process, if there are any,
-// wait for the election timeout.
+// Raft's own state counts, which lags behind etcd's. etcd publishes it only as a debug variable, that of the member which
+// was started last in this process. If the process has other stores, their members wait for the election timeout.
 func applied(self uint64) bool {
 	published, ok := expvar.Get("raft.status").(expvar.Func)
 	if !ok {

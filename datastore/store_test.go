@@ -59,7 +59,7 @@ func TestStoreStates(t *testing.T) {
 	}
 }
 
-// A context that is over before the store is open must not hang, and is not an error.
+// A context that has ended before the store is open is not an error, and must not hang.
 func TestStoreStopsWhileOpening(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -84,7 +84,7 @@ func TestStoreRefusesDirectoryInUse(t *testing.T) {
 	start(t, cfg)
 }
 
-// With a batch interval far beyond the test, only a commit at the end puts the write into the database file.
+// With a batch interval far beyond the test, only the commit at the stop writes the changes to the database file.
 func TestStoreCommitsWhenItStops(t *testing.T) {
 	cfg := testConfig(t.TempDir())
 	cfg.Alone.BatchInterval *= 1000
@@ -108,7 +108,7 @@ func TestStoreCommitsWhenItStops(t *testing.T) {
 	}
 }
 
-// A first start that a crash cut short leaves a log that etcd cannot start from.
+// A first start that a crash has interrupted leaves a log from which etcd cannot start.
 func TestStoreBeginsAfreshAfterUnfinishedCreation(t *testing.T) {
 	cfg := testConfig(t.TempDir())
 	for _, file := range []string{newFile, memberDir + "/wal/0000000000000000-0000000000000000.wal", memberDir + "/snap/db"} {
@@ -128,7 +128,7 @@ func TestStoreBeginsAfreshAfterUnfinishedCreation(t *testing.T) {
 	}
 	s, _ = start(t, cfg)
 	if got, err := newClient(t, s).Count(t.Context(), "/a/", kubernetes.CountOptions{}); err != nil || got != 1 {
-		t.Errorf("%d keys, %v, want 1: a store that exists must never be begun afresh", got, err)
+		t.Errorf("%d keys, %v, want 1: a store that exists must never be created again", got, err)
 	}
 }
 
@@ -146,7 +146,7 @@ func TestStoreRemovesLeftovers(t *testing.T) {
 	}
 }
 
-// A lone member has nobody to hear from, and does not wait for an election timeout.
+// A member without others does not wait for an election timeout.
 func TestStoreDoesNotWaitForElection(t *testing.T) {
 	cfg := testConfig(t.TempDir())
 	cfg.Tick, cfg.Election = time.Second, 50*time.Second

@@ -9,30 +9,30 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// stream carries the messages of one streaming call between etcd's client and etcd's server in this process,
-// behind the two interfaces that gRPC generates for it. Messages cross by pointer: whoever receives one must
-// not change it, because the watchers of a key share its events.
+// stream carries the messages of one streaming call between etcd's client and etcd's server in this process, behind the
+// two interfaces that gRPC generates for it. Messages cross by pointer. A receiver must not change them, because the
+// watchers of a key share its events.
 //
-// The life of a stream is that of its server side, a goroutine that ends when the handler returns. The client
-// then sees what was still under way, and after that err.
+// A stream lives as long as its server side, a goroutine that ends when the handler returns. After that the client
+// receives the messages that were still in flight, and then err.
 type stream[Req, Resp any] struct {
 	requests  chan *Req
 	responses chan *Resp
-	halfClose chan struct{} // closed when the client will send no more
+	halfClose chan struct{} // closed by CloseSend
 
 	clientCtx context.Context
-	admission *admission
+	call      *inflightCall
 
 	done chan struct{} // closed when the handler has returned
-	err  error         // good once done is closed; io.EOF if all went well
+	err  error         // good once done is closed; io.EOF if the handler succeeded
 }
 
-// responseBuffer lets the server side run ahead a little, as it would into a socket's buffer.
+// responseBuffer is the number of responses that the server side may send ahead, as into the buffer of a socket.
 const responseBuffer = 4
 
-// openStream starts handler for a new stream. guard is called with what handler returned, or panicked with.
+// openStream starts handler for a new stream. guard calls handler, and handles its panics.
 func openStream[Req, Resp any](g *gate, ctx context.Context, guard func(func() error) error, handler func(*serverStream[Req, Resp]) error) (*clientStream[Req, Resp], error) {
-	a, err := g.enterStream(ctx)
+	c, err := g.enterStream(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -41,12 +41,12 @@ func openStream[Req, Resp any](g *gate, ctx context.Context, guard func(func() e
 		responses: make(chan *Resp, responseBuffer),
 		halfClose: make(chan struct{}),
 		clientCtx: ctx,
-		admission: a,
+		call:      c,
 		done:      make(chan struct{}),
 	}
 	go func() {
-		defer a.leaveStream()
-		err := a.reason(guard(func() error { return handler(&serverStream[Req, Resp]{s}) }))
+		defer c.leaveStream()
+		err := c.reason(guard(func() error { return handler(&serverStream[Req, Resp]{s}) }))
 		if err == nil {
 			err = io.EOF
 		}
@@ -56,13 +56,13 @@ func openStream[Req, Resp any](g *gate, ctx context.Context, guard func(func() e
 	return &clientStream[Req, Resp]{s}, nil
 }
 
-// clientStream is the client's end. It has the methods of grpc.BidiStreamingClient and of
-// grpc.ServerStreamingClient. Send and CloseSend must not be called at the same time, as in gRPC.
+// clientStream is the client's end. It has the methods of grpc.BidiStreamingClient and grpc.ServerStreamingClient. As in
+// gRPC, Send and CloseSend must not be called concurrently.
 type clientStream[Req, Resp any] struct{ *stream[Req, Resp] }
 
 func (s *clientStream[Req, Resp]) Context() context.Context { return s.clientCtx }
 
-// Send returns io.EOF when the stream is over, and leaves the reason to Recv, as gRPC does.
+// Send returns io.EOF when the stream is over. As in gRPC, Recv returns the reason.
 func (s *clientStream[Req, Resp]) Send(m *Req) error {
 	select {
 	case s.requests <- m:
@@ -75,7 +75,7 @@ func (s *clientStream[Req, Resp]) Send(m *Req) error {
 }
 
 func (s *clientStream[Req, Resp]) Recv() (*Resp, error) {
-	// What has arrived comes before any reason to stop.
+	// Messages that have arrived come before the end of the stream.
 	select {
 	case m := <-s.responses:
 		return m, nil
@@ -110,18 +110,17 @@ func (s *clientStream[Req, Resp]) Trailer() metadata.MD         { return nil }
 func (s *clientStream[Req, Resp]) SendMsg(any) error            { return errUntyped }
 func (s *clientStream[Req, Resp]) RecvMsg(any) error            { return errUntyped }
 
-// serverStream is the server's end. It has the methods of grpc.BidiStreamingServer and of
-// grpc.ServerStreamingServer.
+// serverStream is the server's end. It has the methods of grpc.BidiStreamingServer and grpc.ServerStreamingServer.
 type serverStream[Req, Resp any] struct{ *stream[Req, Resp] }
 
-func (s *serverStream[Req, Resp]) Context() context.Context { return s.admission.ctx }
+func (s *serverStream[Req, Resp]) Context() context.Context { return s.call.ctx }
 
 func (s *serverStream[Req, Resp]) Send(m *Resp) error {
 	select {
 	case s.responses <- m:
 		return nil
-	case <-s.admission.ctx.Done():
-		return contextError(s.admission.ctx)
+	case <-s.call.ctx.Done():
+		return contextError(s.call.ctx)
 	}
 }
 
@@ -131,8 +130,8 @@ func (s *serverStream[Req, Resp]) Recv() (*Req, error) {
 		return m, nil
 	case <-s.halfClose:
 		return nil, io.EOF
-	case <-s.admission.ctx.Done():
-		return nil, contextError(s.admission.ctx)
+	case <-s.call.ctx.Done():
+		return nil, contextError(s.call.ctx)
 	}
 }
 
@@ -142,8 +141,8 @@ func (s *serverStream[Req, Resp]) SetTrailer(metadata.MD)       {}
 func (s *serverStream[Req, Resp]) SendMsg(any) error            { return errUntyped }
 func (s *serverStream[Req, Resp]) RecvMsg(any) error            { return errUntyped }
 
-// errUntyped is for callers of gRPC's untyped methods; etcd has none left.
+// errUntyped is the error of gRPC's untyped methods, which etcd does not call any more.
 var errUntyped = errors.New("datastore streams carry typed messages only")
 
-// contextError is what gRPC returns when a call's context has ended.
+// contextError returns the error of gRPC for a call whose context has ended.
 func contextError(ctx context.Context) error { return status.FromContextError(ctx.Err()).Err() }

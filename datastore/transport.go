@@ -17,10 +17,12 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// transport is what lies between etcd's client and etcd's server: plain function calls to the services that
-// would otherwise answer on a socket. It is shared by all clients and holds nothing of any of them.
+// transport connects etcd's clients with etcd's server by function calls to the services that would otherwise listen on a
+// socket. All clients share it, and it holds no state of any of them.
 type transport struct {
 	gate   *gate
+	disk   *diskSpace
+	guards *putGuard // nil: none
 	fail   func(error)
 	server *etcdserver.EtcdServer
 
@@ -31,8 +33,10 @@ type transport struct {
 	maintenance pb.MaintenanceServer
 }
 
-func newTransport(server *etcdserver.EtcdServer, g *gate, fail func(error)) *transport {
+func newTransport(server *etcdserver.EtcdServer, g *gate, d *diskSpace, guards *putGuard, fail func(error)) *transport {
 	return &transport{
+		guards:  guards,
+		disk:    d,
 		gate:    g,
 		fail:    fail,
 		server:  server,
@@ -47,8 +51,8 @@ func newTransport(server *etcdserver.EtcdServer, g *gate, fail func(error)) *tra
 	}
 }
 
-// defragmenter defragments without telling a gRPC health service that it does: there is none, and etcd's own
-// handler calls it unasked. The type of that service's notifier is private, so it cannot be given a dummy.
+// defragmenter replaces etcd's handler of Defragment, which notifies a gRPC health service. There is no such service here,
+// and the type of its notifier is private, so the handler cannot be given a dummy.
 type defragmenter struct {
 	pb.MaintenanceServer
 	server *etcdserver.EtcdServer
@@ -61,8 +65,8 @@ func (d defragmenter) Defragment(context.Context, *pb.DefragmentRequest) (*pb.De
 	return &pb.DefragmentResponse{}, nil
 }
 
-// guard runs f, and fails the store if f panics. Over gRPC that would end the process. Here the API server's
-// own handlers would recover, and go on beside a store that may have been left with its locks held.
+// guard runs f, and fails the store if f panics. Over gRPC a panic would end the process. Here the API server's handlers
+// would recover it and go on, with a store whose locks may still be held.
 func (t *transport) guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -73,55 +77,55 @@ func (t *transport) guard(f func() error) (err error) {
 	return f()
 }
 
-// majority makes one call that cannot be answered without a majority of the members.
-func majority[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
-	a, err := t.gate.enterCall(ctx)
+// quorumCall makes one call that only a majority of the members can answer.
+func quorumCall[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
+	c, err := t.gate.enterCall(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer a.leaveCall()
+	defer c.leaveCall()
 	for {
 		err = t.guard(func() (err error) {
-			out, err = f(a.ctx, in)
+			out, err = f(c.ctx, in)
 			return err
 		})
-		if !dropped(err) {
+		if !proposalDropped(err) {
 			break
 		}
-		// Raft takes nothing while it hands its leadership over. This has not happened and will not, so it is
-		// safe to ask again, and it is over in a moment.
-		sleep(a.ctx, retryDropped)
-		if a.ctx.Err() != nil {
+		// Raft drops proposals during a transfer of leadership, which takes moments. A dropped proposal is never applied,
+		// so it is safe to repeat.
+		sleep(c.ctx, proposalRetryInterval)
+		if c.ctx.Err() != nil {
 			break
 		}
 	}
 	if err != nil {
-		return nil, a.reason(err)
+		return nil, c.reason(err)
 	}
 	return out, nil
 }
 
-// retryDropped is after how long a proposal is made again that raft did not take.
-const retryDropped = 10 * time.Millisecond
+// proposalRetryInterval is the pause before a proposal that raft has dropped is repeated.
+const proposalRetryInterval = 10 * time.Millisecond
 
-// dropped reports whether raft has not taken a proposal, which the handlers do not say by a type.
-func dropped(err error) bool {
+// proposalDropped reports whether raft has dropped a proposal. The handlers report that by text only.
+func proposalDropped(err error) bool {
 	return err != nil && (errors.Is(err, raft.ErrProposalDropped) || status.Convert(err).Message() == raft.ErrProposalDropped.Error())
 }
 
-// call makes one call that this member answers alone, and that is not a stream.
-func call[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
-	a, err := t.gate.enter(ctx)
+// localCall makes one call, not a stream, that this member answers alone.
+func localCall[Req, Resp any](t *transport, ctx context.Context, in *Req, f func(context.Context, *Req) (*Resp, error)) (out *Resp, err error) {
+	c, err := t.gate.enter(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer a.leave()
+	defer c.leave()
 	err = t.guard(func() (err error) {
-		out, err = f(a.ctx, in)
+		out, err = f(c.ctx, in)
 		return err
 	})
 	if err != nil {
-		return nil, a.reason(err)
+		return nil, c.reason(err)
 	}
 	return out, nil
 }
@@ -132,25 +136,51 @@ var _ pb.KVClient = kvClient{}
 
 func (c kvClient) Range(ctx context.Context, in *pb.RangeRequest, _ ...grpc.CallOption) (*pb.RangeResponse, error) {
 	if in.Serializable {
-		return call(c.transport, ctx, in, c.kv.Range)
+		return localCall(c.transport, ctx, in, c.kv.Range)
 	}
-	return majority(c.transport, ctx, in, c.kv.Range)
+	return quorumCall(c.transport, ctx, in, c.kv.Range)
 }
 
 func (c kvClient) Put(ctx context.Context, in *pb.PutRequest, _ ...grpc.CallOption) (*pb.PutResponse, error) {
-	return majority(c.transport, ctx, in, c.kv.Put)
+	c.disk.noteWrite(len(in.Value))
+	if c.disk.writesRefused.Load() {
+		return nil, rpctypes.ErrGRPCNoSpace
+	}
+	end, err := c.guards.put(in)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return quorumCall(c.transport, ctx, in, c.kv.Put)
 }
 
 func (c kvClient) DeleteRange(ctx context.Context, in *pb.DeleteRangeRequest, _ ...grpc.CallOption) (*pb.DeleteRangeResponse, error) {
-	return majority(c.transport, ctx, in, c.kv.DeleteRange)
+	return quorumCall(c.transport, ctx, in, c.kv.DeleteRange)
 }
 
 func (c kvClient) Txn(ctx context.Context, in *pb.TxnRequest, _ ...grpc.CallOption) (*pb.TxnResponse, error) {
-	return majority(c.transport, ctx, in, c.kv.Txn)
+	c.disk.noteWrite(valueBytes(in))
+	if c.disk.writesRefused.Load() && hasPuts(in) {
+		// The transaction may still be answered if its comparison fails: for example, that the object exists already.
+		if hasPuts(&pb.TxnRequest{Failure: in.Failure}) {
+			return nil, rpctypes.ErrGRPCNoSpace
+		}
+		resp, err := quorumCall(c.transport, ctx, &pb.TxnRequest{Compare: in.Compare, Failure: in.Failure}, c.kv.Txn)
+		if err == nil && resp.Succeeded {
+			return nil, rpctypes.ErrGRPCNoSpace
+		}
+		return resp, err
+	}
+	end, err := c.guards.txn(in)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return quorumCall(c.transport, ctx, in, c.kv.Txn)
 }
 
 func (c kvClient) Compact(ctx context.Context, in *pb.CompactionRequest, _ ...grpc.CallOption) (*pb.CompactionResponse, error) {
-	return majority(c.transport, ctx, in, c.kv.Compact)
+	return quorumCall(c.transport, ctx, in, c.kv.Compact)
 }
 
 func (c kvClient) RangeStream(ctx context.Context, in *pb.RangeRequest, _ ...grpc.CallOption) (pb.KV_RangeStreamClient, error) {
@@ -159,8 +189,8 @@ func (c kvClient) RangeStream(ctx context.Context, in *pb.RangeRequest, _ ...grp
 	})
 }
 
-// rangeStream gives every chunk a list of its own. etcd measures the list again after it was sent, while the API
-// server, to free memory early, already clears the elements that it has read.
+// rangeStream gives every chunk a copy of its list. etcd reads the list again after it has sent it, while the API server
+// already clears the elements that it has read, to free memory early.
 type rangeStream struct {
 	*serverStream[pb.RangeRequest, pb.RangeStreamResponse]
 }
@@ -175,11 +205,11 @@ type leaseClient struct{ *transport }
 var _ pb.LeaseClient = leaseClient{}
 
 func (c leaseClient) LeaseGrant(ctx context.Context, in *pb.LeaseGrantRequest, _ ...grpc.CallOption) (*pb.LeaseGrantResponse, error) {
-	return majority(c.transport, ctx, in, c.lease.LeaseGrant)
+	return quorumCall(c.transport, ctx, in, c.lease.LeaseGrant)
 }
 
 func (c leaseClient) LeaseRevoke(ctx context.Context, in *pb.LeaseRevokeRequest, _ ...grpc.CallOption) (*pb.LeaseRevokeResponse, error) {
-	return majority(c.transport, ctx, in, c.lease.LeaseRevoke)
+	return quorumCall(c.transport, ctx, in, c.lease.LeaseRevoke)
 }
 
 func (c leaseClient) LeaseKeepAlive(ctx context.Context, _ ...grpc.CallOption) (pb.Lease_LeaseKeepAliveClient, error) {
@@ -189,11 +219,11 @@ func (c leaseClient) LeaseKeepAlive(ctx context.Context, _ ...grpc.CallOption) (
 }
 
 func (c leaseClient) LeaseTimeToLive(ctx context.Context, in *pb.LeaseTimeToLiveRequest, _ ...grpc.CallOption) (*pb.LeaseTimeToLiveResponse, error) {
-	return call(c.transport, ctx, in, c.lease.LeaseTimeToLive)
+	return localCall(c.transport, ctx, in, c.lease.LeaseTimeToLive)
 }
 
 func (c leaseClient) LeaseLeases(ctx context.Context, in *pb.LeaseLeasesRequest, _ ...grpc.CallOption) (*pb.LeaseLeasesResponse, error) {
-	return call(c.transport, ctx, in, c.lease.LeaseLeases)
+	return localCall(c.transport, ctx, in, c.lease.LeaseLeases)
 }
 
 type watchClient struct{ *transport }
@@ -211,23 +241,23 @@ type clusterClient struct{ *transport }
 var _ pb.ClusterClient = clusterClient{}
 
 func (c clusterClient) MemberAdd(ctx context.Context, in *pb.MemberAddRequest, _ ...grpc.CallOption) (*pb.MemberAddResponse, error) {
-	return majority(c.transport, ctx, in, c.cluster.MemberAdd)
+	return quorumCall(c.transport, ctx, in, c.cluster.MemberAdd)
 }
 
 func (c clusterClient) MemberRemove(ctx context.Context, in *pb.MemberRemoveRequest, _ ...grpc.CallOption) (*pb.MemberRemoveResponse, error) {
-	return majority(c.transport, ctx, in, c.cluster.MemberRemove)
+	return quorumCall(c.transport, ctx, in, c.cluster.MemberRemove)
 }
 
 func (c clusterClient) MemberUpdate(ctx context.Context, in *pb.MemberUpdateRequest, _ ...grpc.CallOption) (*pb.MemberUpdateResponse, error) {
-	return majority(c.transport, ctx, in, c.cluster.MemberUpdate)
+	return quorumCall(c.transport, ctx, in, c.cluster.MemberUpdate)
 }
 
 func (c clusterClient) MemberList(ctx context.Context, in *pb.MemberListRequest, _ ...grpc.CallOption) (*pb.MemberListResponse, error) {
-	return call(c.transport, ctx, in, c.cluster.MemberList)
+	return localCall(c.transport, ctx, in, c.cluster.MemberList)
 }
 
 func (c clusterClient) MemberPromote(ctx context.Context, in *pb.MemberPromoteRequest, _ ...grpc.CallOption) (*pb.MemberPromoteResponse, error) {
-	return majority(c.transport, ctx, in, c.cluster.MemberPromote)
+	return quorumCall(c.transport, ctx, in, c.cluster.MemberPromote)
 }
 
 type maintenanceClient struct{ *transport }
@@ -235,23 +265,23 @@ type maintenanceClient struct{ *transport }
 var _ pb.MaintenanceClient = maintenanceClient{}
 
 func (c maintenanceClient) Alarm(ctx context.Context, in *pb.AlarmRequest, _ ...grpc.CallOption) (*pb.AlarmResponse, error) {
-	return majority(c.transport, ctx, in, c.maintenance.Alarm)
+	return quorumCall(c.transport, ctx, in, c.maintenance.Alarm)
 }
 
 func (c maintenanceClient) Status(ctx context.Context, in *pb.StatusRequest, _ ...grpc.CallOption) (*pb.StatusResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.Status)
+	return localCall(c.transport, ctx, in, c.maintenance.Status)
 }
 
 func (c maintenanceClient) Defragment(ctx context.Context, in *pb.DefragmentRequest, _ ...grpc.CallOption) (*pb.DefragmentResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.Defragment)
+	return localCall(c.transport, ctx, in, c.maintenance.Defragment)
 }
 
 func (c maintenanceClient) Hash(ctx context.Context, in *pb.HashRequest, _ ...grpc.CallOption) (*pb.HashResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.Hash)
+	return localCall(c.transport, ctx, in, c.maintenance.Hash)
 }
 
 func (c maintenanceClient) HashKV(ctx context.Context, in *pb.HashKVRequest, _ ...grpc.CallOption) (*pb.HashKVResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.HashKV)
+	return localCall(c.transport, ctx, in, c.maintenance.HashKV)
 }
 
 func (c maintenanceClient) Snapshot(ctx context.Context, in *pb.SnapshotRequest, _ ...grpc.CallOption) (pb.Maintenance_SnapshotClient, error) {
@@ -261,9 +291,9 @@ func (c maintenanceClient) Snapshot(ctx context.Context, in *pb.SnapshotRequest,
 }
 
 func (c maintenanceClient) MoveLeader(ctx context.Context, in *pb.MoveLeaderRequest, _ ...grpc.CallOption) (*pb.MoveLeaderResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.MoveLeader)
+	return localCall(c.transport, ctx, in, c.maintenance.MoveLeader)
 }
 
 func (c maintenanceClient) Downgrade(ctx context.Context, in *pb.DowngradeRequest, _ ...grpc.CallOption) (*pb.DowngradeResponse, error) {
-	return call(c.transport, ctx, in, c.maintenance.Downgrade)
+	return localCall(c.transport, ctx, in, c.maintenance.Downgrade)
 }

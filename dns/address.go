@@ -13,18 +13,18 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netwatch"
+	"kedge/internal/kernelnet"
 )
 
-// routeProtocol marks the routes that make the cluster's DNS addresses local as
-// kedge's: `ip route show table local` prints it. Numbers above 192 are for anybody
-// (rtnetlink(7) and iproute2's rt_protos leave them free).
+// routeProtocol marks the routes that make the cluster DNS addresses local: `ip route show
+// table local` prints it. Numbers above 192 are unassigned (see rtnetlink(7) and iproute2's
+// rt_protos).
 const routeProtocol = 212
 
-// claim makes addresses local to this machine. A route of type local does that without
-// an interface: what is sent to the address is delivered here, from pods, from the node
-// and from pods in the host's network, and no other machine learns of it.
-func claim(addrs []netip.Addr) error {
+// addRoutes makes addresses local to this machine. A route of type local does that without
+// an interface: packets to the address are delivered on this machine, from pods, from the
+// node and from pods in the host network, and no other machine learns of the address.
+func addRoutes(addrs []netip.Addr) error {
 	for _, a := range addrs {
 		r, err := route(a)
 		if err == nil {
@@ -38,32 +38,33 @@ func claim(addrs []netip.Addr) error {
 }
 
 // watchRoutes opens a watch of interfaces and routes.
-func watchRoutes() (*netwatch.Watch, error) {
-	w, err := netwatch.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+func watchRoutes() (*kernelnet.Watch, error) {
+	w, err := kernelnet.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("watch routes: %w", err)
 	}
 	return w, nil
 }
 
-// keepAddresses makes the addresses local again when somebody has removed a route, or an
-// interface changed: when loopback goes down, its routes go without a word.
-func (r *Resolver) keepAddresses(ctx context.Context, routes *netwatch.Watch) {
-	ours := func(msgs []mdnetlink.Message) bool { return slices.ContainsFunc(msgs, concerns) }
+// watchAddresses adds the routes again when another program has removed one, or an
+// interface has changed: when loopback goes down, the kernel removes its routes without an
+// event.
+func (r *Resolver) watchAddresses(ctx context.Context, routes *kernelnet.Watch) {
+	ours := func(msgs []mdnetlink.Message) bool { return slices.ContainsFunc(msgs, relevant) }
 	err := routes.Follow(ctx, ours, func() {
-		// While loopback is down this fails; its coming up is an event too.
-		if err := claim(r.cfg.Addresses); err != nil {
-			r.log.Warn("the DNS addresses are not local", "cause", err)
+		// While loopback is down this fails; the next event comes when it is up.
+		if err := addRoutes(r.cfg.Addresses); err != nil {
+			r.log.Warn("cannot make the cluster DNS addresses local", "err", err)
 		}
 	})
 	if err != nil {
-		r.log.Warn("routes are not watched any more", "cause", err)
+		r.log.Warn("routes are no longer watched", "err", err)
 	}
 }
 
-// concerns says whether a message may mean that a route of ours is gone. Pods that come
-// and go cause many that do not.
-func concerns(m mdnetlink.Message) bool {
+// relevant reports whether a message may mean that a route of kedge was removed. Most
+// messages are about pods' routes.
+func relevant(m mdnetlink.Message) bool {
 	switch {
 	case m.Header.Type == unix.RTM_DELROUTE && len(m.Data) >= unix.SizeofRtMsg:
 		return m.Data[5] == routeProtocol // rtm_protocol
@@ -73,7 +74,7 @@ func concerns(m mdnetlink.Message) bool {
 	return false
 }
 
-// loopbackIndex is the loopback interface's in every network namespace.
+// loopbackIndex is the index of the loopback interface in every network namespace.
 const loopbackIndex = 1
 
 // Cleanup removes the addresses of a resolver that has ended.

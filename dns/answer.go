@@ -17,78 +17,80 @@ import (
 	"kedge/dns/stats"
 )
 
-// hostsTTL is how long answers from the ConfigMap may be kept, in seconds.
+// hostsTTL is the TTL of answers from the ConfigMap, in seconds.
 const hostsTTL = 30
 
-// maxAliases bounds a chain of names that stand for names.
+// maxAliases is the maximum length of a chain of aliases.
 const maxAliases = 8
 
-// answerer is the way of a query: the ConfigMap's names, the cluster's, all others.
+// answerer answers queries: from the ConfigMap, from the cluster's names, and from upstream
+// servers.
 type answerer struct {
 	log     *slog.Logger
 	index   *cluster.Index
+	nodes   *nodes
 	outside *outside.Resolver
 	rules   atomic.Pointer[custom.Rules] // never nil
 	stats   *stats.Stats
 	ttl     uint32        // of the cluster's records
-	waiting chan struct{} // one for each query over UDP that waits for another server
+	waiting chan struct{} // has one element for each UDP query that waits for an upstream server
 }
 
-// work is one query, and what is needed again for the next.
-type work struct {
+// request is one query with its reply; it is reused for the next query.
+type request struct {
 	query     message.Query
 	reply     message.Reply
 	transport stats.Transport
 	tcp       bool
 	began     time.Time
-	asked     int // bytes
+	querySize int // bytes
 }
 
-// atOnce answers a packet when that needs no other server. A nil answer that is done
-// means that none may be sent. What is not done goes on with later.
-func (a *answerer) atOnce(w *work, packet, buf []byte) (answer []byte, done bool) {
+// answerLocally answers a packet if that needs no upstream server. A nil answer with done
+// means that no answer may be sent. If it is not done, answerRemotely continues.
+func (a *answerer) answerLocally(w *request, packet, buf []byte) (answer []byte, done bool) {
 	defer a.recover(&answer, &done)
-	w.asked = len(packet)
+	w.querySize = len(packet)
 	q := &w.query
 	if err := q.Parse(packet); err != nil {
 		if err == message.ErrIgnore {
 			return nil, true
 		}
-		return a.count(w, stats.Nobody, false, message.Refusal(q, buf, err)), true
+		return a.record(w, stats.NoSource, false, message.Refusal(q, buf, err)), true
 	}
 	r := &w.reply
 	r.Begin(q, buf, w.limit())
 	switch {
 	case q.Class != dns.ClassINET, q.Type == dns.TypeAXFR, q.Type == dns.TypeIXFR:
-		r.Fail(message.Refused)
-		return a.count(w, stats.Nobody, false, r.Finish()), true
-	case q.Type == dns.TypeHINFO && a.outside.Looped(q):
-		r.Fail(message.Refused)
-		return a.count(w, stats.Nobody, false, r.Finish()), true
+		r.SetRcode(message.Refused)
+		return a.record(w, stats.NoSource, false, r.Finish()), true
+	case q.Type == dns.TypeHINFO && a.outside.IsLoopProbe(q):
+		r.SetRcode(message.Refused)
+		return a.record(w, stats.NoSource, false, r.Finish()), true
 	}
 	by, out := a.local(q, r)
 	switch out {
 	case localAnswer:
-		return a.count(w, by, by == stats.Cluster, r.Finish()), true
+		return a.record(w, by, by == stats.Cluster, r.Finish()), true
 	case localAlias:
 		return nil, false
 	}
 	if out, ok := a.outside.Cached(q, buf, w.limit()); ok {
-		return a.count(w, stats.Cached, false, out), true
+		return a.record(w, stats.Cached, false, out), true
 	}
 	return nil, false
 }
 
-// localResult is what this node knows of a name by itself.
+// localResult is the result of a lookup without upstream servers.
 type localResult int
 
 const (
-	localNothing localResult = iota
+	localNone localResult = iota
 	localAnswer
-	localAlias // which must be followed
+	localAlias // an alias whose target must be looked up
 )
 
-// local answers from the ConfigMap and the cluster's names.
+// local answers from the ConfigMap, the cluster's names and the names of nodes.
 func (a *answerer) local(q *message.Query, r *message.Reply) (stats.Source, localResult) {
 	rules := a.rules.Load()
 	if !rules.Empty() {
@@ -108,10 +110,13 @@ func (a *answerer) local(q *message.Query, r *message.Reply) (stats.Source, loca
 		}
 		return stats.Cluster, localAlias
 	}
-	return stats.Nobody, localNothing
+	if a.nodes.answer(q, r, a.ttl) {
+		return stats.Cluster, localAnswer
+	}
+	return stats.NoSource, localNone
 }
 
-// host answers from the ConfigMap's hosts. A name that is there has no other records.
+// host answers from the ConfigMap's hosts. A name defined there has no other records.
 func host(rules *custom.Rules, q *message.Query, r *message.Reply) bool {
 	if q.Type == message.TypePTR {
 		if p, ok := q.Reverse(); ok && p.IsSingleIP() {
@@ -126,57 +131,52 @@ func host(rules *custom.Rules, q *message.Query, r *message.Reply) bool {
 	if !ok {
 		return false
 	}
-	r.Authoritative()
-	for _, addr := range addrs {
-		if want := q.Type; want == message.TypeANY || addr.Is4() && want == message.TypeA || addr.Is6() && want == message.TypeAAAA {
-			r.Addr(message.Question, hostsTTL, addr)
-		}
-	}
+	addresses(addrs, q, r, hostsTTL)
 	return true
 }
 
-// later answers what atOnce could not.
-func (a *answerer) later(ctx context.Context, w *work, buf []byte) (answer []byte) {
+// answerRemotely answers the queries that answerLocally could not.
+func (a *answerer) answerRemotely(ctx context.Context, w *request, buf []byte) (answer []byte) {
 	var done bool
 	defer a.recover(&answer, &done)
 	q := &w.query
-	if _, out := a.local(q, begun(w, buf)); out == localAlias {
-		return a.count(w, stats.Cluster, true, a.follow(ctx, w, buf))
+	if _, out := a.local(q, newReply(w, buf)); out == localAlias {
+		return a.record(w, stats.Cluster, true, a.follow(ctx, w, buf))
 	}
-	return a.count(w, stats.Forwarded, false, a.outside.Resolve(ctx, q, buf, w.limit()))
+	return a.record(w, stats.Forwarded, false, a.outside.Resolve(ctx, q, buf, w.limit()))
 }
 
-// refuse answers when too many queries wait.
-func (a *answerer) refuse(w *work, buf []byte) []byte {
-	r := begun(w, buf)
-	r.Fail(message.ServFail)
+// refuse answers when too many queries are waiting.
+func (a *answerer) refuse(w *request, buf []byte) []byte {
+	r := newReply(w, buf)
+	r.SetRcode(message.ServFail)
 	a.stats.Cache(outside.Overload)
-	return a.count(w, stats.Nobody, false, r.Finish())
+	return a.record(w, stats.NoSource, false, r.Finish())
 }
 
-// begun is w's reply, empty.
-func begun(w *work, buf []byte) *message.Reply {
+// newReply returns the empty reply of w.
+func newReply(w *request, buf []byte) *message.Reply {
 	w.reply.Begin(&w.query, buf, w.limit())
 	return &w.reply
 }
 
-// follow answers for a name that stands for another one: the alias, and what the other
-// name has. Few names are like that, so it takes the general way of writing messages.
-func (a *answerer) follow(ctx context.Context, w *work, buf []byte) []byte {
+// follow answers a query for an alias: the alias record, and the records of its target. It
+// is rare, so it uses the general message library.
+func (a *answerer) follow(ctx context.Context, w *request, buf []byte) []byte {
 	m := new(dns.Msg)
 	m.Response, m.RecursionAvailable = true, true
 	m.RecursionDesired, m.CheckingDisabled, m.Id = w.query.RD, w.query.CD, w.query.ID
 	name := func(wire []byte) string { s, _, _ := dns.UnpackDomainName(wire, 0); return s }
-	owner := name(w.query.Asked())
+	owner := name(w.query.OriginalName())
 	m.Question = []dns.Question{{Name: owner, Qtype: w.query.Type, Qclass: dns.ClassINET}}
 	m.Compress = true
 
-	q := w.query // becomes each name of the chain
+	q := w.query // takes each name of the chain in turn
 	var r message.Reply
 	for range maxAliases {
 		target, ttl, ok := a.aliasOf(&q, &r)
 		if !ok {
-			m.Rcode = a.rest(ctx, &q, m)
+			m.Rcode = a.resolveTarget(ctx, &q, m)
 			break
 		}
 		next := name([]byte(target))
@@ -189,7 +189,7 @@ func (a *answerer) follow(ctx context.Context, w *work, buf []byte) []byte {
 		if w.query.Type == message.TypeCNAME {
 			break
 		}
-		m.Rcode = dns.RcodeServerFailure // should the chain be too long
+		m.Rcode = dns.RcodeServerFailure // stays if the chain is too long
 	}
 	if w.query.EDNS {
 		m.SetEdns0(uint16(w.query.UDPLimit()), w.query.DO)
@@ -198,13 +198,13 @@ func (a *answerer) follow(ctx context.Context, w *work, buf []byte) []byte {
 	out, err := m.PackBuffer(buf)
 	if err != nil {
 		r.Begin(&w.query, buf, w.limit())
-		r.Fail(message.ServFail)
+		r.SetRcode(message.ServFail)
 		return r.Finish()
 	}
 	return out
 }
 
-// aliasOf returns the name that q's stands for, in wire format, if it does.
+// aliasOf returns the target of q's name in wire format, if the name is an alias.
 func (a *answerer) aliasOf(q *message.Query, r *message.Reply) (target string, ttl uint32, ok bool) {
 	r.Begin(q, nil, message.MaxTCP)
 	rules := a.rules.Load()
@@ -218,8 +218,9 @@ func (a *answerer) aliasOf(q *message.Query, r *message.Reply) (target string, t
 	return target, a.ttl, v == cluster.Alias
 }
 
-// rest adds the answer for the end of a chain to m and returns its response code.
-func (a *answerer) rest(ctx context.Context, q *message.Query, m *dns.Msg) int {
+// resolveTarget adds the answer for the end of an alias chain to m and returns its response
+// code.
+func (a *answerer) resolveTarget(ctx context.Context, q *message.Query, m *dns.Msg) int {
 	var r message.Reply
 	r.Begin(q, nil, message.MaxTCP)
 	var out []byte
@@ -237,22 +238,22 @@ func (a *answerer) rest(ctx context.Context, q *message.Query, m *dns.Msg) int {
 	return end.Rcode
 }
 
-// count notes an answer for the metrics and returns it.
-func (a *answerer) count(w *work, by stats.Source, ours bool, answer []byte) []byte {
+// record updates the metrics with an answer and returns it.
+func (a *answerer) record(w *request, by stats.Source, ours bool, answer []byte) []byte {
 	rcode := 0
 	if len(answer) > 3 {
 		rcode = int(answer[3] & 0xF)
 	}
-	a.stats.Answered(by, ours, w.transport, w.query.Type, w.query.DO, rcode, w.asked, len(answer), time.Since(w.began))
+	a.stats.Answered(by, ours, w.transport, w.query.Type, w.query.DO, rcode, w.querySize, len(answer), time.Since(w.began))
 	return answer
 }
 
-// recover keeps a query that nobody thought of from ending the process, and with it the
-// whole node. The client gets no answer; the log gets the reason.
+// recover keeps a query that causes a panic from ending the process, and with it the whole
+// node. The client gets no answer; the log gets the reason.
 func (a *answerer) recover(answer *[]byte, done *bool) {
 	if p := recover(); p != nil {
 		a.stats.Panicked()
-		a.log.Error("a query made the resolver panic", "cause", fmt.Sprint(p), "stack", string(debug.Stack()))
+		a.log.Error("a query made the resolver panic", "err", fmt.Sprint(p), "stack", string(debug.Stack()))
 		*answer, *done = nil, true
 	}
 }

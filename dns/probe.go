@@ -8,10 +8,10 @@ import (
 	"github.com/miekg/dns"
 )
 
-// probeTimeout is long for a name that is answered from memory.
+// probeTimeout is generous for a name that is answered from memory.
 const probeTimeout = 2 * time.Second
 
-// probe asks for the version of the names' specification over UDP.
+// probe queries the version of the DNS specification over UDP.
 func probe(ctx context.Context, a netip.Addr, domain string) error {
 	m := new(dns.Msg)
 	m.SetQuestion("dns-version."+domain+".", dns.TypeTXT)

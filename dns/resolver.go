@@ -27,16 +27,16 @@ import (
 	"kedge/internal/lifecycle"
 )
 
-// Resolver is the cluster's DNS on one node: a component of the process.
+// Resolver is the cluster DNS on one node: a component of the process.
 type Resolver struct {
 	cfg    Config
 	log    *slog.Logger
 	client kubernetes.Interface
 	answer *answerer
-	synced []cache.InformerSynced // that what the watches have read has reached the index
+	synced []cache.InformerSynced // report that the initial objects have reached the index
 
 	running atomic.Bool
-	failure atomic.Pointer[error] // why the sockets could not be opened
+	failure atomic.Pointer[error] // of opening the sockets
 }
 
 var _ interface {
@@ -44,15 +44,16 @@ var _ interface {
 	lifecycle.Checker
 } = (*Resolver)(nil)
 
-// New makes the resolver of a node. It reads services, endpoint slices and namespaces
-// from the watches, which the caller runs, and the ConfigMap with the client, with which
-// it also writes events.
+// New returns the resolver of a node. It reads services, endpoint slices, namespaces and
+// nodes from the watches, which the caller runs, and uses the client for the ConfigMap and
+// for events.
 func New(cfg Config, watches informers.SharedInformerFactory, client kubernetes.Interface, log *slog.Logger) (*Resolver, error) {
 	st := stats.New(cfg.Domain)
 	r := &Resolver{cfg: cfg, log: log, client: client, answer: &answerer{
 		log:     log,
 		index:   cluster.New(cluster.Config{Domain: cfg.Domain, Servers: cfg.Addresses, Ranges: cfg.Ranges, TTL: cfg.TTL}),
 		outside: outside.NewResolver(outside.Config{ResolvConf: cfg.resolvConf, Own: cfg.Addresses}, st, log),
+		nodes:   newNodes(),
 		stats:   st,
 		ttl:     cfg.TTL,
 		waiting: make(chan struct{}, maxWaiting),
@@ -71,7 +72,7 @@ func (r *Resolver) follow(watches informers.SharedInformerFactory) error {
 	services := handler(index.SetService, func(s *corev1.Service) { index.DeleteService(s.Namespace, s.Name) })
 	endpoints := handler(func(s *discoveryv1.EndpointSlice) {
 		index.SetSlice(s)
-		r.programmed(s)
+		r.observeProgramming(s)
 	}, index.DeleteSlice)
 	namespaces := handler(
 		func(n *corev1.Namespace) { index.SetNamespace(n.Name, true) },
@@ -83,6 +84,7 @@ func (r *Resolver) follow(watches informers.SharedInformerFactory) error {
 		{watches.Core().V1().Services().Informer(), services},
 		{watches.Discovery().V1().EndpointSlices().Informer(), endpoints},
 		{watches.Core().V1().Namespaces().Informer(), namespaces},
+		{watches.Core().V1().Nodes().Informer(), handler(r.answer.nodes.set, r.answer.nodes.remove)},
 	} {
 		reg, err := f.informer.AddEventHandler(f.handler)
 		if err != nil {
@@ -93,7 +95,7 @@ func (r *Resolver) follow(watches informers.SharedInformerFactory) error {
 	return nil
 }
 
-// handler passes objects of one kind on.
+// handler returns an informer's handler for objects of one kind.
 func handler[T any](set, remove func(T)) cache.ResourceEventHandler {
 	return cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(o any) { set(o.(T)) },
@@ -107,9 +109,9 @@ func handler[T any](set, remove func(T)) cache.ResourceEventHandler {
 	}
 }
 
-// programmed measures how old a change of endpoints is that has names now. Old changes
-// are those that were there before us.
-func (r *Resolver) programmed(s *discoveryv1.EndpointSlice) {
+// observeProgramming measures the time from a change of endpoints to its names. Changes
+// from before the start are ignored.
+func (r *Resolver) observeProgramming(s *discoveryv1.EndpointSlice) {
 	if !r.running.Load() {
 		return
 	}
@@ -119,14 +121,14 @@ func (r *Resolver) programmed(s *discoveryv1.EndpointSlice) {
 	}
 }
 
-// Run implements lifecycle.Component. It is ready when names are answered.
+// Run implements lifecycle.Component. It is ready when queries are answered.
 func (r *Resolver) Run(ctx context.Context, ready func()) error {
-	routes, err := watchRoutes() // before they are made, so that none is lost unseen
+	routes, err := watchRoutes() // before the routes are added, so that no removal is missed
 	if err != nil {
 		return err
 	}
 	defer routes.Close()
-	if err := claim(r.cfg.Addresses); err != nil {
+	if err := addRoutes(r.cfg.Addresses); err != nil {
 		return err
 	}
 	defer r.answer.outside.Close()
@@ -141,11 +143,11 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	defer cancel()
 	settings := newSettings(r.cfg, r.client, r.answer, r.log)
 	waiting.Go(func() { settings.run(inner) })
-	// Queries wait in the sockets until there is something to answer with.
+	// Queries wait in the sockets until the index is complete.
 	if !cache.WaitForCacheSync(ctx.Done(), append(slices.Clone(r.synced), settings.synced)...) {
 		return nil
 	}
-	r.answer.outside.Look()
+	r.answer.outside.ReadHostServers()
 	for _, c := range socks.udp {
 		for range readers() {
 			waiting.Go(func() { r.answer.serveUDP(inner, c, &waiting) })
@@ -154,15 +156,15 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	for _, l := range socks.tcp {
 		waiting.Go(func() { r.answer.serveTCP(inner, l, &waiting) })
 	}
-	waiting.Go(func() { r.keepAddresses(inner, routes) })
+	waiting.Go(func() { r.watchAddresses(inner, routes) })
 	if socks.noMetrics != nil {
-		r.log.Warn("metrics are not served", "cause", socks.noMetrics)
+		r.log.Warn("DNS metrics are not served", "err", socks.noMetrics)
 	}
 	metrics := r.metricsServer()
 	for _, l := range socks.metrics {
 		waiting.Go(func() {
 			if err := metrics.Serve(l); !errors.Is(err, http.ErrServerClosed) && inner.Err() == nil {
-				r.log.Warn("metrics are not served any more", "cause", err)
+				r.log.Warn("DNS metrics are no longer served", "err", err)
 			}
 		})
 	}
@@ -177,9 +179,9 @@ func (r *Resolver) Run(ctx context.Context, ready func()) error {
 	return nil
 }
 
-// open opens the sockets. A port that another program has is waited for: without names
-// pods suffer, without the node they would all be gone. Nobody else has to wait then, and
-// Check says what is wrong.
+// open opens the sockets. It waits for a port that another program uses: pods without names
+// are better than no node at all. Other components need not wait then, and Check reports
+// the error.
 func (r *Resolver) open(ctx context.Context, ready func()) (sockets, error) {
 	defer r.failure.Store(nil)
 	for {
@@ -188,19 +190,19 @@ func (r *Resolver) open(ctx context.Context, ready func()) (sockets, error) {
 			return socks, err
 		}
 		if r.failure.Swap(&err) == nil {
-			r.log.Error("names are not answered", "cause", err)
+			r.log.Error("names are not answered", "err", err)
 		}
 		ready()
 		select {
 		case <-ctx.Done():
 			return socks, nil
-		case <-time.After(listenAgain):
+		case <-time.After(listenRetry):
 		}
 	}
 }
 
-// listenAgain is how often a port that is taken is tried.
-const listenAgain = 2 * time.Second
+// listenRetry is the interval of attempts to open a port that is in use.
+const listenRetry = 2 * time.Second
 
 func (r *Resolver) metricsServer() *http.Server {
 	registry := prometheus.NewRegistry()
@@ -210,7 +212,7 @@ func (r *Resolver) metricsServer() *http.Server {
 	return &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
 }
 
-// Check implements lifecycle.Checker: it asks for a name of the cluster as a pod would.
+// Check implements lifecycle.Checker: it queries a name of the cluster as a pod would.
 func (r *Resolver) Check(ctx context.Context) error {
 	if err := r.failure.Load(); err != nil {
 		return *err

@@ -26,7 +26,7 @@ import (
 	"kedge/dns/message"
 	"kedge/dns/outside"
 	"kedge/dns/stats"
-	"kedge/internal/testhost"
+	testhost "kedge/internal/test/host"
 )
 
 func TestResolver(t *testing.T) {
@@ -42,7 +42,7 @@ func TestResolver(t *testing.T) {
 	if err := w.r.Check(t.Context()); err != nil {
 		t.Error(err)
 	}
-	// Changes are seen without a restart.
+	// Changes take effect without a restart.
 	ctx := t.Context()
 	if _, err := w.client.CoreV1().Services("default").Create(ctx, clusterIP("new", "10.43.1.2"), metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
@@ -73,8 +73,8 @@ func localRoutes(t *testing.T) (n int) {
 	return n
 }
 
-// The addresses stay over a restart, so that clients are told at once that nobody
-// answers, and are gone after Cleanup.
+// The addresses stay during a restart, so that clients are refused at once, and are gone
+// after Cleanup.
 func TestAddresses(t *testing.T) {
 	w := start(t, "")
 	w.stop()
@@ -99,7 +99,7 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// Somebody flushes the routes, or loopback goes down for a moment.
+// Another program flushes the routes, or loopback goes down for a moment.
 func TestAddressesComeBack(t *testing.T) {
 	w := start(t, "")
 	lo, err := netlink.LinkByName("lo")
@@ -126,8 +126,8 @@ func TestAddressesComeBack(t *testing.T) {
 	}
 }
 
-// Another program at port 53 must not cost the node: what is wrong is told, and names are
-// answered as soon as the port is free.
+// Another program at port 53 must not take the node down: the error is reported, and
+// queries are answered as soon as the port is free.
 func TestPortIsTaken(t *testing.T) {
 	testhost.RequireIsolation(t)
 	other, err := net.Listen("tcp", ":53")
@@ -139,7 +139,7 @@ func TestPortIsTaken(t *testing.T) {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		err := w.r.Check(t.Context())
-		if err != nil && strings.Contains(err.Error(), "another program has 10.43.0.10:53") && strings.Contains(err.Error(), "--service-cidr") {
+		if err != nil && strings.Contains(err.Error(), "another program listens on 10.43.0.10:53") && strings.Contains(err.Error(), "--service-cidr") {
 			break
 		}
 		if time.Now().After(deadline) {
@@ -313,7 +313,7 @@ func TestTCPConversation(t *testing.T) {
 			t.Fatalf("%v %v", m, err)
 		}
 	}
-	// What is no DNS ends the connection and nothing else.
+	// Data that is not DNS ends the connection and has no other effect.
 	if _, err := conn.Write([]byte("\x00\x05GET /")); err != nil {
 		t.Fatal(err)
 	}
@@ -323,9 +323,9 @@ func TestTCPConversation(t *testing.T) {
 	w.exchange("tcp", "10.43.0.10", "cluster.local.", dns.TypeSOA)
 }
 
-// A resolver of a C library sends questions for A and AAAA at the same time from one
-// socket, and takes the answers in any order; old ones of musl never use TCP and go on
-// with what a truncated answer has.
+// The resolver of a C library sends A and AAAA queries at the same time from one socket,
+// and accepts the answers in any order; old versions of musl never use TCP and use the
+// records of a truncated answer.
 func TestTwoQuestionsFromOneSocket(t *testing.T) {
 	var addrs []string
 	for i := range 60 {
@@ -377,6 +377,7 @@ func newAnswerer() *answerer {
 		log:     slog.New(slog.DiscardHandler),
 		index:   cluster.New(cluster.Config{Domain: "cluster.local", TTL: 5, Servers: []netip.Addr{netip.MustParseAddr("10.43.0.10")}, Ranges: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}),
 		outside: outside.NewResolver(outside.Config{ResolvConf: func() string { return "/nonexistent" }}, st, slog.New(slog.DiscardHandler)),
+		nodes:   newNodes(),
 		stats:   st,
 		waiting: make(chan struct{}, 1),
 	}
@@ -389,8 +390,8 @@ func newAnswerer() *answerer {
 	return a
 }
 
-// FuzzPacket sends anything the whole way of a packet: nothing panics, and what comes
-// out is an answer to what went in.
+// FuzzPacket passes arbitrary packets through the whole path: no panic, and the output is
+// an answer to the input.
 func FuzzPacket(f *testing.F) {
 	for _, name := range []string{".", "web.default.svc.cluster.local.", "out.default.svc.cluster.local.", "db.default.svc.cluster.local.", "1.1.43.10.in-addr.arpa.", "example.com."} {
 		for _, qtype := range []uint16{dns.TypeA, dns.TypeSRV, dns.TypePTR, dns.TypeANY, dns.TypeHINFO, dns.TypeAXFR} {
@@ -407,11 +408,11 @@ func FuzzPacket(f *testing.F) {
 	}
 	a := newAnswerer()
 	f.Fuzz(func(t *testing.T, p []byte, tcp bool) {
-		w := &work{tcp: tcp, began: time.Now()}
+		w := &request{tcp: tcp, began: time.Now()}
 		before := bytes.Clone(p)
-		answer, done := a.atOnce(w, p, nil)
+		answer, done := a.answerLocally(w, p, nil)
 		if !done {
-			answer = a.later(t.Context(), w, nil)
+			answer = a.answerRemotely(t.Context(), w, nil)
 		}
 		if !bytes.Equal(p, before) {
 			t.Fatal("the packet was changed")
@@ -439,7 +440,7 @@ func FuzzPacket(f *testing.F) {
 	})
 }
 
-// A flood of names that nobody has must not take goroutines without end.
+// A flood of queries for unknown names must not start goroutines without limit.
 func TestTooManyWait(t *testing.T) {
 	testhost.RequireIsolation(t)
 	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -447,7 +448,7 @@ func TestTooManyWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := newAnswerer()
-	a.waiting <- struct{}{} // somebody waits already
+	a.waiting <- struct{}{} // another query is waiting already
 	var waiting sync.WaitGroup
 	waiting.Go(func() { a.serveUDP(t.Context(), conn, &waiting) })
 	defer waiting.Wait()
@@ -468,18 +469,18 @@ func BenchmarkPacket(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	w := &work{}
+	w := &request{}
 	buf := make([]byte, 0, 1232)
 	b.ReportAllocs()
 	for b.Loop() {
 		w.began = time.Now()
-		if _, done := a.atOnce(w, p, buf); !done {
+		if _, done := a.answerLocally(w, p, buf); !done {
 			b.Fatal("not answered")
 		}
 	}
 }
 
-// BenchmarkUDP asks over sockets, several questions under way at a time.
+// BenchmarkUDP sends queries over sockets, several at a time.
 func BenchmarkUDP(b *testing.B) {
 	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {

@@ -21,34 +21,34 @@ import (
 )
 
 const (
-	// tcpIdle is how long a connection without a question is kept.
+	// tcpIdle is the idle timeout of a connection.
 	tcpIdle = 10 * time.Second
 
-	// maxConnections bounds what clients that open connections and say nothing cost.
+	// maxConnections limits the cost of clients that open connections and send nothing.
 	maxConnections = 256
 
-	// maxWaiting bounds the queries over UDP that wait for another server: each has a
-	// goroutine and a copy of its question.
+	// maxWaiting limits the number of UDP queries that wait for an upstream server: each
+	// has a goroutine and a copy of its question.
 	maxWaiting = 4000
 
-	// udpBuffer is what the kernel keeps for us while we are busy, in bytes.
+	// udpBuffer is the size of the receive buffer, in bytes.
 	udpBuffer = 1 << 20
 
-	// maxQuery is the longest query over UDP that is read: nobody sends more.
+	// maxQuery is the maximum length of a UDP query; clients send no longer ones.
 	maxQuery = 4096
 )
 
-// sockets are all on which queries come.
+// sockets are the sockets of the resolver.
 type sockets struct {
 	udp     []*net.UDPConn
 	tcp     []net.Listener
 	metrics []net.Listener
 
-	noMetrics error // why metrics are not served at all addresses
+	noMetrics error // why metrics are not served at some address
 }
 
-// listen opens the sockets at the addresses, which are local by now. On an error none
-// stays open.
+// listen opens the sockets at the addresses, which must be local. After an error none stays
+// open.
 func listen(ctx context.Context, addrs []netip.Addr) (s sockets, err error) {
 	defer func() {
 		if err != nil {
@@ -56,18 +56,18 @@ func listen(ctx context.Context, addrs []netip.Addr) (s sockets, err error) {
 		}
 	}()
 	for _, a := range addrs {
-		c := net.ListenConfig{Control: bindAnyway}
+		c := net.ListenConfig{Control: setFreebind}
 		at := netip.AddrPortFrom(a, port).String()
 		conn, err := c.ListenPacket(ctx, "udp", at)
 		if err != nil {
-			return s, explain(err, at)
+			return s, listenError(err, at)
 		}
 		udp := conn.(*net.UDPConn)
 		_ = udp.SetReadBuffer(udpBuffer) // less is enough for most
 		s.udp = append(s.udp, udp)
 		l, err := c.Listen(ctx, "tcp", at)
 		if err != nil {
-			return s, explain(err, at)
+			return s, listenError(err, at)
 		}
 		s.tcp = append(s.tcp, l)
 		if l, err := c.Listen(ctx, "tcp", netip.AddrPortFrom(a, metricsPort).String()); err == nil {
@@ -79,9 +79,9 @@ func listen(ctx context.Context, addrs []netip.Addr) (s sockets, err error) {
 	return s, nil
 }
 
-// bindAnyway lets a socket be bound to an address that is local by a route only, which
-// IPv6 does not accept otherwise.
-func bindAnyway(network, _ string, c syscall.RawConn) error {
+// setFreebind allows binding a socket to an address that is local only by a route, which
+// IPv6 otherwise rejects.
+func setFreebind(network, _ string, c syscall.RawConn) error {
 	var failed error
 	err := c.Control(func(fd uintptr) {
 		if network == "udp6" || network == "tcp6" {
@@ -91,9 +91,9 @@ func bindAnyway(network, _ string, c syscall.RawConn) error {
 	return errors.Join(err, failed)
 }
 
-func explain(err error, at string) error {
+func listenError(err error, at string) error {
 	if errors.Is(err, unix.EADDRINUSE) {
-		return fmt.Errorf("another program has %s: if it listens on all addresses, bind it to those that it needs; if it is another node on this machine, give this one another --service-cidr: %w", at, err)
+		return fmt.Errorf("another program listens on %s: if it listens on all addresses, bind it to the addresses that it needs; if it is another node on this machine, use another --service-cidr for this node: %w", at, err)
 	}
 	return fmt.Errorf("listen on %s: %w", at, err)
 }
@@ -110,11 +110,11 @@ func (s sockets) close() {
 	}
 }
 
-// readers is how many goroutines read one UDP socket. Queries that need no other server
-// are answered by the goroutine that has read them.
+// readers is the number of goroutines that read one UDP socket. Queries that need no
+// upstream server are answered by the goroutine that has read them.
 func readers() int { return min(goruntime.GOMAXPROCS(0), 8) }
 
-// serveUDP answers what comes on a socket until it is closed.
+// serveUDP answers the queries of a socket until it is closed.
 func (a *answerer) serveUDP(ctx context.Context, conn *net.UDPConn, waiting *sync.WaitGroup) {
 	local := conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr()
 	t := stats.UDP4
@@ -124,7 +124,7 @@ func (a *answerer) serveUDP(ctx context.Context, conn *net.UDPConn, waiting *syn
 	var (
 		in  [maxQuery]byte
 		out = make([]byte, 0, maxQuery)
-		w   = work{transport: t}
+		w   = request{transport: t}
 	)
 	for {
 		n, from, err := conn.ReadFromUDPAddrPort(in[:])
@@ -132,13 +132,13 @@ func (a *answerer) serveUDP(ctx context.Context, conn *net.UDPConn, waiting *syn
 			return
 		}
 		if err != nil {
-			continue // an ICMP error of an answer before
+			continue // an ICMP error about an earlier answer
 		}
 		w.began = time.Now()
-		answer, done := a.atOnce(&w, in[:n], out)
+		answer, done := a.answerLocally(&w, in[:n], out)
 		if done {
 			if answer != nil {
-				_, _ = conn.WriteToUDPAddrPort(answer, from) // a client that is gone is no error
+				_, _ = conn.WriteToUDPAddrPort(answer, from) // the client may be gone
 			}
 			continue
 		}
@@ -148,10 +148,10 @@ func (a *answerer) serveUDP(ctx context.Context, conn *net.UDPConn, waiting *syn
 			_, _ = conn.WriteToUDPAddrPort(a.refuse(&w, out), from)
 			continue
 		}
-		later := w // Its query is a copy: the next packet overwrites ours.
+		later := w // a copy: the next packet overwrites w
 		waiting.Go(func() {
 			defer func() { <-a.waiting }()
-			_, _ = conn.WriteToUDPAddrPort(a.later(ctx, &later, nil), from)
+			_, _ = conn.WriteToUDPAddrPort(a.answerRemotely(ctx, &later, nil), from)
 		})
 	}
 }
@@ -164,7 +164,7 @@ func (a *answerer) serveTCP(ctx context.Context, l net.Listener, waiting *sync.W
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // out of files, most likely
+		if err != nil { // probably out of file descriptors
 			select {
 			case <-ctx.Done():
 				return
@@ -183,14 +183,14 @@ func (a *answerer) serveTCP(ctx context.Context, l net.Listener, waiting *sync.W
 			defer conn.Close()
 			stop := context.AfterFunc(ctx, func() { conn.Close() })
 			defer stop()
-			a.converse(ctx, conn)
+			a.serveConn(ctx, conn)
 		})
 	}
 }
 
-// converse answers the queries of one connection, one after another (RFC 7766 allows it).
-func (a *answerer) converse(ctx context.Context, conn net.Conn) {
-	w := &work{transport: stats.TCP4, tcp: true}
+// serveConn answers the queries of one connection, one after another (RFC 7766 allows it).
+func (a *answerer) serveConn(ctx context.Context, conn net.Conn) {
+	w := &request{transport: stats.TCP4, tcp: true}
 	if conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Is6() {
 		w.transport = stats.TCP6
 	}
@@ -209,12 +209,12 @@ func (a *answerer) converse(ctx context.Context, conn net.Conn) {
 			return
 		}
 		w.began = time.Now()
-		answer, done := a.atOnce(w, in[:n], out)
+		answer, done := a.answerLocally(w, in[:n], out)
 		if !done {
-			answer = a.later(ctx, w, out)
+			answer = a.answerRemotely(ctx, w, out)
 		}
 		if answer == nil {
-			return // it does not speak DNS
+			return // not DNS
 		}
 		out = answer[:0]
 		packet := net.Buffers{binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer}
@@ -224,8 +224,8 @@ func (a *answerer) converse(ctx context.Context, conn net.Conn) {
 	}
 }
 
-// limit is how long an answer may be.
-func (w *work) limit() int {
+// limit is the maximum length of the answer.
+func (w *request) limit() int {
 	if w.tcp {
 		return message.MaxTCP
 	}
@@ -238,5 +238,5 @@ const (
 	metricsPort = 9153
 )
 
-// address is host and port as text.
+// address returns host and port as text.
 func address(a netip.Addr, port int) string { return net.JoinHostPort(a.String(), strconv.Itoa(port)) }

@@ -18,10 +18,10 @@ import (
 	"kedge/dns/custom"
 )
 
-// ConfigMap is where the administrator's additions are, in the namespace kube-system.
+// ConfigMap is the name of the administrator's ConfigMap, in the namespace kube-system.
 const ConfigMap = "kedge-dns"
 
-// settings follows the ConfigMap and puts in force what it says.
+// settings watches the ConfigMap and applies it.
 type settings struct {
 	cfg    Config
 	log    *slog.Logger
@@ -49,26 +49,26 @@ func newSettings(cfg Config, client kubernetes.Interface, answer *answerer, log 
 func (s *settings) run(ctx context.Context) {
 	s.events.StartRecordingToSink(&v1core.EventSinkImpl{Interface: s.client.CoreV1().Events("")})
 	defer s.events.Shutdown()
-	_, err := s.informer.AddEventHandler(handler(s.apply, func(*corev1.ConfigMap) { s.put(&custom.Rules{}) }))
+	_, err := s.informer.AddEventHandler(handler(s.apply, func(*corev1.ConfigMap) { s.store(&custom.Rules{}) }))
 	if err != nil {
-		s.log.Error("the ConfigMap is not followed", "cause", err) // a new informer takes handlers
+		s.log.Error("cannot watch the ConfigMap", "err", err) // does not happen with a new informer
 		return
 	}
 	s.informer.RunWithContext(ctx)
 }
 
-// synced says whether the ConfigMap was read once, if there is one.
+// synced reports whether the ConfigMap has been read, if it exists.
 func (s *settings) synced() bool { return s.informer.HasSynced() }
 
-// apply puts a ConfigMap in force, or says what is wrong with it.
+// apply applies a ConfigMap, or reports its errors.
 func (s *settings) apply(m *corev1.ConfigMap) {
 	rules, err := custom.Parse(m.Data, s.cfg.Domain, s.cfg.Addresses)
 	if err == nil {
-		s.put(rules)
-		s.log.Info("settings of the ConfigMap are in force", "configmap", ConfigMap)
+		s.store(rules)
+		s.log.Info("settings of the ConfigMap applied", "configmap", ConfigMap)
 		return
 	}
-	s.log.Warn("the ConfigMap has mistakes; what was in force before stays", "configmap", ConfigMap, "cause", err)
+	s.log.Warn("the ConfigMap has errors; the previous settings stay in force", "configmap", ConfigMap, "err", err)
 	mistakes := []error{err}
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		mistakes = joined.Unwrap()
@@ -76,12 +76,12 @@ func (s *settings) apply(m *corev1.ConfigMap) {
 	for _, err := range mistakes {
 		var mistake custom.Mistake
 		if errors.As(err, &mistake) {
-			s.recorder.Event(m, corev1.EventTypeWarning, "Mistake", mistake.Error()+"; what was in force before stays")
+			s.recorder.Event(m, corev1.EventTypeWarning, "Mistake", mistake.Error()+"; the previous settings stay in force")
 		}
 	}
 }
 
-func (s *settings) put(rules *custom.Rules) {
+func (s *settings) store(rules *custom.Rules) {
 	s.answer.rules.Store(rules)
 	s.answer.outside.SetStubs(rules.Stubs)
 }

@@ -3,6 +3,7 @@ package dns
 import (
 	"context"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -20,10 +21,9 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/await"
+	testhost "kedge/internal/test/host"
 )
-
-func TestMain(m *testing.M) { testhost.Main(m) }
 
 // world is a resolver with its API, in the test program's own network.
 type world struct {
@@ -93,7 +93,7 @@ func (w *world) run() {
 	}
 }
 
-// exchange asks one of the resolver's addresses over "udp" or "tcp".
+// exchange sends a query to one of the resolver's addresses over "udp" or "tcp".
 func (w *world) exchange(network, server, name string, qtype uint16) *dns.Msg {
 	w.t.Helper()
 	c := &dns.Client{Net: network, Timeout: 10 * time.Second}
@@ -104,7 +104,7 @@ func (w *world) exchange(network, server, name string, qtype uint16) *dns.Msg {
 	return m
 }
 
-// addresses asks for those of a name, which may be in any order.
+// addresses returns the addresses of a name, sorted.
 func (w *world) addresses(name string, qtype uint16) string {
 	w.t.Helper()
 	m := w.exchange("udp", "10.43.0.10", name, qtype)
@@ -169,7 +169,7 @@ func slice(service string, addrs ...string) *discoveryv1.EndpointSlice {
 	return s
 }
 
-// upstream is a name server on 127.0.0.2 that knows one name.
+// upstream is a name server on 127.0.0.2 with one name.
 func upstream(t *testing.T, name, record string) {
 	t.Helper()
 	testhost.RequireIsolation(t)
@@ -189,9 +189,10 @@ func upstream(t *testing.T, name, record string) {
 		w.WriteMsg(a)
 	})
 	up := make(chan struct{})
-	s := &dns.Server{Addr: "127.0.0.2:53", Net: "udp", Handler: mux, NotifyStartedFunc: func() { close(up) }}
+	socket := await.Listener(t, func() (net.PacketConn, error) { return net.ListenPacket("udp", "127.0.0.2:53") })
+	s := &dns.Server{PacketConn: socket, Handler: mux, NotifyStartedFunc: func() { close(up) }}
 	failed := make(chan error, 1)
-	go func() { failed <- s.ListenAndServe() }()
+	go func() { failed <- s.ActivateAndServe() }()
 	select {
 	case <-up:
 	case err := <-failed:

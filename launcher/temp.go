@@ -10,8 +10,8 @@ import (
 
 const tempPrefix = ".tmp-"
 
-// tempDir makes a folder in dir to unpack into, and first removes those of launchers
-// that were killed: a folder belongs to whoever has it locked. release unlocks it.
+// tempDir creates a folder in dir for unpacking, and first removes the folders of killed launchers: a running
+// launcher holds a lock on its folder. release unlocks the folder.
 func tempDir(dir string) (name string, release func(), err error) {
 	if err := removeAbandoned(dir); err != nil {
 		return "", nil, err
@@ -27,7 +27,7 @@ func tempDir(dir string) (name string, release func(), err error) {
 			}
 			f.Close()
 		}
-		// Another launcher took it for abandoned before we had it locked.
+		// Another launcher removed the folder as abandoned before it was locked.
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.EWOULDBLOCK) {
 			return "", nil, err
 		}
@@ -42,7 +42,7 @@ func removeAbandoned(dir string) error {
 	for _, name := range found {
 		f, err := lock(name)
 		if err != nil {
-			continue // at work, or gone
+			continue // in use, or already removed
 		}
 		err = os.RemoveAll(name)
 		f.Close()
@@ -53,7 +53,7 @@ func removeAbandoned(dir string) error {
 	return nil
 }
 
-// lock returns the open folder; closing it gives the lock back.
+// lock returns the open folder with a lock on it; closing it releases the lock.
 func lock(name string) (*os.File, error) {
 	f, err := os.Open(name)
 	if err != nil {

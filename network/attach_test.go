@@ -8,8 +8,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// TestSameSandboxInAnotherNamespace: the runtime made the namespace anew, say
-// because it crashed before it could tell us to undo the first.
+// TestSameSandboxInAnotherNamespace: the runtime created the namespace again, for example
+// because it crashed before it could send DEL for the first attachment.
 func TestSameSandboxInAnotherNamespace(t *testing.T) {
 	w := newWorld(t, dualStack()...)
 	p, other := w.pod(port{8000, 80, "TCP", ""}), w.pod()
@@ -31,7 +31,7 @@ func TestHalfMadeAttachmentIsFinished(t *testing.T) {
 	w := newWorld(t, dualStack()...)
 	p := w.pod()
 	w.stop()
-	// What a crash right after the interfaces were made leaves behind.
+	// The state after a crash right after the creation of the interfaces.
 	w.must(p.ns.Do(func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {

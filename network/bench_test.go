@@ -10,8 +10,8 @@ import (
 	"kedge/network/cni"
 )
 
-// BenchmarkAttach measures what the container runtime waits for: one request
-// through the socket, without the start of the plugin.
+// BenchmarkAttach measures the container runtime's wait: one request through the socket,
+// without the start of the plugin.
 func BenchmarkAttach(b *testing.B) {
 	for name, ports := range map[string][]port{
 		"plain":         nil,

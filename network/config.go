@@ -8,25 +8,27 @@ import (
 	"strings"
 )
 
-// Config is what does not change while the node runs.
+// Config is the part of the network's configuration that does not change while the node
+// runs.
 type Config struct {
 	NodeName string
 	DataDir  string // holds cni/bin and cni/net.d
 	RunDir   string // holds the CNI socket and the leases
 
-	// PodCIDRs are the node's ranges for its pods where they are known before
-	// the node is registered, at most one a family. Otherwise SetPodCIDRs says.
+	// PodCIDRs are the node's ranges for its pods if they are known before the node is
+	// registered, at most one for each family. Otherwise SetPodCIDRs sets them.
 	PodCIDRs     []netip.Prefix
 	ClusterCIDRs []netip.Prefix // of all pods of the cluster
 	ServiceCIDRs []netip.Prefix
+	Resolver     []netip.Addr // addresses of the cluster DNS on this node; used only to find firewalls that block it
 
-	// MTU of pods' interfaces; 0 for the most that fits both the way out and, less
-	// Overhead, the way to other nodes.
+	// MTU of pods' interfaces; 0 for the largest that fits both the default route and, less
+	// Overhead, the path to other nodes.
 	MTU      int
-	NodeIPs  []netip.Addr // of this node towards others at first; may be empty where there are none
-	Overhead int          // bytes that the way to other nodes adds to each packet
+	NodeIPs  []netip.Addr // initial addresses of this node in the network between the nodes; may be empty
+	Overhead int          // bytes that the backend adds to each packet between nodes
 
-	Plugin string // executable that cni/bin/kedge-cni leads to; empty for the running one
+	Plugin string // target of the link cni/bin/kedge-cni; empty for the running executable
 }
 
 // DefaultConfig returns the configuration of a single IPv4 node.
@@ -39,13 +41,14 @@ func DefaultConfig() Config {
 	}
 }
 
-// minMTU is what IPv6 asks of every link; less than that is a typing error.
+// minMTU is the minimum that IPv6 requires of every link; a smaller value is a typing
+// error.
 const minMTU = 1280
 
-// maxSocketPath is what the kernel allows for the path of a unix socket.
+// maxSocketPath is the kernel's limit for the path of a unix socket.
 const maxSocketPath = 107
 
-// Validate reports everything that is wrong with the configuration.
+// Validate reports all errors of the configuration.
 func (c Config) Validate() error {
 	var errs []error
 	if c.NodeName == "" || strings.ContainsAny(c.NodeName, "/ ") {
@@ -94,7 +97,7 @@ func checkPodCIDRs(ranges []netip.Prefix) error {
 			errs = append(errs, fmt.Errorf("pod range %s is too small: it must hold at least 8 addresses", p))
 		}
 		if other, ok := families[p.Addr().Is4()]; ok {
-			errs = append(errs, fmt.Errorf("pod ranges %s and %s are of one family", other, p))
+			errs = append(errs, fmt.Errorf("pod ranges %s and %s have the same address family", other, p))
 		}
 		families[p.Addr().Is4()] = p
 	}
@@ -107,8 +110,8 @@ func checkPodCIDRs(ranges []netip.Prefix) error {
 func (c Config) socket() string    { return filepath.Join(c.RunDir, "cni.sock") }
 func (c Config) ledgerDir() string { return filepath.Join(c.RunDir, "network", "leases") }
 
-// BinDir is where the container runtime finds the CNI plugin.
+// BinDir is the directory in which the container runtime finds the CNI plugin.
 func (c Config) BinDir() string { return filepath.Join(c.DataDir, "cni", "bin") }
 
-// ConfDir is where the container runtime finds the CNI configuration.
+// ConfDir is the directory in which the container runtime finds the CNI configuration.
 func (c Config) ConfDir() string { return filepath.Join(c.DataDir, "cni", "net.d") }

@@ -25,7 +25,7 @@ func TestValidate(t *testing.T) {
 		{"node name with a slash", func(c *Config) { c.NodeName = "a/b" }, []string{"node name"}},
 		{"relative directories", func(c *Config) { c.DataDir, c.RunDir = "data", "" }, []string{"data directory", "run directory"}},
 		{"socket path too long", func(c *Config) { c.RunDir = "/" + strings.Repeat("r", 100) }, []string{"too long"}},
-		{"two ranges of one family", func(c *Config) { c.PodCIDRs = prefixes("10.42.0.0/24", "10.42.1.0/24") }, []string{"one family"}},
+		{"two ranges of one family", func(c *Config) { c.PodCIDRs = prefixes("10.42.0.0/24", "10.42.1.0/24") }, []string{"the same address family"}},
 		{"tiny range", func(c *Config) { c.PodCIDRs = prefixes("10.42.0.0/30") }, []string{"too small"}},
 		{"host bits", func(c *Config) { c.PodCIDRs = prefixes("10.42.0.1/24"); c.ClusterCIDRs = prefixes("10.42.0.1/16") }, []string{"pod range", "cluster range"}},
 		{"tiny MTU", func(c *Config) { c.MTU = 576 }, []string{"MTU"}},

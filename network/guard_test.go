@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// send puts a datagram on the pod's interface as a container with raw sockets
-// can: source and destination are whatever it says.
+// send sends a datagram on the pod's interface as a container with raw sockets can: with
+// any source and destination.
 func (p *pod) send(src, dst netip.AddrPort) error {
 	return p.ns.Do(func() error {
 		link, err := netlink.LinkByName("eth0")
@@ -60,7 +60,7 @@ func datagram(src, dst netip.AddrPort) []byte {
 	return b
 }
 
-// arrives says whether a datagram comes within a short time.
+// arrives reports whether a datagram arrives within a short time.
 func arrives(t *testing.T, conn net.PacketConn) bool {
 	t.Helper()
 	if err := conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {

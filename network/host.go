@@ -1,24 +1,21 @@
 package network
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
+
+	"kedge/internal/kernelnet"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// fallbackMTU is used on a machine without a default route.
+// fallbackMTU is the MTU on a machine without a default route.
 const fallbackMTU = 1500
 
-// mtu returns what pods get: as configured, or the most that fits the way out and the
-// way to other nodes. Caller holds mu.
+// mtu returns the MTU of pods: the configured one, or the largest that fits both the
+// default route and the path to other nodes. Caller holds mu.
 func (n *Network) mtu() (int, error) {
 	if n.cfg.MTU != 0 {
 		return n.cfg.MTU, nil
@@ -40,19 +37,19 @@ func (n *Network) mtu() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if between == 0 { // the node's address is not there now
+	if between == 0 { // no interface has the node's address at the moment
 		between = least
 	}
 	return max(min(least, between-n.cfg.Overhead), minMTU), nil
 }
 
-// mtuOfAddr returns the least MTU of the interfaces that have one of the addresses, or
-// 0 where none has.
+// mtuOfAddr returns the smallest MTU of the interfaces with one of the addresses, or 0 if
+// there is no such interface.
 func mtuOfAddr(addrs []netip.Addr) (int, error) {
 	if len(addrs) == 0 {
 		return 0, nil
 	}
-	have, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	have, err := kernelnet.List(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return 0, fmt.Errorf("list addresses: %w", err)
 	}
@@ -63,7 +60,7 @@ func mtuOfAddr(addrs []netip.Addr) (int, error) {
 		}
 		link, err := netlink.LinkByIndex(h.LinkIndex)
 		if err != nil {
-			return 0, fmt.Errorf("look at the interface of the node's address: %w", err)
+			return 0, fmt.Errorf("read the interface of the node's address: %w", err)
 		}
 		if mtu := link.Attrs().MTU; least == 0 || mtu < least {
 			least = mtu
@@ -72,10 +69,12 @@ func mtuOfAddr(addrs []netip.Addr) (int, error) {
 	return least, nil
 }
 
-// defaultRouteMTU returns the MTU of the interface of the preferred default
-// route, or 0 where there is none.
+// defaultRouteMTU returns the MTU of the interface of the preferred default route, or 0
+// without a default route.
 func defaultRouteMTU(family int) (int, error) {
-	routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	routes, err := kernelnet.List(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return 0, fmt.Errorf("list routes: %w", err)
 	}
@@ -102,71 +101,7 @@ func defaultRouteMTU(family int) (int, error) {
 	}
 	link, err := netlink.LinkByIndex(index)
 	if err != nil {
-		return 0, fmt.Errorf("look at the interface of the default route: %w", err)
+		return 0, fmt.Errorf("read the interface of the default route: %w", err)
 	}
 	return max(link.Attrs().MTU, minMTU), nil
-}
-
-// enableForwarding makes the machine a router between its pods and the world.
-func enableForwarding(ipv6 bool) error {
-	if err := setSysctl("net/ipv4/ip_forward", "1"); err != nil {
-		return fmt.Errorf("enable IPv4 forwarding: %w", err)
-	}
-	if !ipv6 {
-		return nil
-	}
-	if err := keepRouterAdvertisements(); err != nil {
-		return err
-	}
-	err := setSysctl("net/ipv6/conf/all/forwarding", "1")
-	if errors.Is(err, fs.ErrNotExist) {
-		return errors.New("the pod ranges have IPv6, which this kernel lacks or has disabled; boot without ipv6.disable=1, or use IPv4 ranges only")
-	}
-	if err != nil {
-		return fmt.Errorf("enable IPv6 forwarding: %w", err)
-	}
-	return nil
-}
-
-// keepRouterAdvertisements lets hardware interfaces that learn their addresses
-// and default route from a router go on doing so: the kernel stops that on a
-// machine that forwards, unless accept_ra is 2. Virtual interfaces are left
-// alone, because whatever is behind them could make itself our router.
-func keepRouterAdvertisements() error {
-	const dir = "/proc/sys/net/ipv6/conf"
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("look at IPv6 interfaces: %w", err)
-	}
-	for _, e := range entries {
-		if _, err := os.Stat(filepath.Join("/sys/class/net", e.Name(), "device")); err != nil {
-			continue
-		}
-		name := filepath.Join("net/ipv6/conf", e.Name(), "accept_ra")
-		now, err := os.ReadFile(filepath.Join("/proc/sys", name))
-		if err != nil || string(bytes.TrimSpace(now)) != "1" {
-			continue
-		}
-		if err := setSysctl(name, "2"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("keep router advertisements on %s: %w", e.Name(), err)
-		}
-	}
-	return nil
-}
-
-// setSysctl writes a kernel parameter unless it has the value already: writing
-// forwarding again would reset other parameters.
-func setSysctl(name, value string) error {
-	path := filepath.Join("/proc/sys", name)
-	now, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	if string(bytes.TrimSpace(now)) == value {
-		return nil
-	}
-	return os.WriteFile(path, []byte(value), 0)
 }

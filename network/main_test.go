@@ -5,7 +5,9 @@ import (
 	"path/filepath"
 	"testing"
 
-	"kedge/internal/testhost"
+	"go.uber.org/goleak"
+
+	testhost "kedge/internal/test/host"
 	"kedge/network/cni"
 	"kedge/network/cniclient"
 )
@@ -16,5 +18,6 @@ func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == cni.PluginName {
 		os.Exit(cniclient.Main())
 	}
-	testhost.Main(m)
+	testhost.Isolate()
+	goleak.VerifyTestMain(m)
 }

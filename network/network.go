@@ -15,57 +15,58 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/internal/fswatch"
+	"kedge/internal/lifecycle"
 	"kedge/network/cni"
 	"kedge/network/ipam"
 	"kedge/network/nft"
+	"kedge/network/nft/pods"
+	"kedge/network/nft/policies"
 	"kedge/network/trace"
 )
 
-// repairEvery is how often everything is looked at even though no event said
-// that something changed.
+// repairEvery is the interval of repair rounds that no event has requested.
 const repairEvery = 5 * time.Minute
 
-// ErrNotRunning says that a node's network was asked for something before its
-// Run or after it.
+// ErrNotRunning is the error for requests to a node's network before or after its Run.
 var ErrNotRunning = errors.New("pod network is not running")
 
 // Network is the pod network of one node: a component of the process.
 type Network struct {
-	cfg   Config
-	log   *slog.Logger
-	table *nft.PodTable
-	judge cni.Judge // nil if every connection is allowed
+	cfg    Config
+	log    *slog.Logger
+	table  *pods.Table
+	policy cni.PolicyEngine // nil if every connection is allowed
 
 	mu       sync.Mutex // guards what follows
 	podCIDRs []netip.Prefix
-	nodes    []netip.Addr // others that have a route to our pods
-	tunnels  []string     // by which they are reached
+	nodes    []netip.Addr // of other nodes with a route to this node's pods
+	tunnels  []string     // interfaces through which they are reached
 	nodeIPs  []netip.Addr // of this node
 	plugin   *cni.Plugin  // while running
-	failure  error        // why the last repair failed
+	failure  error        // of the last repair
 
-	wake chan struct{} // asks for a round of repair; holds one request
+	wake lifecycle.Wakeup // requests a repair round
 }
 
-// New returns the network of a node; judge decides which connections its pods may
-// have, or is nil. It changes nothing before Run.
-func New(cfg Config, judge cni.Judge, log *slog.Logger) *Network {
+// New returns the network of a node; policy decides about the connections of its pods, or
+// is nil. New changes nothing on the machine; Run does.
+func New(cfg Config, policy cni.PolicyEngine, log *slog.Logger) *Network {
 	return &Network{
 		cfg: cfg, log: log.With("component", "network"),
-		table:    nft.NewPodTable(cfg.NodeName),
-		judge:    judge,
+		table:    pods.NewTable(cfg.NodeName),
+		policy:   policy,
 		podCIDRs: slices.Clone(cfg.PodCIDRs), nodeIPs: cfg.NodeIPs,
-		wake: make(chan struct{}, 1),
+		wake: lifecycle.NewWakeup(),
 	}
 }
 
 // Name returns "network".
 func (n *Network) Name() string { return "network" }
 
-// SetPodCIDRs says which ranges the node's pods have, once the API has assigned
-// them. The first call makes the container runtime report the network as ready.
-// It may be called before, during and after Run, and again with other ranges:
-// pods that run keep their addresses.
+// SetPodCIDRs sets the ranges of the node's pods, once the API has assigned them. The first
+// call makes the container runtime report the network as ready. It may be called before,
+// during and after Run, and again with other ranges: running pods keep their addresses.
 func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	if err := checkPodCIDRs(ranges); err != nil {
 		return err
@@ -78,19 +79,20 @@ func (n *Network) SetPodCIDRs(ranges []netip.Prefix) error {
 	before := n.podCIDRs
 	n.podCIDRs = slices.Clone(ranges)
 	if n.plugin == nil {
-		return nil // Run begins with them
+		return nil // Run applies them
 	}
 	if err := n.configure(); err != nil {
-		n.podCIDRs = before // so that the same call may be tried again
+		n.podCIDRs = before // so that the same call may be retried
 		return err
 	}
+	n.wake.Wake() // without ranges, damaged attachments could not be repaired
 	return nil
 }
 
-// SetNodes says which addresses are other nodes' that have a route to this node's
-// pods: those see the pods' own addresses. tunnels are the interfaces by which they are
-// reached, if not directly. It may be called before, during and after Run. The caller must
-// not change the lists afterwards.
+// SetNodes sets the addresses of other nodes with a route to this node's pods: these nodes
+// see the pods' own addresses. tunnels are the interfaces through which they are reached,
+// if any. It may be called before, during and after Run. The caller must not change the
+// lists afterwards.
 func (n *Network) SetNodes(addrs []netip.Addr, tunnels []string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -100,17 +102,17 @@ func (n *Network) SetNodes(addrs []netip.Addr, tunnels []string) error {
 	nodesBefore, tunnelsBefore := n.nodes, n.tunnels
 	n.nodes, n.tunnels = addrs, tunnels
 	if n.plugin == nil {
-		return nil // Run begins with them
+		return nil // Run applies them
 	}
-	if err := n.applyRules(n.plugin.HostPorts()); err != nil {
-		n.nodes, n.tunnels = nodesBefore, tunnelsBefore // so that the same call may be tried again
+	if err := n.applyRules(); err != nil {
+		n.nodes, n.tunnels = nodesBefore, tunnelsBefore // so that the same call may be retried
 		return err
 	}
 	return nil
 }
 
-// SetNodeIPs says which addresses this node has towards others from now on. Pods that come
-// later get the MTU of the interface that has them.
+// SetNodeIPs sets the addresses of this node in the network between the nodes. New pods get
+// the MTU of the interface with these addresses.
 func (n *Network) SetNodeIPs(addrs []netip.Addr) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -120,19 +122,21 @@ func (n *Network) SetNodeIPs(addrs []netip.Addr) error {
 		return nil
 	}
 	if err := n.configure(); err != nil {
-		n.nodeIPs = before // so that the same call may be tried again
+		n.nodeIPs = before // so that the same call may be retried
 		return err
 	}
 	return nil
 }
 
-// Rules returns the part of the node's rules that is about host ports and the way
-// out of the cluster, for those who want to see what it does.
+// Rules returns the node's rules for host ports and outbound traffic, for tracing.
 func (n *Network) Rules() trace.Part { return n.table }
 
-// Run sets the node up and answers CNI requests until ctx is cancelled. It is
-// ready when the runtime may call; until the pod ranges are known the answer is
-// to try again later, because kubelet and API need a running node to assign them.
+// Firewall returns the rules of other programs, for tracing.
+func (n *Network) Firewall() trace.Part { return firewall{cni.LinkPrefix(n.cfg.NodeName)} }
+
+// Run sets the node up and answers CNI requests until ctx is cancelled. It is ready when
+// the runtime may call; until the pod ranges are known it answers "try again later",
+// because kubelet and API server assign them only to a running node.
 func (n *Network) Run(ctx context.Context, ready func()) error {
 	if err := n.cfg.Validate(); err != nil {
 		return err
@@ -142,19 +146,18 @@ func (n *Network) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	ledger, err := ipam.Open(n.cfg.ledgerDir(), boot)
-	damaged := errors.Is(err, ipam.ErrDamaged)
-	if err != nil && !damaged {
+	if err != nil && !errors.Is(err, ipam.ErrDamaged) {
 		return err
 	}
 	defer ledger.Close()
-	if damaged {
-		n.log.Warn("leases are recovered from the kernel", "cause", err)
+	if err != nil {
+		n.log.Warn("cannot read all pod address leases; recovering them from the kernel", "err", err)
 	}
-	plugin := cni.New(n.cfg.NodeName, ledger, n.setHostPorts, n.judge, n.log)
-	if err := n.prepare(ctx, plugin, damaged); err != nil {
+	plugin := cni.New(n.cfg.NodeName, ledger, n.table, n.policy, n.log)
+	if err := n.prepare(ctx, plugin); err != nil {
 		return err
 	}
-	defer n.stopped()
+	defer n.markStopped()
 
 	socket, err := cni.Listen(n.cfg.socket())
 	if err != nil {
@@ -171,9 +174,16 @@ func (n *Network) Run(ctx context.Context, ready func()) error {
 		})
 	}
 	start(func(ctx context.Context) error { return plugin.Serve(ctx, socket) })
-	start(func(ctx context.Context) error { return nft.Watch(ctx, n.repairSoon) })
-	start(func(ctx context.Context) error { return watchLinks(ctx, n.repairSoon) })
+	start(func(ctx context.Context) error { return nft.Watch(ctx, n.wake.Wake) })
+	start(func(ctx context.Context) error { return watchLinks(ctx, n.wake.Wake) })
+	start(n.watchForwarding)
 	start(func(ctx context.Context) error { n.repairLoop(ctx, plugin); return nil })
+	start(func(ctx context.Context) error {
+		if name := fswatch.Removed(ctx, n.cfg.socket()); name != "" {
+			return fmt.Errorf("%s was removed while kedge was running; no other program may change the run directory", name)
+		}
+		return nil
+	})
 	ready()
 	<-inner.Done()
 	parts.Wait()
@@ -184,29 +194,35 @@ func (n *Network) Run(ctx context.Context, ready func()) error {
 }
 
 // prepare brings the machine into the state that the leases describe.
-func (n *Network) prepare(ctx context.Context, plugin *cni.Plugin, adopt bool) error {
-	if err := n.begin(plugin); err != nil {
+func (n *Network) prepare(ctx context.Context, plugin *cni.Plugin) error {
+	published, err := n.table.HostPorts()
+	if err != nil {
 		return err
 	}
-	if n.judge == nil {
-		if err := nft.RemovePolicyTable(n.cfg.NodeName); err != nil {
+	if err := plugin.Adopt(published); err != nil {
+		n.log.Error("cannot recover the leases of some pod interfaces", "err", err)
+	}
+	if err := n.start(plugin); err != nil {
+		return err
+	}
+	if n.policy == nil {
+		if err := policies.RemoveTable(n.cfg.NodeName); err != nil {
 			return err
 		}
 	}
-	if err := plugin.Reconcile(ctx, adopt); err != nil {
-		// What is wrong with one pod must not keep the node from starting;
-		// the next round tries again.
-		n.log.Warn("some pods could not be reconciled", "error", err)
-		n.repairSoon()
+	if err := plugin.Reconcile(ctx); err != nil {
+		// An error of one pod must not keep the node from starting; the next round retries.
+		n.log.Warn("some pods could not be reconciled", "err", err)
+		n.wake.Wake()
 	}
-	plugin.RestoreJudge()
+	plugin.RestorePolicy()
 	return nil
 }
 
-func (n *Network) begin(plugin *cni.Plugin) error {
+func (n *Network) start(plugin *cni.Plugin) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if err := enableForwarding(n.wantsIPv6()); err != nil {
+	if _, err := enableForwarding(n.wantsIPv6()); err != nil {
 		return err
 	}
 	executable := n.cfg.Plugin
@@ -219,6 +235,9 @@ func (n *Network) begin(plugin *cni.Plugin) error {
 	if err := cni.InstallPlugin(n.cfg.BinDir(), executable); err != nil {
 		return err
 	}
+	if err := plugin.PublishHostPorts(); err != nil {
+		return err
+	}
 	n.plugin = plugin
 	if err := n.configure(); err != nil {
 		n.plugin = nil
@@ -227,13 +246,13 @@ func (n *Network) begin(plugin *cni.Plugin) error {
 	return nil
 }
 
-// configure makes known ranges effective. Caller holds mu.
+// configure applies known ranges. Caller holds mu.
 func (n *Network) configure() error {
 	if len(n.podCIDRs) == 0 {
-		// Without a configuration the runtime reports that its network is not ready.
-		return errors.Join(n.applyRules(n.plugin.HostPorts()), cni.RemoveConf(n.cfg.ConfDir()))
+		// Without a CNI configuration the runtime reports that its network is not ready.
+		return errors.Join(n.applyRules(), cni.RemoveConf(n.cfg.ConfDir()))
 	}
-	if err := enableForwarding(n.wantsIPv6()); err != nil {
+	if _, err := enableForwarding(n.wantsIPv6()); err != nil {
 		return err
 	}
 	mtu, err := n.mtu()
@@ -241,7 +260,7 @@ func (n *Network) configure() error {
 		return err
 	}
 	n.plugin.Configure(cni.Setup{Ranges: n.podCIDRs, MTU: mtu})
-	if err := n.applyRules(n.plugin.HostPorts()); err != nil {
+	if err := n.applyRules(); err != nil {
 		return err
 	}
 	if err := cni.WriteConf(n.cfg.ConfDir(), n.cfg.socket()); err != nil {
@@ -255,34 +274,28 @@ func (n *Network) wantsIPv6() bool {
 	return slices.ContainsFunc(slices.Concat(n.podCIDRs, n.cfg.ClusterCIDRs), func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
-// setHostPorts is called by the plugin whenever pods with host ports come or go.
-func (n *Network) setHostPorts(ports []nft.HostPort) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.applyRules(ports)
-}
-
-// applyRules writes the table of the pods. Caller holds mu.
-func (n *Network) applyRules(ports []nft.HostPort) error {
-	return n.table.Set(nft.PodRules{
+// applyRules writes the table of the pods; the plugin keeps the host ports in it.
+// Caller holds mu.
+func (n *Network) applyRules() error {
+	return n.table.Set(pods.Rules{
 		LinkPrefix: cni.LinkPrefix(n.cfg.NodeName),
 		PodRanges:  n.podCIDRs,
 		Inside:     slices.Concat(n.cfg.ClusterCIDRs, n.cfg.ServiceCIDRs),
 		Nodes:      n.nodes,
 		Tunnels:    n.tunnels,
-		HostPorts:  ports,
 	})
 }
 
-// stopped notes that nothing answers any more. Links and rules stay.
-func (n *Network) stopped() {
+// markStopped records that requests are no longer answered. Links and rules stay.
+func (n *Network) markStopped() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.plugin = nil
-	_ = n.table.Close() // all that was sent has been answered
+	_ = n.table.Close() // every write has been acknowledged
 }
 
-// Check says why pods cannot be attached, or nil.
+// Check returns why pods cannot be attached, or cannot reach each other or the node, or
+// nil.
 func (n *Network) Check(context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -291,12 +304,14 @@ func (n *Network) Check(context.Context) error {
 		return ErrNotRunning
 	case len(n.podCIDRs) == 0:
 		return ipam.ErrNoRange
+	case n.failure != nil:
+		return n.failure
 	}
-	return n.failure
+	return n.checkFirewalls()
 }
 
-// Cleanup removes everything that the network of a node has left in the kernel
-// and in its directories. The node's processes must have ended.
+// Cleanup removes all that the network of a node has left in the kernel and in its
+// directories. The node's processes must have ended.
 func Cleanup(cfg Config) error {
 	return errors.Join(
 		cni.RemoveLinks(cfg.NodeName),
@@ -309,7 +324,7 @@ func Cleanup(cfg Config) error {
 	)
 }
 
-// removeEmpty removes directories unless somebody else has files in them.
+// removeEmpty removes directories, except those with files of other programs.
 func removeEmpty(dirs ...string) error {
 	for _, dir := range dirs {
 		err := os.Remove(dir)

@@ -64,7 +64,7 @@ func TestHostPorts(t *testing.T) {
 			w.serve(p.ns.Do, "tcp", at(addr, 443))
 		}
 	}
-	// A host port is there on every address of the node, whoever asks.
+	// A host port is reachable at every address of the node, from every client.
 	w.wantSeen("outside", w.outside.Do, "tcp", "192.0.2.1:8000", "192.0.2.9")
 	w.wantSeen("outside", w.outside.Do, "udp", "192.0.2.1:8053", "192.0.2.9")
 	w.wantSeen("outside", w.outside.Do, "tcp", "[2001:db8:1::1]:8000", "2001:db8:1::9")
@@ -112,7 +112,7 @@ func TestDatagramsFollowTheirHostPort(t *testing.T) {
 		return false
 	}
 	if answered(100 * time.Millisecond) {
-		t.Fatal("somebody answers before there is a pod")
+		t.Fatal("an answer arrives before there is a pod")
 	}
 	for range 2 {
 		p := w.pod(port{8053, 53, "UDP", ""})
@@ -129,9 +129,9 @@ func TestDatagramsFollowTheirHostPort(t *testing.T) {
 	}
 }
 
-// TestFirstPacket: an attached pod's link sends and its addresses are its own, although
-// the kernel has other work on links. What is sent before is lost, and sent again after
-// a second.
+// TestFirstPacket: an attached pod's link sends and its addresses are its own, although the
+// kernel has other work on links. A packet sent before is lost, and retransmitted after a
+// second.
 func TestFirstPacket(t *testing.T) {
 	w := newWorld(t, dualStack()...)
 	stop := make(chan struct{})

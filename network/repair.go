@@ -9,26 +9,18 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netwatch"
+	"kedge/internal/kernelnet"
 	"kedge/network/cni"
 )
 
 const (
-	// settle is how long repair waits after an event: those who change
-	// interfaces or rules change many at once.
+	// settle is the delay of a repair round after an event: programs that change interfaces
+	// or rules usually make several changes.
 	settle = 200 * time.Millisecond
-	// repairPause is the least time between two rounds caused by events. Starting
-	// pods cause events too.
+	// repairPause is the minimum time between two rounds that events have requested.
+	// Starting pods cause events too.
 	repairPause = 3 * time.Second
 )
-
-// repairSoon asks for a round of repair and returns at once.
-func (n *Network) repairSoon() {
-	select {
-	case n.wake <- struct{}{}:
-	default: // asked for already
-	}
-}
 
 func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
 	regular := time.NewTicker(repairEvery)
@@ -50,7 +42,7 @@ func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
 			return
 		}
 		if err != nil {
-			n.log.Warn("pod network could not be repaired", "error", err)
+			n.log.Warn("pod network could not be repaired", "err", err)
 		}
 		n.mu.Lock()
 		n.failure = err
@@ -65,34 +57,34 @@ func (n *Network) repairLoop(ctx context.Context, plugin *cni.Plugin) {
 
 func (n *Network) repair(ctx context.Context, plugin *cni.Plugin) error {
 	n.mu.Lock()
-	forwarding := enableForwarding(n.wantsIPv6())
+	forwarding := n.restoreForwarding()
 	if mtu, err := n.mtu(); err == nil && len(n.podCIDRs) > 0 {
 		plugin.Configure(cni.Setup{Ranges: n.podCIDRs, MTU: mtu})
 	}
 	n.mu.Unlock()
 	repaired, err := n.table.Repair()
 	if repaired {
-		n.log.Warn("rules repaired: somebody removed or changed them", "table", n.table.Name())
+		n.log.Warn("nftables rules repaired: another program had removed or changed them", "table", n.table.Name())
 	}
-	return errors.Join(forwarding, err, plugin.Reconcile(ctx, false))
+	return errors.Join(forwarding, err, plugin.Reconcile(ctx))
 }
 
-// watchLinks calls changed when an interface, address or route goes away or the
-// default route changes, until ctx is cancelled.
+// watchLinks calls changed when an interface, address or route is removed or the default
+// route changes, until ctx is cancelled.
 func watchLinks(ctx context.Context, changed func()) error {
 	groups := []uint32{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
 	}
-	if err := netwatch.Follow(ctx, unix.NETLINK_ROUTE, groups, concerns, changed); err != nil {
+	if err := kernelnet.Follow(ctx, unix.NETLINK_ROUTE, groups, relevant, changed); err != nil {
 		return fmt.Errorf("watch interfaces: %w", err)
 	}
 	return nil
 }
 
-// concerns says whether a message may mean that something of ours is gone, or
-// that the way out has changed. New interfaces and addresses of pods do not.
-func concerns(msgs []netlink.Message) bool {
+// relevant reports whether messages may mean that an object of kedge was removed, or that
+// the default route has changed. New interfaces and addresses of pods are not relevant.
+func relevant(msgs []netlink.Message) bool {
 	for _, m := range msgs {
 		switch m.Header.Type {
 		case unix.RTM_DELLINK, unix.RTM_DELADDR, unix.RTM_DELROUTE:

@@ -16,10 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/network/nft"
+	"kedge/network/nft/services"
 )
 
 // named answers connections to a pod with a name.
-func (s *services) named(p *pod, is6 bool, name string) {
+func (s *serviceWorld) named(p *pod, is6 bool, name string) {
 	s.t.Helper()
 	var l net.Listener
 	s.must(p.ns.Do(func() (err error) { l, err = net.Listen("tcp", at(p.addr(is6), 8080)); return err }))
@@ -36,8 +37,8 @@ func (s *services) named(p *pod, is6 bool, name string) {
 	}()
 }
 
-// who asks n times and returns who answers, one after another.
-func (s *services) who(n int, do func(func() error) error, addr string) []string {
+// who sends n requests and returns the endpoints that answered, in order.
+func (s *serviceWorld) who(n int, do func(func() error) error, addr string) []string {
 	s.t.Helper()
 	var seen []string
 	for range n {
@@ -51,7 +52,7 @@ func (s *services) who(n int, do func(func() error) error, addr string) []string
 	return seen
 }
 
-// count is how often each name is in a list.
+// count returns how often each name is in a list.
 func count(names []string) map[string]int {
 	n := map[string]int{}
 	for _, name := range names {
@@ -60,7 +61,7 @@ func count(names []string) map[string]int {
 	return n
 }
 
-// inTurn says whether every name comes again after the same number of others.
+// inTurn reports whether every name returns after the same number of others.
 func inTurn(names []string, period int) bool {
 	for i := period; i < len(names); i++ {
 		if names[i] != names[i-period] {
@@ -70,7 +71,7 @@ func inTurn(names []string, period int) bool {
 	return true
 }
 
-func (s *services) repaired(want int) {
+func (s *serviceWorld) repaired(want int) {
 	s.t.Helper()
 	if n, err := s.table.Repair(); err != nil || n < want || (want == 0 && n != 0) {
 		s.t.Errorf("Repair: %d differences, %v, want %d", n, err, want)
@@ -80,18 +81,18 @@ func (s *services) repaired(want int) {
 func TestServiceSchedulers(t *testing.T) {
 	const n = 60
 	for _, c := range []struct {
-		scheduler nft.Scheduler
+		scheduler services.Scheduler
 		good      func(names []string, seen map[string]int) bool
 	}{
-		{nft.Random, func(names []string, seen map[string]int) bool {
+		{services.Random, func(names []string, seen map[string]int) bool {
 			return min(seen["a"], seen["b"], seen["c"]) > 3 && !inTurn(names, 3)
 		}},
-		{nft.RoundRobin, func(names []string, seen map[string]int) bool { return len(seen) == 3 && inTurn(names, 3) }},
-		{nft.SourceHash, func(_ []string, seen map[string]int) bool { return len(seen) == 1 }},
+		{services.RoundRobin, func(names []string, seen map[string]int) bool { return len(seen) == 3 && inTurn(names, 3) }},
+		{services.SourceHash, func(_ []string, seen map[string]int) bool { return len(seen) == 1 }},
 	} {
 		t.Run(string(c.scheduler), func(t *testing.T) {
 			both(t, func(t *testing.T, is6 bool) {
-				s := newServices(t, func(cfg *nft.ServiceConfig) { cfg.Scheduler = c.scheduler })
+				s := newServices(t, func(cfg *services.Config) { cfg.Scheduler = c.scheduler })
 				var servers []*pod
 				for _, name := range []string{"a", "b", "c"} {
 					p := s.pod()
@@ -148,7 +149,7 @@ func TestServiceRemembersClients(t *testing.T) {
 		first := one(addrs...)
 
 		// A new process finds the clients of the one before it.
-		s.table = nft.NewServiceTable(s.cfg.NodeName, s.serviceConfig())
+		s.table = services.NewTable(s.cfg.NodeName, s.serviceConfig())
 		s.apply("default/web", p)
 		if got := one(addrs...); got != first {
 			t.Errorf("after a restart %s answers, before it %s did", got, first)
@@ -173,8 +174,7 @@ func TestServiceRemembersClients(t *testing.T) {
 		}
 		s.repaired(0)
 
-		// An entry ends with its time, after which one of the endpoints is chosen
-		// anew.
+		// An entry expires after its timeout, and another endpoint is chosen.
 		p.StickyFor = time.Second
 		s.apply("default/web", p)
 		seen := map[string]bool{}
@@ -206,7 +206,7 @@ func TestServicePodReachesItself(t *testing.T) {
 }
 
 // remote is an endpoint elsewhere: the outside host plays it.
-func (s *services) remote(is6 bool) netip.AddrPort {
+func (s *serviceWorld) remote(is6 bool) netip.AddrPort {
 	a := netip.AddrPortFrom(pick(is6, outsideV4, outsideV6).Addr(), 8080)
 	s.serve(s.outside.Do, "tcp", a.String())
 	return a
@@ -297,7 +297,7 @@ func TestServiceLocalPolicies(t *testing.T) {
 		}
 		s.wantSeen("pod, internal policy Cluster", client.ns.Do, "tcp", at(p.ClusterIP, 80), node.String())
 
-		p.Local, p.Here = nil, nil
+		p.Local, p.OnNode = nil, nil
 		s.apply("default/web", p)
 		for _, a := range external {
 			s.dropped("outside, no endpoint here", s.outside.Do, a)
@@ -310,7 +310,7 @@ func TestServiceLocalPolicies(t *testing.T) {
 		s.dropped("pod, internal policy Local", client.ns.Do, at(p.ClusterIP, 80))
 		s.dropped("node, internal policy Local", here, at(p.ClusterIP, 80))
 		q := web(p.ClusterIP, server)
-		p.Local, p.Here = q.Local, q.Here
+		p.Local, p.OnNode = q.Local, q.OnNode
 		s.apply("default/web", p)
 		s.wantSeen("pod, internal policy Local", client.ns.Do, "tcp", at(p.ClusterIP, 80), client.addr(is6).String())
 		s.repaired(0)
@@ -374,7 +374,7 @@ func TestServiceWithoutEndpointsRefuses(t *testing.T) {
 }
 
 func TestServiceOwnAddresses(t *testing.T) {
-	s := newServices(t, func(cfg *nft.ServiceConfig) { cfg.Own = []netip.Addr{webV4} })
+	s := newServices(t, func(cfg *services.Config) { cfg.Own = []netip.Addr{webV4} })
 	client := s.pod()
 	s.must(addLoopbackAddr(webV4))
 	t.Cleanup(func() { delLoopbackAddr(webV4) })
@@ -392,7 +392,7 @@ func TestServiceClaims(t *testing.T) {
 		s.named(pods[name], false, name)
 	}
 	shared := at(balancerV4, 80)
-	port := func(cluster string, name string) nft.ServicePort {
+	port := func(cluster string, name string) services.Port {
 		p := web(netip.MustParseAddr(cluster), pods[name])
 		p.ExternalIPs = []netip.Addr{balancerV4}
 		return p
@@ -461,8 +461,9 @@ func TestServiceRulesSurviveOthers(t *testing.T) {
 	s.apply("default/web", p)
 	works("changed")
 
-	// A new process takes over what it finds, and what it lacks goes.
-	s.table = nft.NewServiceTable(s.cfg.NodeName, s.serviceConfig())
+	// A new process adopts the existing table, and removes the services that it does not
+	// have.
+	s.table = services.NewTable(s.cfg.NodeName, s.serviceConfig())
 	q := web(netip.MustParseAddr("10.43.0.81"), server)
 	s.apply("default/other", q)
 	s.wantSeen("another service", here, "tcp", at(q.ClusterIP, 80), nodeV4.Addr().String())
@@ -470,8 +471,8 @@ func TestServiceRulesSurviveOthers(t *testing.T) {
 	s.repaired(0)
 }
 
-// TestServiceUDP has datagrams go on to another endpoint when theirs is gone: the
-// component deletes what the kernel tracks, which the test does here.
+// TestServiceUDP: datagrams continue to another endpoint when theirs is gone: the component
+// deletes the tracked flows, which the test does here.
 func TestServiceUDP(t *testing.T) {
 	both(t, func(t *testing.T, is6 bool) {
 		s := newServices(t, nil)
@@ -540,11 +541,11 @@ func TestServicesOfTwoNodes(t *testing.T) {
 	s.serve(server.ns.Do, "tcp", at(server.addr(false), 8080))
 	cfg := s.serviceConfig()
 	cfg.LinkPrefix = "kdgzzzz"
-	other := nft.NewServiceTable("node2", cfg)
+	other := services.NewTable("node2", cfg)
 	t.Cleanup(func() { nft.RemoveTables("node2") })
 	s.apply("default/web", web(webV4, server))
 	// Of hooks with the same priority, the kernel calls the newest first.
-	s.must(other.Apply(map[string]nft.Service{"default/web": {Ports: []nft.ServicePort{web(webV4)}}}))
+	s.must(other.Apply(map[string]services.Service{"default/web": {Ports: []services.Port{web(webV4)}}}))
 	s.wantSeen("pod", client.ns.Do, "tcp", at(webV4, 80), client.addr(false).String())
 	if _, err := s.ask(here, "tcp", at(webV4, 80)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("node: %v, want the newest of the two to decide", err)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-
 	"syscall"
 	"testing"
 	"time"
@@ -13,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/network/cni"
-	"kedge/network/nft"
+	"kedge/network/nft/services"
 )
 
-// services is a table of services in a world, and one service in it.
-type services struct {
+// serviceWorld is a table of services in a world, and one service in it.
+type serviceWorld struct {
 	*world
-	table *nft.ServiceTable
+	table *services.Table
 }
 
 var (
@@ -31,13 +30,13 @@ var (
 	balancerV6 = netip.MustParseAddr("2001:db8:7::7")
 )
 
-func (w *world) serviceConfig() nft.ServiceConfig {
-	return nft.ServiceConfig{
+func (w *world) serviceConfig() services.Config {
+	return services.Config{
 		LinkPrefix: cni.LinkPrefix(w.cfg.NodeName), ForeignPrefix: cni.LinkTag,
 		ClusterRanges: w.cfg.ClusterCIDRs,
 		ServiceRanges: []netip.Prefix{servicesV4, servicesV6},
 		NodePortsOn:   []netip.Prefix{hostPrefix(nodeV4), hostPrefix(nodeV6)},
-		Scheduler:     nft.Random,
+		Scheduler:     services.Random,
 	}
 }
 
@@ -45,7 +44,7 @@ func hostPrefix(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(p.Addr(),
 
 // newServices starts a dual-stack world in which the outside and the node have
 // routes to services: the outside through the node, the node through the outside.
-func newServices(t testing.TB, change func(*nft.ServiceConfig)) *services {
+func newServices(t testing.TB, change func(*services.Config)) *serviceWorld {
 	w := newWorld(t, dualStack()...)
 	cfg := w.serviceConfig()
 	if change != nil {
@@ -53,21 +52,21 @@ func newServices(t testing.TB, change func(*nft.ServiceConfig)) *services {
 	}
 	w.routes(here, outsideV4.Addr(), outsideV6.Addr())
 	w.routes(w.outside.Do, nodeV4.Addr(), nodeV6.Addr())
-	return &services{w, nft.NewServiceTable(w.cfg.NodeName, cfg)}
+	return &serviceWorld{w, services.NewTable(w.cfg.NodeName, cfg)}
 }
 
-func (s *services) apply(name string, ports ...nft.ServicePort) {
+func (s *serviceWorld) apply(name string, ports ...services.Port) {
 	s.t.Helper()
-	s.must(s.table.Apply(map[string]nft.Service{name: {Ports: ports}}))
+	s.must(s.table.Apply(map[string]services.Service{name: {Ports: ports}}))
 }
 
 // web is a service port with the given pods behind it, all of this node.
-func web(cluster netip.Addr, pods ...*pod) nft.ServicePort {
-	p := nft.ServicePort{Name: "web", ClusterIP: cluster, Protocol: unix.IPPROTO_TCP, Port: 80, Ready: len(pods) > 0}
+func web(cluster netip.Addr, pods ...*pod) services.Port {
+	p := services.Port{Name: "web", ClusterIP: cluster, Protocol: unix.IPPROTO_TCP, Port: 80, Ready: len(pods) > 0}
 	for _, pod := range pods {
 		a := pod.addr(cluster.Is6())
 		p.Cluster = append(p.Cluster, netip.AddrPortFrom(a, 8080))
-		p.Here = append(p.Here, a)
+		p.OnNode = append(p.OnNode, a)
 	}
 	p.Local = p.Cluster
 	return p
@@ -95,8 +94,8 @@ func pick[T any](is6 bool, v4, v6 T) T {
 	return v4
 }
 
-// refused asks and wants an error at once.
-func (s *services) refused(what string, do func(func() error) error, network, addr string) {
+// refused connects and expects an error at once.
+func (s *serviceWorld) refused(what string, do func(func() error) error, network, addr string) {
 	s.t.Helper()
 	begin := time.Now()
 	_, err := s.ask(do, network, addr)
@@ -105,8 +104,8 @@ func (s *services) refused(what string, do func(func() error) error, network, ad
 	}
 }
 
-// dropped asks and wants no answer.
-func (s *services) dropped(what string, do func(func() error) error, addr string) {
+// dropped connects and expects no answer.
+func (s *serviceWorld) dropped(what string, do func(func() error) error, addr string) {
 	s.t.Helper()
 	err := do(func() error {
 		conn, err := net.DialTimeout("tcp", addr, 300*time.Millisecond)

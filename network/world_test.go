@@ -20,8 +20,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
+	"kedge/internal/namespaces"
+	testhost "kedge/internal/test/host"
 	"kedge/network/cniclient"
 )
 
@@ -31,7 +31,7 @@ type world struct {
 	t       testing.TB
 	cfg     Config
 	network *Network
-	outside *netns.NS
+	outside *namespaces.Network
 	stop    func() // ends Run and waits for it
 	pods    int
 }
@@ -106,8 +106,8 @@ func (w *world) joinOutside() {
 		}
 		return netlink.LinkSetUp(link)
 	}
-	// Both ends up before either has an address: what is sent over a cable
-	// with one end down is lost, and IPv6 tries again after seconds only.
+	// Both ends up before either has an address: packets over a cable with one end down are
+	// lost, and IPv6 retries only after seconds.
 	w.must(configure())
 	w.must(ns.Do(func() error { return configure() }))
 	w.must(configure(nodeV4, nodeV6))
@@ -162,9 +162,9 @@ func (w *world) start() {
 	}
 }
 
-func (w *world) namespace() *netns.NS {
+func (w *world) namespace() *namespaces.Network {
 	w.t.Helper()
-	ns, err := netns.New()
+	ns, err := namespaces.NewNetwork()
 	w.must(err)
 	w.t.Cleanup(func() { ns.Close() })
 	return ns
@@ -201,7 +201,7 @@ func (w *world) must(err error) {
 type pod struct {
 	w     *world
 	id    string
-	ns    *netns.NS
+	ns    *namespaces.Network
 	addrs []netip.Addr
 }
 
@@ -340,7 +340,7 @@ func (w *world) ask(do func(func() error) error, network, addr string) (string, 
 	return buf.String(), err
 }
 
-// wantSeen asks and compares the source address that the server saw.
+// wantSeen connects and compares the source address that the server saw.
 func (w *world) wantSeen(what string, do func(func() error) error, network, addr, want string) {
 	w.t.Helper()
 	begin := time.Now()

@@ -20,15 +20,14 @@ func withClient(socket string, f func(*containerd.Client) error) error {
 	return errors.Join(f(client), client.Close())
 }
 
-// connection is what a client made by withClient talks over; the CRI is served on
-// the same socket.
+// connection returns the gRPC connection of a client made by withClient. The CRI is served on the same socket.
 func connection(client *containerd.Client) grpc.ClientConnInterface {
 	return client.Conn().(grpc.ClientConnInterface)
 }
 
-// untilCRIHas waits until the CRI knows an image: it learns of those that others
-// made from events, which it handles in its own time.
-func untilCRIHas(ctx context.Context, client *containerd.Client, name string) error {
+// waitForCRI waits until the CRI knows an image. The CRI learns of images that other clients create from
+// events, asynchronously.
+func waitForCRI(ctx context.Context, client *containerd.Client, name string) error {
 	images := cri.NewImageServiceClient(connection(client))
 	err := poll(ctx, 10*time.Second, func() (bool, error) {
 		status, err := images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}})

@@ -3,29 +3,53 @@ package runtime
 import (
 	"fmt"
 	"reflect"
-	"unsafe"
 
 	"github.com/containerd/containerd/v2/cmd/containerd/server"
 	"github.com/containerd/go-cni"
 	"github.com/containerd/plugin"
 	"github.com/containernetworking/cni/libcni"
+
+	"kedge/runtime/unexported"
 )
 
-// moveCNICache makes the CNI library remember the results of its plug-ins under dir
-// and not under /var/lib/cni, which nothing that containerd offers can do. It goes
-// through fields that are not exported, four steps from the server to one string:
+// moveCNICache makes the CNI library store the results of plugins under dir instead of /var/lib/cni. containerd
+// has no setting for it, so the function sets unexported fields, four steps from the server to one string:
 //
 //	server.plugins → the CRI's service → netPlugin → cniConfig → cacheDir
 //
-// Each step is checked, and TestPodNetworkNamespace looks at the result, so that a
-// new version of containerd that has other fields is noticed before anybody runs it.
+// Each step is checked, and TestPodNetworkNamespace checks the result, so that tests fail for a version of
+// containerd with other fields.
 //
-// The CRI begins to recover pods a moment before this is called, on another
-// goroutine, and comes to this string only after asking the shim of a pod.
+// The CRI begins to recover pods on another goroutine shortly before this call. It reads the string only after
+// a request to the shim of a pod, that is later.
 func moveCNICache(srv *server.Server, dir string) error {
-	loaded, err := hidden[[]*plugin.Plugin](reflect.ValueOf(srv), "plugins")
+	service, err := criService(srv)
 	if err != nil {
 		return err
+	}
+	networks, err := unexported.Field[map[string]cni.CNI](service, "netPlugin")
+	if err != nil {
+		return err
+	}
+	for _, network := range *networks {
+		config, err := unexported.Field[libcni.CNI](reflect.ValueOf(network), "cniConfig")
+		if err != nil {
+			return err
+		}
+		cache, err := unexported.Field[string](reflect.ValueOf(*config), "cacheDir")
+		if err != nil {
+			return err
+		}
+		*cache = dir
+	}
+	return nil
+}
+
+// criService returns the CRI service of a server.
+func criService(srv *server.Server) (reflect.Value, error) {
+	loaded, err := unexported.Field[[]*plugin.Plugin](reflect.ValueOf(srv), "plugins")
+	if err != nil {
+		return reflect.Value{}, err
 	}
 	for _, p := range *loaded {
 		if p.Registration.URI() != pluginCRI {
@@ -33,44 +57,13 @@ func moveCNICache(srv *server.Server, dir string) error {
 		}
 		instance, err := p.Instance()
 		if err != nil {
-			return err
+			return reflect.Value{}, err
 		}
 		service := reflect.Indirect(reflect.ValueOf(instance)).FieldByName("RuntimeServiceServer")
 		if !service.IsValid() {
-			return fmt.Errorf("containerd's %T has no field RuntimeServiceServer", instance)
+			return reflect.Value{}, fmt.Errorf("containerd's %T has no field RuntimeServiceServer", instance)
 		}
-		networks, err := hidden[map[string]cni.CNI](service, "netPlugin")
-		if err != nil {
-			return err
-		}
-		for _, network := range *networks {
-			config, err := hidden[libcni.CNI](reflect.ValueOf(network), "cniConfig")
-			if err != nil {
-				return err
-			}
-			cache, err := hidden[string](reflect.ValueOf(*config), "cacheDir")
-			if err != nil {
-				return err
-			}
-			*cache = dir
-		}
-		return nil
+		return service, nil
 	}
-	return fmt.Errorf("containerd has no plugin %s", pluginCRI)
-}
-
-// hidden returns the address of a field of the struct that v leads to, if it has the
-// type T, exported or not.
-func hidden[T any](v reflect.Value, name string) (*T, error) {
-	for v.Kind() == reflect.Interface || v.Kind() == reflect.Pointer {
-		v = v.Elem()
-	}
-	if v.Kind() != reflect.Struct || !v.CanAddr() {
-		return nil, fmt.Errorf("containerd keeps no struct where field %s is looked for, but %s", name, v.Kind())
-	}
-	f := v.FieldByName(name)
-	if want := reflect.TypeFor[T](); !f.IsValid() || f.Type() != want {
-		return nil, fmt.Errorf("containerd's %s has no field %s of type %s", v.Type(), name, want)
-	}
-	return (*T)(unsafe.Pointer(f.UnsafeAddr())), nil
+	return reflect.Value{}, fmt.Errorf("containerd has no plugin %s", pluginCRI)
 }

@@ -15,53 +15,52 @@ const (
 	CgroupDriverCgroupfs = "cgroupfs"
 )
 
-// maxRunDirLen leaves room in the 108 bytes of a Unix socket's address for
-// "/s/" and the 64 digits of a shim's hash; containerd accepts 42 bytes of folder.
+// maxRunDirLen is the maximum length of RunDir in bytes. A Unix socket address has 108 bytes, which must also
+// hold "/s/" and the 64 digits of a shim's hash; containerd accepts a socket folder of 42 bytes.
 const maxRunDirLen = 40
 
-// Config says where a node keeps its containers and how it runs them. The zero
-// value is not useful; start from DefaultConfig.
+// Config says where a node stores its containers and how it runs them. The zero value is not valid; start from
+// DefaultConfig.
 type Config struct {
-	// DataDir holds images and metadata (DataDir/containerd), the unpacked shim and
-	// runc (DataDir/runtime). Survives a reboot.
+	// DataDir contains images and metadata (DataDir/containerd), and the unpacked shim and runc
+	// (DataDir/runtime). It survives a reboot.
 	DataDir string
-	// RunDir holds sockets, bundles and container state. Must be empty after a
-	// reboot, so a tmpfs, and short: at most 40 bytes, because shims listen there.
+	// RunDir contains sockets, bundles and container state. It must be empty after a reboot, so it should be on
+	// a tmpfs, and its path must be at most 40 bytes long (see maxRunDirLen).
 	RunDir string
-	// ImagesDir is the folder whose archives are imported at start. Default
-	// DataDir/images.
+	// ImagesDir is the folder whose archives are imported at start. The default is DataDir/images.
 	ImagesDir string
-	// NodeName appears in messages only.
+	// NodeName is used in messages only.
 	NodeName string
 
-	// Snapshotter is overlayfs, native, or empty: overlayfs if a trial mount on
-	// DataDir works, else native.
+	// Snapshotter is overlayfs, native, or empty. If it is empty, overlayfs is used if a trial mount on DataDir
+	// works, and native otherwise.
 	Snapshotter string
-	// CgroupDriver is systemd, cgroupfs, or empty for DetectCgroupDriver. The
-	// kubelet must be given the same.
+	// CgroupDriver is systemd, cgroupfs, or empty for the result of DetectCgroupDriver. The kubelet must use
+	// the same driver.
 	CgroupDriver string
-	// CNIConfDir and CNIBinDir are where the network plug-in's configuration and
-	// program are found. containerd creates the first, and waits for a file in it.
+	// CNIConfDir and CNIBinDir are the folders of the CNI configuration and of the CNI plugin. containerd
+	// creates the first, and waits for a file in it.
 	CNIConfDir string
 	CNIBinDir  string
-	// CDISpecDirs are read for devices that vendors' tools describe there. Never
-	// written; the defaults are the places that such tools write to.
+	// CDISpecDirs are the folders with CDI device specifications, which containerd only reads. The defaults are
+	// the standard folders of vendors' tools.
 	CDISpecDirs []string
 
-	// RegistriesFile is registries.yaml in the form k3s defined. It need not exist.
+	// RegistriesFile is the path of registries.yaml, in k3s's format. The file need not exist.
 	RegistriesFile string
-	// DisableDefaultRegistryEndpoint stops pulls from falling back to a registry's
-	// own address when a mirror for it is configured.
+	// DisableDefaultRegistryEndpoint stops pulls from falling back to the registry itself when a mirror for it
+	// is configured.
 	DisableDefaultRegistryEndpoint bool
 
-	// UnconfinedByDefault runs containers without a seccomp profile when they name
-	// none. Leave it off: the default profile is then RuntimeDefault.
+	// UnconfinedByDefault runs containers that name no seccomp profile without one. If it is false, they get
+	// the profile RuntimeDefault.
 	UnconfinedByDefault bool
-	// EnableSELinux labels containers. Needs a host with SELinux and its policy.
+	// EnableSELinux labels containers. It requires a host with SELinux and the container policy.
 	EnableSELinux bool
 }
 
-// DefaultConfig is what a node without flags runs with.
+// DefaultConfig returns the configuration of a node without flags.
 func DefaultConfig() Config {
 	return Config{
 		DataDir:        "/var/lib/kedge",
@@ -73,7 +72,7 @@ func DefaultConfig() Config {
 	}
 }
 
-// Validate reports every problem of c that can be seen without touching the system.
+// Validate reports all problems of c that can be found without access to the system.
 func (c Config) Validate() error {
 	var errs []error
 	for _, p := range []struct{ name, path string }{
@@ -98,7 +97,7 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("data directory and run directory must differ, both are %s", c.DataDir))
 	}
 	if n := len(filepath.Clean(c.RunDir)); n > maxRunDirLen {
-		errs = append(errs, fmt.Errorf("run directory %s is %d bytes long; use at most %d, for the kernel allows a socket 108", c.RunDir, n, maxRunDirLen))
+		errs = append(errs, fmt.Errorf("run directory %s is %d bytes long; use at most %d, because a Unix socket path may have 108", c.RunDir, n, maxRunDirLen))
 	}
 	switch c.Snapshotter {
 	case "", SnapshotterOverlayFS, SnapshotterNative:
@@ -113,35 +112,35 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// root is where containerd keeps what must survive a reboot.
+// root is the folder for containerd's persistent data.
 func (c Config) root() string { return filepath.Join(c.DataDir, "containerd") }
 
-// SnapshotterFile is where a node keeps its choice between overlayfs and native.
+// SnapshotterFile is the file with the node's choice between overlayfs and native.
 func (c Config) SnapshotterFile() string { return filepath.Join(c.root(), "snapshotter") }
 
-// state is where containerd keeps what must not.
+// state is the folder for containerd's volatile data.
 func (c Config) state() string { return filepath.Join(c.RunDir, "containerd") }
 
-// tempDir is on the same file system as the images: the kernel is asked there
-// whether it can map owners on overlayfs, and layers are mounted there in passing.
+// tempDir is the folder for temporary files and mounts. It is on the file system of the images, because
+// containerd tests there whether overlayfs supports ID-mapped mounts.
 func (c Config) tempDir() string { return filepath.Join(c.root(), "tmp") }
 
-// shimSocketDir is where shims listen; see maxRunDirLen for its short name.
+// shimSocketDir is the folder of the shims' sockets. Its name is short because of maxRunDirLen.
 func (c Config) shimSocketDir() string { return filepath.Join(c.RunDir, "s") }
 
-// runcRoot is where runc keeps the state of containers.
+// runcRoot is the folder of runc's container state.
 func (c Config) runcRoot() string { return filepath.Join(c.RunDir, "runc") }
 
-// cniCache is where the CNI library remembers what plug-ins answered.
+// cniCache is the folder where the CNI library caches the results of plugins.
 func (c Config) cniCache() string { return filepath.Join(c.RunDir, "cni", "cache") }
 
-// certsDir holds one hosts.toml per configured registry.
+// certsDir contains one hosts.toml per configured registry.
 func (c Config) certsDir() string { return filepath.Join(c.state(), "certs.d") }
 
-// payloadRoot holds one folder of unpacked programs per content hash.
+// payloadRoot contains one folder of unpacked programs per content hash.
 func (c Config) payloadRoot() string { return filepath.Join(c.DataDir, "runtime") }
 
-// imagesDir is ImagesDir or its default.
+// imagesDir returns ImagesDir or its default.
 func (c Config) imagesDir() string {
 	if c.ImagesDir != "" {
 		return c.ImagesDir
@@ -149,5 +148,5 @@ func (c Config) imagesDir() string {
 	return filepath.Join(c.DataDir, "images")
 }
 
-// Socket is where containerd answers, for the CRI and for its own clients.
+// Socket is the path of containerd's socket, for the CRI and for containerd's own clients.
 func (c Config) Socket() string { return filepath.Join(c.state(), "containerd.sock") }

@@ -14,10 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/internal/atomicfile"
-	"kedge/internal/overlay"
+	"kedge/internal/mounts"
 )
 
-// hostFeatures is what differs between hosts and decides how containers are run.
+// hostFeatures are the features of the host that decide how containers run.
 type hostFeatures struct {
 	mayLowerOOMScore bool
 	appArmor         bool
@@ -32,9 +32,9 @@ func detectHost() hostFeatures {
 	}
 }
 
-// hasCapability reads our effective capabilities. Sandboxes and nested machines
-// take CAP_SYS_RESOURCE away even from root, and runc then cannot write a lower
-// oom_score_adj than its parent's.
+// hasCapability reports whether this process has a capability in its effective set. Sandboxes and nested
+// machines take CAP_SYS_RESOURCE away even from root; runc then cannot write an oom_score_adj below its
+// parent's.
 func hasCapability(number uint) bool {
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -50,9 +50,9 @@ func hasCapability(number uint) bool {
 	return false
 }
 
-// detectAppArmor wants the kernel's part and the program that compiles profiles:
-// the kernel takes profiles only in compiled form, and nothing but AppArmor's own
-// parser writes that. It is the one program of the host that may be called.
+// detectAppArmor reports whether the kernel has AppArmor and the host has apparmor_parser. The kernel accepts
+// only compiled profiles, and only apparmor_parser compiles them. It is the only program of the host that kedge
+// runs.
 func detectAppArmor() bool {
 	enabled, err := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	if err != nil || !bytes.HasPrefix(enabled, []byte("Y")) {
@@ -62,8 +62,8 @@ func detectAppArmor() bool {
 	return err == nil
 }
 
-// DetectCgroupDriver is systemd where systemd runs the machine on cgroup v2, for
-// there it owns the tree, and cgroupfs elsewhere.
+// DetectCgroupDriver returns systemd if systemd runs the machine on cgroup v2, where systemd owns the tree, and
+// cgroupfs otherwise.
 func DetectCgroupDriver() string {
 	var st unix.Statfs_t
 	if unix.Statfs("/sys/fs/cgroup", &st) != nil || st.Type != unix.CGROUP2_SUPER_MAGIC {
@@ -75,10 +75,9 @@ func DetectCgroupDriver() string {
 	return CgroupDriverSystemd
 }
 
-// chooseSnapshotter returns the wanted snapshotter, or the one this node chose
-// before, or overlayfs if a trial mount works, else native. A choice is kept: layers
-// of one snapshotter mean nothing to another. The check of the machine makes the same
-// trial, and has told the log.
+// chooseSnapshotter returns the configured snapshotter, or the snapshotter that this node chose before, or
+// overlayfs if a trial mount works, and native otherwise. The choice is permanent, because snapshotters cannot
+// read each other's layers. The machine check (internal/preflight) makes the same trial and logs its result.
 func chooseSnapshotter(c Config) (string, error) {
 	if c.Snapshotter != "" {
 		return c.Snapshotter, nil
@@ -92,7 +91,7 @@ func chooseSnapshotter(c Config) (string, error) {
 		return s, nil
 	}
 	name := SnapshotterOverlayFS
-	if overlay.Try(c.tempDir(), "overlay") != nil {
+	if mounts.TryOverlay(c.tempDir(), "overlay") != nil {
 		name = SnapshotterNative
 	}
 	return name, atomicfile.Write(c.SnapshotterFile(), []byte(name+"\n"), 0o600)

@@ -1,22 +1,18 @@
-// Package runtime runs the containers of a node: containerd inside our process,
-// the runc shim and runc beside it, the images that were carried in as files,
-// and the registries that images are pulled from.
+// Package runtime runs the containers of a node: containerd inside the kedge process, the runc shim and runc
+// beside it, the images imported from archives, and the registries from which images are pulled.
 //
-// It has two components for internal/lifecycle: Runtime (containerd itself, the
-// pause image included) and Images (the archives in the images folder, imported
-// once and pinned), which comes after Runtime. The functions for the command
-// line (ImportCommand and its sisters, StopAllPods, KillAll) need no component.
+// It has two components for internal/lifecycle: Runtime (containerd itself, with the pause image) and Images
+// (the archives in the images folder, imported once and pinned), which starts after Runtime. The functions for
+// the command line (ImportImages and the like, StopAllPods, KillAll) need no component.
 //
-// It is not a container runtime of its own: pods are made by upstream's CRI
-// plugin, by the shim and by runc, all at the versions in go.mod. It knows
-// nothing of Kubernetes beyond the CRI, nothing of the pod network beyond the two
-// CNI folders it is told, and never talks to an API server.
+// It is not a container runtime of its own: upstream's CRI plugin, shim and runc create the pods, all at the
+// versions in go.mod. It uses no part of Kubernetes except the CRI and no part of the pod network except the
+// two CNI folders in Config, and it never calls an API server.
 //
-// Containers outlive the process. Stopping Runtime leaves every pod running; the
-// next start finds the shims again by their sockets. Only StopAllPods and KillAll
-// end pods.
+// Containers outlive the process. Stopping Runtime leaves every pod running; the next start finds the shims by
+// their sockets. Only StopAllPods and KillAll end pods.
 //
-// Packages agent and main may import it; server, datastore, network and dns must
-// not. Its name shadows the standard library's: a file that needs both imports the
-// standard one as goruntime. See DESIGN.md beside this file.
+// The packages agent, assembly and main may import it; server, datastore, network and dns must not. Its name
+// shadows the standard library's runtime: a file that needs both imports the standard package as goruntime. See
+// DESIGN.md in this folder.
 package runtime

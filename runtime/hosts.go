@@ -5,9 +5,8 @@ import (
 	"strings"
 )
 
-// hostFiles renders hosts.toml for every registry that needs one, by the name of
-// the folder it goes to. address gives the URL under which an endpoint is served
-// with the rewrites of a mirror; it is called only for mirrors that have some.
+// hostFiles renders hosts.toml for every registry that needs one, keyed by folder name. address returns the URL
+// at which rewriter serves an endpoint; it is called only for mirrors with rewrites.
 func hostFiles(r Registries, noDefault bool, address func(mirror, endpoint string) string) map[string]string {
 	registries := map[string]bool{}
 	for host := range r.Mirrors {
@@ -25,7 +24,7 @@ func hostFiles(r Registries, noDefault bool, address func(mirror, endpoint strin
 	return files
 }
 
-// hostFolder is the name containerd looks under: it has no colons.
+// hostFolder returns the folder name under which containerd looks for a host. It has no colons.
 func hostFolder(host string) string {
 	if host == allRegistries {
 		return "_default"
@@ -36,14 +35,14 @@ func hostFolder(host string) string {
 	return host
 }
 
-// hostFile renders one file, or nothing where containerd's defaults would do.
+// hostFile renders one hosts.toml, or returns "" if containerd's defaults are sufficient.
 func hostFile(r Registries, host string, noDefault bool, address func(mirror, endpoint string) string) string {
 	mirror := r.Mirrors[host]
 	lastResort := "" // the registry itself
 	if host != allRegistries {
 		e, err := parseEndpoint(host)
 		if err != nil {
-			return "" // a folder of that name is never looked for
+			return "" // containerd never looks for a folder of that name
 		}
 		lastResort = e.String()
 	}
@@ -58,7 +57,7 @@ func hostFile(r Registries, host string, noDefault bool, address func(mirror, en
 	for _, text := range mirror.Endpoints {
 		e, err := parseEndpoint(text)
 		if err != nil || seen[e.String()] {
-			continue // validate has reported the first, and the second does nothing
+			continue // validate has reported an invalid endpoint; a duplicate has no effect
 		}
 		seen[e.String()] = true
 		if len(mirror.Rewrites) > 0 {
@@ -70,7 +69,7 @@ func hostFile(r Registries, host string, noDefault bool, address func(mirror, en
 
 	last := block{url: lastResort, config: r.configFor(host)}
 	if n := len(blocks); n > 0 && (noDefault || blocks[n-1].url == lastResort) {
-		// containerd always ends with a server: without our saying so, the registry.
+		// containerd always falls back to a server, by default to the registry itself.
 		last, blocks = blocks[n-1], blocks[:n-1]
 	}
 	if len(blocks) == 0 && last.url == lastResort && last.config.TLS == nil {

@@ -14,17 +14,19 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/log"
 	"github.com/containerd/platforms"
 	distribution "github.com/distribution/reference"
 	"github.com/docker/go-units"
+	"github.com/sirupsen/logrus"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// The functions in this file are the commands under "kedge images". They talk to a
-// running node through its socket, and see what its pods see.
+// The functions in this file implement the commands under "kedge images". They connect to the socket of a
+// running node and see the same images as its pods.
 
-// ImportImages imports archives as the images folder does, once: they are pinned,
-// and not imported again after the record of images was lost. "-" is standard input.
+// ImportImages imports archives as the images folder does, but once: the images are pinned, and are not
+// imported again if containerd's database is lost. "-" is standard input. It writes the image names to w.
 func ImportImages(ctx context.Context, socket string, w io.Writer, files []string) error {
 	return withImages(ctx, socket, func(ctx context.Context, client *containerd.Client) error {
 		snapshotter, err := snapshotterOf(ctx, client)
@@ -43,7 +45,7 @@ func ImportImages(ctx context.Context, socket string, w io.Writer, files []strin
 	})
 }
 
-func importNamed(ctx context.Context, client *containerd.Client, snapshotter, file string) ([]string, error) {
+func importNamed(ctx context.Context, client *containerd.Client, snapshotter layers, file string) ([]string, error) {
 	if file == "-" {
 		return importArchive(ctx, client, snapshotter, "stdin", os.Stdin)
 	}
@@ -52,11 +54,18 @@ func importNamed(ctx context.Context, client *containerd.Client, snapshotter, fi
 		return nil, err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if err := snapshotter.fits(filepath.Base(file), info.Size()); err != nil {
+		return nil, err
+	}
 	return importArchive(ctx, client, snapshotter, filepath.Base(file), f)
 }
 
-// ExportImages writes images, as this machine's architecture needs them, to one
-// archive that the images folder of another node and docker load both take.
+// ExportImages writes images for this machine's architecture to an archive that the images folder of another
+// node and docker load can read.
 func ExportImages(ctx context.Context, socket string, to io.Writer, names []string) error {
 	return withImages(ctx, socket, func(ctx context.Context, client *containerd.Client) error {
 		options := []archive.ExportOpt{archive.WithPlatform(platforms.Default()), archive.WithSkipNonDistributableBlobs()}
@@ -71,7 +80,7 @@ func ExportImages(ctx context.Context, socket string, to io.Writer, names []stri
 	})
 }
 
-// ListImages writes a table of the node's images, one line per name.
+// ListImages writes a table of the node's images, with one line per name.
 func ListImages(ctx context.Context, socket string, w io.Writer) error {
 	return withImages(ctx, socket, func(ctx context.Context, client *containerd.Client) error {
 		list, err := cri.NewImageServiceClient(connection(client)).ListImages(ctx, &cri.ListImagesRequest{})
@@ -106,8 +115,8 @@ func ListImages(ctx context.Context, socket string, w io.Writer) error {
 	})
 }
 
-// RemoveImages removes images under all their names. One that came from the images
-// folder comes back at the next start.
+// RemoveImages removes images with all their names. An image from the images folder is imported again at the
+// next start.
 func RemoveImages(ctx context.Context, socket string, w io.Writer, names []string) error {
 	return withImages(ctx, socket, func(ctx context.Context, client *containerd.Client) error {
 		images := cri.NewImageServiceClient(connection(client))
@@ -131,8 +140,7 @@ func RemoveImages(ctx context.Context, socket string, w io.Writer, names []strin
 	})
 }
 
-// PullImages pulls images as the kubelet would, through the registries that are
-// configured and with their credentials.
+// PullImages pulls images like the kubelet, through the configured registries with their credentials.
 func PullImages(ctx context.Context, socket string, w io.Writer, names []string) error {
 	return withImages(ctx, socket, func(ctx context.Context, client *containerd.Client) error {
 		images := cri.NewImageServiceClient(connection(client))
@@ -150,21 +158,32 @@ func PullImages(ctx context.Context, socket string, w io.Writer, names []string)
 }
 
 func withImages(ctx context.Context, socket string, f func(context.Context, *containerd.Client) error) error {
+	// containerd's client logs messages beside the errors that it returns; users need only the errors.
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	ctx = log.WithLogger(ctx, logrus.NewEntry(quiet))
 	return withClient(socket, func(client *containerd.Client) error {
 		return f(namespaces.WithNamespace(ctx, criNamespace), client)
 	})
 }
 
-// snapshotterOf asks a running containerd where it keeps layers.
-func snapshotterOf(ctx context.Context, client *containerd.Client) (string, error) {
+// layers describes where a running containerd stores layers.
+type layers struct {
+	name string // name of the snapshotter
+	dir  string // folder of the snapshotter
+}
+
+// snapshotterOf requests the snapshotter of a running containerd.
+func snapshotterOf(ctx context.Context, client *containerd.Client) (layers, error) {
 	info, err := cri.NewImageServiceClient(connection(client)).ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
 	if err != nil {
-		return "", err
+		return layers{}, err
 	}
 	for _, fs := range info.ImageFilesystems {
-		if name, ok := strings.CutPrefix(filepath.Base(fs.GetFsId().GetMountpoint()), "io.containerd.snapshotter.v1."); ok {
-			return name, nil
+		dir := fs.GetFsId().GetMountpoint()
+		if name, ok := strings.CutPrefix(filepath.Base(dir), "io.containerd.snapshotter.v1."); ok {
+			return layers{name, dir}, nil
 		}
 	}
-	return "", errors.New("containerd does not say where it keeps layers")
+	return layers{}, errors.New("containerd reported no folder for layers")
 }

@@ -20,9 +20,8 @@ import (
 	"kedge/internal/mounts"
 )
 
-// StopAllPods stops and removes every pod through the CRI, with the time each is
-// given to end, while the kedge process runs. The kubelet must not be running, or
-// it starts them again.
+// StopAllPods stops and removes every pod through the CRI, with each pod's grace period, while the kedge
+// process runs. The kubelet must not be running, or it starts the pods again.
 func StopAllPods(ctx context.Context, socket string) error {
 	return withClient(socket, func(client *containerd.Client) error {
 		pods := cri.NewRuntimeServiceClient(connection(client))
@@ -51,10 +50,9 @@ func StopAllPods(ctx context.Context, socket string) error {
 	})
 }
 
-// KillAll ends every container and shim of this node at once, without containerd
-// and while no kedge process runs, and removes their mounts and what they left under
-// RunDir. Images stay. The network's share (rules, links, addresses) and the kubelet's
-// cgroups are not its business. It may be called again after it was interrupted.
+// KillAll kills every container and shim of this node, without containerd and while no kedge process runs, and
+// removes their mounts and their files under RunDir. Images stay. It does not touch the network's rules, links
+// and addresses, nor the kubelet's cgroups. It may be called again after an interruption.
 func KillAll(ctx context.Context, c Config, log *slog.Logger) error {
 	unlock, err := lockNode(c)
 	if err != nil {
@@ -65,6 +63,14 @@ func KillAll(ctx context.Context, c Config, log *slog.Logger) error {
 }
 
 func killAll(ctx context.Context, c Config, log *slog.Logger) error {
+	// runc has no record of containers whose run directory was removed.
+	strays, err := straysOf(c)
+	if err == nil {
+		err = killTrees(strays)
+	}
+	if err != nil {
+		return fmt.Errorf("end containers without a record: %w", err)
+	}
 	shims, err := killShims(c)
 	if err != nil {
 		return fmt.Errorf("end shims: %w", err)
@@ -78,33 +84,59 @@ func killAll(ctx context.Context, c Config, log *slog.Logger) error {
 			return err
 		}
 	}
-	log.Info("ended all pods", "shims", shims, "containers", containers)
+	log.Info("ended all pods", "shims", shims+len(strays), "containers", containers)
 	return errors.Join(os.RemoveAll(c.state()), emptyDir(c.shimSocketDir()), os.RemoveAll(c.runcRoot()), os.RemoveAll(c.cniCache()))
 }
 
-// killShims ends the processes that run a shim unpacked by this node. A process
-// that takes over a number between being looked at and being killed is safe: the
-// handle is to the process, and is looked at after it is held.
-func killShims(c Config) (int, error) {
+// shimsOf returns the PIDs of the shims that this node has unpacked.
+func shimsOf(c Config) ([]int, error) {
 	programs, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return nil, err
+	}
+	var shims []int
+	for _, exe := range programs {
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(exe)))
+		if err == nil && isShim(c, pid) {
+			shims = append(shims, pid)
+		}
+	}
+	return shims, nil
+}
+
+func isShim(c Config, pid int) bool {
+	target, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	return err == nil && strings.HasPrefix(target, c.payloadRoot()+"/") && strings.Contains(filepath.Base(target), programShim) && hasOurRoot(pid)
+}
+
+// hasOurRoot reports whether paths of a process mean what they mean to us. The shims of nodes in containers, and in machines
+// of throwaway clusters, are at the same path below another root.
+func hasOurRoot(pid int) bool {
+	ours, err := os.Stat("/")
+	if err != nil {
+		return false
+	}
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/root", pid))
+	return err == nil && os.SameFile(ours, theirs)
+}
+
+// killShims kills the shims of this node and returns their number. A process that reuses a PID is safe: the
+// pidfd refers to one process, and isShim is called after the pidfd was opened.
+func killShims(c Config) (int, error) {
+	shims, err := shimsOf(c)
 	if err != nil {
 		return 0, err
 	}
 	killed := 0
-	for _, exe := range programs {
-		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(exe)))
-		if err != nil {
-			continue
-		}
+	for _, pid := range shims {
 		handle, err := unix.PidfdOpen(pid, 0)
 		if err != nil {
-			continue // gone meanwhile
+			continue // it has exited meanwhile
 		}
-		target, err := os.Readlink(exe)
-		if err == nil && strings.HasPrefix(target, c.payloadRoot()+"/") && strings.Contains(filepath.Base(target), programShim) {
+		if isShim(c, pid) {
 			if err := unix.PidfdSendSignal(handle, unix.SIGKILL, nil, 0); err == nil {
 				killed++
-				waitEnd(handle, 10*time.Second)
+				waitExit(handle, 10*time.Second)
 			}
 		}
 		unix.Close(handle)
@@ -112,8 +144,8 @@ func killShims(c Config) (int, error) {
 	return killed, nil
 }
 
-// waitEnd returns when the process behind a pidfd has ended, or after limit.
-func waitEnd(pidfd int, limit time.Duration) {
+// waitExit returns when the process of a pidfd has exited, or after limit.
+func waitExit(pidfd int, limit time.Duration) {
 	deadline := time.Now().Add(limit)
 	for {
 		left := time.Until(deadline)
@@ -127,8 +159,8 @@ func waitEnd(pidfd int, limit time.Duration) {
 	}
 }
 
-// deleteContainers lets runc end every container it has a record of: it knows their
-// cgroups, and so finds processes that left their parent.
+// deleteContainers makes runc kill and delete every container of which it has a record. runc knows the cgroups
+// of the containers, and so finds processes that left their parent.
 func deleteContainers(ctx context.Context, c Config) (int, error) {
 	records, err := filepath.Glob(filepath.Join(c.runcRoot(), "*", "*", "state.json"))
 	if err != nil || len(records) == 0 {
@@ -144,7 +176,7 @@ func deleteContainers(ctx context.Context, c Config) (int, error) {
 	}
 	errs := make([]error, len(records))
 	var group errgroup.Group
-	group.SetLimit(8) // each waits for its processes to be gone, hardly working
+	group.SetLimit(8) // each mostly waits for its processes to exit
 	for i, record := range records {
 		group.Go(func() error {
 			dir := filepath.Dir(record)

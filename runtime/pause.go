@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// criNamespace is where the CRI keeps everything it knows.
+	// criNamespace is containerd's namespace for all objects of the CRI.
 	criNamespace = "k8s.io"
 
 	pauseRepository = "kedge.local/pause"
@@ -30,14 +30,14 @@ const (
 	labelPinned  = "io.cri-containerd.pinned"
 )
 
-// importedLabels mark an image as known to the CRI and safe from the kubelet's
-// garbage collection: what was carried in as a file may not be pullable again.
+// importedLabels mark an image as managed by the CRI and protect it from the kubelet's garbage collection: an
+// imported image may not be in any registry.
 func importedLabels() map[string]string {
 	return map[string]string{labelManaged: "managed", labelPinned: "pinned"}
 }
 
-// pauseImage is the image of the process that holds a pod's namespaces, made here
-// from the program in the payload.
+// pauseImage is the image of the process that holds a pod's namespaces, built at run time from the program in
+// the payload.
 type pauseImage struct {
 	name     string
 	manifest v1.Descriptor
@@ -47,10 +47,10 @@ type pauseImage struct {
 type pauseBlob struct {
 	desc v1.Descriptor
 	data []byte
-	refs []digest.Digest // what this blob keeps alive
+	refs []digest.Digest // blobs that the garbage collector keeps because of this blob
 }
 
-// newPauseImage is a pure function of the program: equal bytes, equal name.
+// newPauseImage builds the image from a program. The same program always gives the same name.
 func newPauseImage(program []byte) (*pauseImage, error) {
 	var layer bytes.Buffer
 	tw := tar.NewWriter(&layer)
@@ -95,8 +95,8 @@ func (p *pauseImage) add(mediaType string, data []byte, refs ...digest.Digest) v
 	return desc
 }
 
-// ensure makes the image present, unpacked and pinned, and forgets the pause
-// images of other versions. Sandboxes that run keep their own layers.
+// ensure creates the image, unpacked and pinned, and removes the pause images of other versions. Running
+// sandboxes keep their layers.
 func (p *pauseImage) ensure(ctx context.Context, client *containerd.Client, snapshotter string) error {
 	ctx, done, err := client.WithLease(ctx)
 	if err != nil {
@@ -137,7 +137,7 @@ func (p *pauseImage) ensure(ctx context.Context, client *containerd.Client, snap
 	return nil
 }
 
-// putImage creates the name or moves it to a new target.
+// putImage creates an image or updates its target and labels.
 func putImage(ctx context.Context, client *containerd.Client, img images.Image) error {
 	_, err := client.ImageService().Update(ctx, img, "target", "labels")
 	if errdefs.IsNotFound(err) {

@@ -20,21 +20,20 @@ import (
 	"kedge/internal/atomicfile"
 )
 
-// Programs that travel inside the executable.
+// Programs that are embedded in the executable.
 const (
 	programShim  = "containerd-shim-runc-v2"
 	programRunc  = "runc"
 	programPause = "pause"
 )
 
-// ErrNoPayload means that the executable was linked before the programs it should
-// carry were built.
+// ErrNoPayload is returned if the executable was linked before the embedded programs were built.
 var ErrNoPayload = errors.New("built without its runtime payload; run make build")
 
-// payload is what scripts/build-payload.sh left for one architecture.
+// payload contains the programs that scripts/build-payload.sh built for one architecture.
 type payload struct {
 	files   fs.FS
-	hash    string // of all programs, short; names the folder they are unpacked to
+	hash    string // short hash of all programs; it names the folder to which they are unpacked
 	entries []payloadEntry
 }
 
@@ -44,7 +43,7 @@ type payloadEntry struct {
 	SHA256 string `json:"sha256"`
 }
 
-// embeddedPayload opens what is linked into this executable.
+// embeddedPayload opens the payload of this executable.
 func embeddedPayload() (*payload, error) {
 	files, err := fs.Sub(payloadFiles, path.Join("payload", goruntime.GOARCH))
 	if err != nil {
@@ -64,7 +63,7 @@ func openPayload(files fs.FS) (*payload, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(manifest.Bytes(), &p.entries); err != nil {
-		return nil, fmt.Errorf("runtime payload's manifest: %w", err)
+		return nil, fmt.Errorf("read the manifest of the runtime payload: %w", err)
 	}
 	for _, name := range []string{programShim, programRunc, programPause} {
 		if _, err := p.entry(name); err != nil {
@@ -85,8 +84,8 @@ func (p *payload) entry(name string) (payloadEntry, error) {
 	return payloadEntry{}, fmt.Errorf("runtime payload lacks %s; run make build", name)
 }
 
-// decompress writes one file of the payload to w, a little at a time: a node that
-// starts with 128 MB has none to spare for two programs.
+// decompress writes one file of the payload to w as a stream: a node with 128 MB of memory cannot hold both
+// programs.
 func (p *payload) decompress(w io.Writer, name string) error {
 	packed, err := p.files.Open(name + ".zst")
 	if err != nil {
@@ -120,9 +119,8 @@ func (p *payload) program(w io.Writer, name string) error {
 	return nil
 }
 
-// unpack puts shim and runc into root/<hash>, complete or not at all, and returns
-// that folder. What is there already is used only if its hashes are right: a disk
-// that lost power may hold a file of the right name and nothing in it.
+// unpack writes shim and runc to root/<hash>, completely or not at all, and returns that folder. An existing
+// folder is used only if its hashes are correct: after a power failure a file may be empty.
 func (p *payload) unpack(root string) (string, error) {
 	dir := filepath.Join(root, p.hash)
 	if p.verify(dir) == nil {
@@ -148,8 +146,7 @@ func (p *payload) unpack(root string) (string, error) {
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return "", err
 	}
-	// Running programs keep their inodes, so a damaged folder may go even while a
-	// shim of it runs.
+	// Running programs keep their inodes, so a damaged folder can be removed even while a shim from it runs.
 	if err := os.RemoveAll(dir); err != nil {
 		return "", err
 	}
@@ -175,14 +172,14 @@ func (p *payload) verify(dir string) error {
 			return err
 		}
 		if hex.EncodeToString(sum.Sum(nil)) != e.SHA256 {
-			return fmt.Errorf("%s differs from what was unpacked", filepath.Join(dir, name))
+			return fmt.Errorf("%s differs from the embedded program", filepath.Join(dir, name))
 		}
 	}
 	return nil
 }
 
-// prunePayloads removes the programs of earlier versions, except those that a
-// process still runs, that a bundle under state will call again, and keep itself.
+// prunePayloads removes the folders of other payloads, except keep and those whose programs a process runs or a
+// bundle under state refers to.
 func prunePayloads(root, keep, state string) error {
 	entries, err := os.ReadDir(root)
 	if err != nil {
@@ -221,7 +218,7 @@ func prunePayloads(root, keep, state string) error {
 	return errors.Join(errs...)
 }
 
-// writeFileSync writes a file that is on the disk, not only in memory, when it returns.
+// writeFileSync writes a file and syncs it to disk.
 func writeFileSync(name string, data []byte, mode os.FileMode) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
 	if err != nil {

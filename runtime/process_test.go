@@ -26,25 +26,6 @@ import (
 // stopping, killing and starting again are done to a real process.
 const childEnv = "KEDGE_TEST_RUNTIME_CONFIG"
 
-func TestMain(m *testing.M) {
-	if os.Getenv("CNI_COMMAND") != "" {
-		if err := testPlugin(); err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	if text := os.Getenv(childEnv); text != "" {
-		os.Unsetenv(childEnv)
-		if err := child(text); err != nil {
-			fmt.Println("failed:", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
 func child(text string) error {
 	var cfg Config
 	if err := json.Unmarshal([]byte(text), &cfg); err != nil {
@@ -54,24 +35,42 @@ func child(text string) error {
 	defer stop()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	r, images := New(cfg, log), NewImages(cfg, log)
-	ended := make(chan error, 2)
-	go func() {
-		ended <- r.Run(ctx, func() {
-			fmt.Println("ready")
-			go func() { ended <- images.Run(ctx, func() { fmt.Println("imported") }) }()
-		})
-	}()
-	select {
-	case err := <-ended:
-		if ctx.Err() == nil {
-			return errors.Join(err, errors.New("ended early"))
-		}
-	case <-ctx.Done():
-		if err := <-ended; err != nil {
+	for {
+		err := serve(ctx, r, images)
+		if ctx.Err() != nil {
 			return err
 		}
+		// It is started again in the same process, as kedge does.
+		fmt.Println("failed:", err)
 	}
-	return <-ended
+}
+
+// serve runs both until ctx ends or one of them fails.
+func serve(ctx context.Context, r *Runtime, images *Images) error {
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 2)
+	running := 1
+	ready := make(chan struct{})
+	go func() { ended <- r.Run(ctx, func() { close(ready) }) }()
+	var errs []error
+	for running > 0 {
+		select {
+		case <-ready:
+			ready = nil
+			running++
+			fmt.Println("ready")
+			go func() { ended <- images.Run(ctx, func() { fmt.Println("imported") }) }()
+		case err := <-ended:
+			running--
+			if err == nil && ctx.Err() == nil {
+				err = errors.New("ended early")
+			}
+			errs = append(errs, err)
+			cancel()
+		}
+	}
+	cancel()
+	return errors.Join(errs...)
 }
 
 // node is a directory pair and, between start and stop, a process that serves it.

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -14,13 +15,15 @@ import (
 	"net/http/httptest"
 	"os"
 	"path"
+	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"kedge/internal/pki"
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 // testRegistry serves the images of an OCI archive under the repository proxied/tool
@@ -39,7 +42,7 @@ type testRegistry struct {
 func newTestRegistry(t *testing.T) (*testRegistry, string) {
 	t.Helper()
 	var archive bytes.Buffer
-	if err := testimage.Archive(&archive, testimage.OCI, testimage.BusyboxImage(t, "tool:v1")); err != nil {
+	if err := image.Archive(&archive, image.OCI, image.BusyboxImage(t, "tool:v1")); err != nil {
 		t.Fatal(err)
 	}
 	r := &testRegistry{blobs: map[string][]byte{}}
@@ -212,4 +215,54 @@ configs:
 		t.Error("the password is in the log")
 	}
 	n.stop()
+}
+
+// TestFetchAndReadArchive read an image into a folder, as for a bundle: from a registry that a mirror with rewrites and
+// credentials stands for, and from archives.
+func TestFetchAndReadArchive(t *testing.T) {
+	r, address := newTestRegistry(t)
+	file := filepath.Join(t.TempDir(), "registries.yaml")
+	text := fmt.Sprintf("mirrors:\n  registry.example.com:\n    endpoint: [http://%s]\n    rewrite: {\"^(.*)$\": \"proxied/$1\"}\nconfigs:\n  %q: {auth: {username: robot, password: hidden}}\n", address, address)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	img, err := FetchImage(t.Context(), file, "registry.example.com/tool:v1", []string{goruntime.GOARCH}, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if img.Name != "registry.example.com/tool:v1" || img.Target.Digest.String() != r.manifest.Digest {
+		t.Errorf("%+v", img)
+	}
+	present := func(dir string, from map[string][]byte) (n int) {
+		for d := range from {
+			if _, err := os.Stat(filepath.Join(dir, "blobs", "sha256", strings.TrimPrefix(d, "sha256:"))); err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	if n := present(dir, r.blobs); n < 3 { // manifest, configuration, layer
+		t.Errorf("%d blobs are there", n)
+	}
+	if _, err := FetchImage(t.Context(), "", "localhost:1/tool:v1", nil, t.TempDir()); err == nil || !strings.Contains(err.Error(), "pull localhost:1/tool:v1: ") {
+		t.Errorf("a registry that is away: %v", err)
+	}
+
+	var archive bytes.Buffer
+	if err := image.Archive(&archive, image.Docker, image.BusyboxImage(t, "tool:v2")); err != nil {
+		t.Fatal(err)
+	}
+	joined := append(bytes.Clone(archive.Bytes()), archive.Bytes()...)
+	found, err := ReadArchive(t.Context(), "a.tar", bytes.NewReader(joined), t.TempDir())
+	if err != nil || len(found) != 2 || found[0].Name != "docker.io/library/tool:v2" {
+		t.Errorf("%+v, %v", found, err)
+	}
+	for name, data := range map[string][]byte{"cut.tar": archive.Bytes()[:archive.Len()/2], "text.tar": []byte(strings.Repeat("text", 1000)), "a.tar.xz": []byte("\xfd7zXZ\x00 and more")} {
+		_, err := ReadArchive(t.Context(), name, bytes.NewReader(data), t.TempDir())
+		var about *archiveError
+		if !errors.As(err, &about) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }

@@ -16,31 +16,30 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// allRegistries is the key in registries.yaml that stands for every registry
-// without a key of its own.
+// allRegistries is the key in registries.yaml for every registry without a key of its own.
 const allRegistries = "*"
 
-// Registries is registries.yaml, field by field as k3s defined it.
+// Registries is the content of registries.yaml, with the fields that k3s has defined.
 type Registries struct {
 	Mirrors map[string]Mirror         `json:"mirrors,omitempty"`
 	Configs map[string]RegistryConfig `json:"configs,omitempty"`
 }
 
-// Mirror says where to look, in order, for the images of one registry.
+// Mirror lists the endpoints for the images of one registry, in the order in which they are tried.
 type Mirror struct {
 	Endpoints []string `json:"endpoint,omitempty"`
-	// Rewrites change the repository's name for the endpoints, not for the registry
-	// itself: from a regular expression to its replacement, with $1 for groups.
+	// Rewrites maps regular expressions to replacements for the repository name, with $1 for groups. They apply
+	// to the endpoints, not to the registry itself.
 	Rewrites map[string]string `json:"rewrite,omitempty"`
 }
 
-// RegistryConfig is how to talk to one host: a registry or an endpoint.
+// RegistryConfig has the credentials and TLS settings for one host: a registry or an endpoint.
 type RegistryConfig struct {
 	Auth *RegistryAuth `json:"auth,omitempty"`
 	TLS  *RegistryTLS  `json:"tls,omitempty"`
 }
 
-// RegistryAuth is a name and password, or "name:password" in base64, or a token.
+// RegistryAuth has a user name and password, or "name:password" in base64, or a token.
 type RegistryAuth struct {
 	Username      string `json:"username,omitempty"`
 	Password      secret `json:"password,omitempty"`
@@ -48,7 +47,7 @@ type RegistryAuth struct {
 	IdentityToken secret `json:"identity_token,omitempty"`
 }
 
-// RegistryTLS names files that must be readable when an image is pulled.
+// RegistryTLS has the paths of files that must be readable when an image is pulled.
 type RegistryTLS struct {
 	CAFile             string `json:"ca_file,omitempty"`
 	CertFile           string `json:"cert_file,omitempty"`
@@ -56,7 +55,7 @@ type RegistryTLS struct {
 	InsecureSkipVerify bool   `json:"insecure_skip_verify,omitempty"`
 }
 
-// secret is a text that no log line shows.
+// secret is a string that is never logged.
 type secret string
 
 func (secret) String() string                 { return "***" }
@@ -64,7 +63,7 @@ func (secret) GoString() string               { return "***" }
 func (secret) LogValue() slog.Value           { return slog.StringValue("***") }
 func (s secret) MarshalText() ([]byte, error) { return []byte("***"), nil }
 
-// LoadRegistries reads registries.yaml. No file means no registries.
+// LoadRegistries reads registries.yaml. A missing file means that no registries are configured.
 func LoadRegistries(name string) (Registries, error) {
 	if name == "" {
 		return Registries{}, nil
@@ -83,12 +82,12 @@ func LoadRegistries(name string) (Registries, error) {
 	return r, nil
 }
 
-// ParseRegistries reads the text of a registries.yaml and reports all that is wrong
-// with it, misspelt keys included: a mirror that is silently not used is found late.
+// ParseRegistries parses the text of a registries.yaml and reports all its errors, including unknown keys: a
+// mirror that is silently ignored is hard to notice.
 func ParseRegistries(data []byte) (Registries, error) {
 	var r Registries
 	if err := yaml.UnmarshalStrict(data, &r); err != nil {
-		// The parser's own way to it is nothing to the reader.
+		// The prefixes of the parser do not help the user.
 		what := strings.TrimPrefix(err.Error(), "error unmarshaling JSON: while decoding JSON: ")
 		return Registries{}, errors.New(strings.TrimPrefix(what, "json: "))
 	}
@@ -118,8 +117,8 @@ func (r Registries) validate() error {
 	return errors.Join(errs...)
 }
 
-// configFor returns what is configured for a host, under the name that users know
-// it by or the one that is connected to, which differ for docker.io.
+// configFor returns the configuration for a host. For docker.io the name in registries.yaml and the host of the
+// connection differ; both are accepted.
 func (r Registries) configFor(host string) RegistryConfig {
 	if known, _ := docker.DefaultHost(host); known != host {
 		if c, ok := r.Configs[known]; ok {
@@ -138,8 +137,8 @@ func (r Registries) configFor(host string) RegistryConfig {
 	return r.Configs[allRegistries]
 }
 
-// auths is the credentials as containerd's CRI takes them, by the host that is
-// connected to. Those of "*" cannot be expressed: it looks hosts up exactly.
+// auths returns the credentials in the form of containerd's CRI configuration, by the host of the connection.
+// Credentials of "*" cannot be expressed there, because containerd looks up hosts exactly.
 func (r Registries) auths() map[string]table {
 	out := map[string]table{}
 	for host, c := range r.Configs {
@@ -154,7 +153,7 @@ func (r Registries) auths() map[string]table {
 			"identitytoken": string(c.Auth.IdentityToken),
 		}
 	}
-	// A mirror's endpoint may be covered by "*" only.
+	// Credentials under "*" apply to endpoints of mirrors without credentials of their own.
 	if all, ok := r.Configs[allRegistries]; ok && all.Auth != nil {
 		for _, m := range r.Mirrors {
 			for _, e := range m.Endpoints {
@@ -174,15 +173,15 @@ func (r Registries) auths() map[string]table {
 	return out
 }
 
-// endpoint is one address that images may be pulled from.
+// endpoint is an address from which images may be pulled.
 type endpoint struct {
 	*url.URL
-	// overridePath says that the path is the whole of it, and not to be followed by /v2.
+	// overridePath means that the path is complete, so that /v2 is not appended.
 	overridePath bool
 }
 
-// parseEndpoint completes an address as containerd does: https, except for the
-// machine itself on an unusual port, and /v2 unless there is another path.
+// parseEndpoint completes an address as containerd does: the scheme is https, except for localhost with a port
+// other than 443, and the path is /v2 unless another path is given.
 func parseEndpoint(text string) (endpoint, error) {
 	full := text
 	if !strings.Contains(full, "://") {
@@ -193,7 +192,7 @@ func parseEndpoint(text string) (endpoint, error) {
 		return endpoint{}, fmt.Errorf("endpoint %q: %w", text, err)
 	}
 	if u.Host == "" || (u.Scheme != "" && u.Scheme != "http" && u.Scheme != "https") {
-		return endpoint{}, fmt.Errorf("endpoint %q is not an address like https://registry.example.com:5000", text)
+		return endpoint{}, fmt.Errorf("endpoint %q is not a URL like https://registry.example.com:5000", text)
 	}
 	if u.Scheme == "" {
 		u.Scheme = "https"
@@ -211,9 +210,8 @@ func parseEndpoint(text string) (endpoint, error) {
 	return endpoint{URL: u, overridePath: true}, nil
 }
 
-// applyRegistries writes what containerd reads when it pulls: one hosts.toml per
-// registry. Whatever was there is replaced. Rewrites need the returned helper for
-// as long as images are pulled.
+// applyRegistries writes the files that containerd reads when it pulls: one hosts.toml per registry. It
+// replaces the previous files. The returned rewriter must stay open as long as images are pulled.
 func (r *Runtime) applyRegistries(reg Registries) (*rewriter, error) {
 	dir := r.cfg.certsDir()
 	if err := os.RemoveAll(dir); err != nil {
@@ -226,22 +224,29 @@ func (r *Runtime) applyRegistries(reg Registries) (*rewriter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("serve registry rewrites: %w", err)
 	}
-	for host, text := range hostFiles(reg, r.cfg.DisableDefaultRegistryEndpoint, rw.address) {
-		sub := filepath.Join(dir, host)
-		err := os.MkdirAll(sub, 0o700)
-		if err == nil {
-			// The address of a rewritten endpoint is a secret; see rewriter.
-			err = os.WriteFile(filepath.Join(sub, "hosts.toml"), []byte(text), 0o600)
-		}
-		if err != nil {
-			rw.close()
-			return nil, err
-		}
+	if err := writeHosts(dir, reg, r.cfg.DisableDefaultRegistryEndpoint, rw.address); err != nil {
+		rw.close()
+		return nil, err
 	}
 	if n := len(reg.Mirrors) + len(reg.Configs); n > 0 {
 		r.log.Info("registries configured", keyPath, r.cfg.RegistriesFile, "mirrors", sortedKeys(reg.Mirrors), "configs", sortedKeys(reg.Configs))
 	}
 	return rw, nil
+}
+
+// writeHosts writes a hosts.toml for each registry that needs one into a folder.
+func writeHosts(dir string, reg Registries, noDefault bool, address func(mirror, endpoint string) string) error {
+	for host, text := range hostFiles(reg, noDefault, address) {
+		sub := filepath.Join(dir, host)
+		if err := os.MkdirAll(sub, 0o700); err != nil {
+			return err
+		}
+		// The address of a rewritten endpoint is a secret; see rewriter.
+		if err := os.WriteFile(filepath.Join(sub, "hosts.toml"), []byte(text), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func sortedKeys[V any](m map[string]V) []string {

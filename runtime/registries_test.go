@@ -62,7 +62,7 @@ func TestParseRegistriesErrors(t *testing.T) {
 	for _, c := range []struct{ name, text, want string }{
 		{"misspelt key", "mirrors:\n  a.example:\n    endpoints: [b]\n", `unknown field "endpoints"`},
 		{"bad rewrite", "mirrors:\n  a.example:\n    rewrite: {'(': x}\n", "mirror a.example: rewrite: error parsing regexp"},
-		{"not an address", "mirrors:\n  a.example:\n    endpoint: ['ftp://b']\n", `endpoint "ftp://b" is not an address`},
+		{"not an address", "mirrors:\n  a.example:\n    endpoint: ['ftp://b']\n", `endpoint "ftp://b" is not a URL`},
 		{"half a pair", "configs:\n  a.example:\n    tls: {cert_file: /a}\n", "config a.example: cert_file and key_file"},
 		{"not YAML", "mirrors: [", "yaml"},
 	} {

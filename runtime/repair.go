@@ -9,17 +9,19 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/google/uuid"
+
 	"kedge/internal/atomicfile"
 )
 
-// repairDatabases makes sure that containerd can open its databases. One that is
-// damaged is set aside, and with it goes everything that only it could name: the
-// layers and blobs, and the pods, which nobody could stop any more otherwise. Images
-// from the images folder are imported again, others are pulled again.
+// repairDatabases makes sure that containerd can open its databases. It sets a damaged database aside and gives
+// up all data that depends on it: the layers, and the pods, which could no longer be stopped. The blobs are set
+// aside too; Images restores the images from them when containerd runs.
 func repairDatabases(ctx context.Context, c Config, log *slog.Logger) error {
 	if err := checkDatabase(mountsDatabase(c)); err != nil {
 		log.Warn("mount database is damaged, starting with an empty one", keyPath, mountsDatabase(c), keyError, err)
@@ -27,9 +29,18 @@ func repairDatabases(ctx context.Context, c Config, log *slog.Logger) error {
 			return err
 		}
 	}
+	if err := repairName(c, log); err != nil {
+		return err
+	}
 	var damaged []string
 	for _, name := range databases(c) {
 		if err := checkDatabase(name); err != nil {
+			log.Error("containerd's database is damaged", keyPath, name, keyError, err)
+			damaged = append(damaged, name)
+		}
+	}
+	if len(damaged) == 0 { // checkContents reads only databases that passed checkDatabase
+		if name, err := checkContents(ctx, c); err != nil {
 			log.Error("containerd's database is damaged", keyPath, name, keyError, err)
 			damaged = append(damaged, name)
 		}
@@ -39,21 +50,24 @@ func repairDatabases(ctx context.Context, c Config, log *slog.Logger) error {
 	}
 
 	aside := filepath.Join(c.DataDir, "containerd-damaged-"+time.Now().UTC().Format("20060102T150405.000Z"))
-	log.Error("pods of this node are ended and its images fetched again, because the record of them is damaged", "kept_for_study", aside)
+	log.Error("all pods of this node are killed and its images restored, because of the damaged database", "kept_for_study", aside)
 	if err := killAll(ctx, c, log); err != nil {
-		return fmt.Errorf("end the pods of a damaged record: %w", err)
+		return fmt.Errorf("kill the pods of a damaged database: %w", err)
 	}
 	if err := os.MkdirAll(aside, 0o700); err != nil {
 		return err
 	}
 	for _, name := range damaged {
 		to := filepath.Join(aside, filepath.Base(filepath.Dir(name))+"-"+filepath.Base(name))
-		if err := os.Link(name, to); err != nil {
+		if err := os.Link(name, to); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	// The names go first. Whatever is then left when the power goes is either
-	// collected, as nothing refers to it, or found damaged again.
+	if err := keepBlobs(c, aside); err != nil {
+		return err
+	}
+	// The metadata database goes first. After a power failure the rest is either garbage, because nothing
+	// refers to it, or found damaged again.
 	if err := os.Remove(databases(c)[0]); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -63,7 +77,25 @@ func repairDatabases(ctx context.Context, c Config, log *slog.Logger) error {
 	return emptyRoot(c)
 }
 
-// emptyRoot removes all that containerd keeps, but for our own small files.
+// repairName removes containerd's UUID file if it is damaged: containerd creates a new file if it is missing,
+// and refuses all requests of the kubelet if it is damaged.
+func repairName(c Config, log *slog.Logger) error {
+	file := filepath.Join(c.root(), "io.containerd.grpc.v1.introspection", "uuid")
+	text, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := uuid.Validate(strings.TrimSpace(string(text))); err == nil {
+		return nil
+	}
+	log.Warn("containerd's UUID file is damaged and is created again", keyPath, file)
+	return os.Remove(file)
+}
+
+// emptyRoot removes all folders of containerd's data except the temporary folder, and keeps kedge's own files.
 func emptyRoot(c Config) error {
 	entries, err := os.ReadDir(c.root())
 	if err != nil {
@@ -78,9 +110,9 @@ func emptyRoot(c Config) error {
 	return errors.Join(append(errs, atomicfile.SyncDir(c.root()))...)
 }
 
-// checkDatabase reads all of a bolt file, or reports that there is none to read.
-// Opening a damaged one the usual way would end the process: bolt panics in
-// goroutines of its own, and reading past the end of a mapped file is a signal.
+// checkDatabase reads a whole bolt database and returns its fault; a missing file is no fault. Opening a
+// damaged database in the usual way would end the process: bolt panics in its own goroutines, and reading
+// beyond the end of a mapped file raises a signal.
 func checkDatabase(name string) (err error) {
 	info, err := os.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -92,14 +124,14 @@ func checkDatabase(name string) (err error) {
 	if info.Size() == 0 {
 		return errors.New("file is empty")
 	}
-	// Both hold for this goroutine alone, so everything is read on it.
+	// SetPanicOnFault and recover work for this goroutine only, so all reads happen on it.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("file is not whole: %v", p)
+			err = fmt.Errorf("file is damaged: %v", p)
 		}
 	}()
-	// Read-only: does not load the list of free pages, which bolt would do elsewhere.
+	// bolt would read the list of free pages in another goroutine; in read-only mode it does not.
 	db, err := bolt.Open(name, 0o600, &bolt.Options{ReadOnly: true, Timeout: 10 * time.Second})
 	if err != nil {
 		return err
@@ -114,7 +146,7 @@ func checkDatabase(name string) (err error) {
 }
 
 func readBucket(b *bolt.Bucket) error {
-	var sum byte // reading is the point: a page that is missing shows when touched
+	var sum byte // the sum is unused: reading touches every page, so that a missing page is found
 	return b.ForEach(func(k, v []byte) error {
 		for _, c := range k {
 			sum ^= c

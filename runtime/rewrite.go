@@ -22,20 +22,18 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 )
 
-// rewriter serves the endpoints of mirrors that rename repositories. containerd has
-// no such setting (k3s changes containerd for it), so that hosts.toml points to this
-// server, which asks the endpoint under the other name, with the endpoint's TLS
-// settings and credentials.
+// rewriter serves the endpoints of mirrors with rewrites. containerd has no such setting (k3s patches
+// containerd for it), so hosts.toml refers to this server, which forwards requests to the endpoint under the
+// rewritten name, with the endpoint's TLS settings and credentials.
 //
-// It listens on the loopback address only, and only if some mirror has rewrites.
-// Every path begins with a secret that is new at each start and is written nowhere
-// but to hosts.toml, which root alone can read: else any process of the machine
-// could pull with the node's credentials.
+// It listens on the loopback address, and only if a mirror has rewrites. Every path begins with a secret that
+// is new at each start and is written only to hosts.toml, which only root can read: otherwise every process of
+// the machine could pull with the node's credentials.
 type rewriter struct {
 	registries Registries
 	log        *slog.Logger
 
-	listener net.Listener // nil if nothing is rewritten
+	listener net.Listener // nil if no mirror has rewrites
 	server   *http.Server
 	secret   string
 
@@ -86,7 +84,7 @@ func (w *rewriter) close() {
 	}
 }
 
-// address registers one endpoint of a mirror and returns where it is served.
+// address registers one endpoint of a mirror and returns the URL at which it is served.
 func (w *rewriter) address(mirror, text string) string {
 	e, err := parseEndpoint(text)
 	if err != nil || w.listener == nil {
@@ -100,8 +98,8 @@ func (w *rewriter) address(mirror, text string) string {
 	}
 	transport := docker.DefaultHTTPTransport(&tls.Config{})
 	if err := config.TLS.apply(transport.TLSClientConfig); err != nil {
-		// The file may be there by the time of the next start; pulls say what is wrong.
-		w.log.Warn("TLS settings of a registry endpoint cannot be used", "endpoint", e.String(), keyError, err)
+		// The file may exist at the next start; until then pulls report the error.
+		w.log.Warn("the TLS settings of a registry endpoint cannot be used", "endpoint", e.String(), keyError, err)
 	}
 	re.client = &http.Client{Transport: transport}
 	re.authorizer = docker.NewDockerAuthorizer(
@@ -119,7 +117,7 @@ func (w *rewriter) address(mirror, text string) string {
 // serve answers /SECRET/INDEX/REPOSITORY/KIND/REFERENCE.
 func (w *rewriter) serve(rw http.ResponseWriter, req *http.Request) {
 	if req.Method != http.MethodGet && req.Method != http.MethodHead {
-		http.Error(rw, "mirrors are read only", http.StatusMethodNotAllowed)
+		http.Error(rw, "mirrors are read-only", http.StatusMethodNotAllowed)
 		return
 	}
 	parts := strings.SplitN(strings.TrimPrefix(req.URL.Path, "/"), "/", 3)
@@ -144,7 +142,7 @@ func (w *rewriter) serve(rw http.ResponseWriter, req *http.Request) {
 	}
 	renamed := e.rename(repository)
 	w.log.Debug("rewrote repository", "from", repository, "to", renamed, "endpoint", e.Host)
-	resp, err := e.ask(req, renamed, rest)
+	resp, err := e.forward(req, renamed, rest)
 	if err != nil {
 		http.Error(rw, err.Error(), http.StatusBadGateway)
 		return
@@ -154,11 +152,11 @@ func (w *rewriter) serve(rw http.ResponseWriter, req *http.Request) {
 		rw.Header()[k] = v
 	}
 	rw.WriteHeader(resp.StatusCode)
-	// The reader sees a short body and resumes.
+	// A client detects the short body and resumes.
 	_, _ = io.Copy(rw, resp.Body)
 }
 
-// splitRepository cuts "library/busybox/manifests/latest" before "/manifests".
+// splitRepository splits "library/busybox/manifests/latest" before "/manifests".
 func splitRepository(path string) (repository, rest string, ok bool) {
 	for _, kind := range []string{"/manifests/", "/blobs/", "/referrers/", "/tags/"} {
 		if i := strings.LastIndex(path, kind); i > 0 {
@@ -168,8 +166,8 @@ func splitRepository(path string) (repository, rest string, ok bool) {
 	return "", "", false
 }
 
-// rename applies the first rule that changes the name. The order is that of the
-// patterns' text, so that it is the same at every start.
+// rename applies the first rule that changes the name. Rules are sorted by their patterns, so that the order is
+// the same at every start.
 func (e *rewrittenEndpoint) rename(repository string) string {
 	for _, r := range e.rules {
 		if to := r.pattern.ReplaceAllString(repository, r.replacement); to != repository {
@@ -179,9 +177,9 @@ func (e *rewrittenEndpoint) rename(repository string) string {
 	return repository
 }
 
-// ask sends the request on. Without credentials of the caller's (the secrets of a
-// pod come that way) the endpoint's own are used when it asks for some.
-func (e *rewrittenEndpoint) ask(in *http.Request, repository, rest string) (*http.Response, error) {
+// forward sends a request to the endpoint. If the request has no credentials (pull secrets of a pod) and the
+// endpoint requires some, the endpoint's own credentials are used.
+func (e *rewrittenEndpoint) forward(in *http.Request, repository, rest string) (*http.Response, error) {
 	ctx := docker.ContextWithAppendPullRepositoryScope(in.Context(), repository)
 	target := *e.URL
 	target.Path += "/" + repository + rest
@@ -207,13 +205,13 @@ func (e *rewrittenEndpoint) ask(in *http.Request, repository, rest string) (*htt
 			return resp, err
 		}
 		if err := e.authorizer.AddResponses(ctx, []*http.Response{resp}); err != nil {
-			return resp, nil // the caller may know how to go on
+			return resp, nil // the client may be able to handle the 401
 		}
 		resp.Body.Close()
 	}
 }
 
-// credentials are a name and a secret; a token comes without a name.
+// credentials returns a user name and a secret; for a token the name is empty.
 func (a *RegistryAuth) credentials() (string, string, error) {
 	switch {
 	case a == nil:
@@ -225,7 +223,7 @@ func (a *RegistryAuth) credentials() (string, string, error) {
 	case a.Auth != "":
 		text, err := base64.StdEncoding.DecodeString(string(a.Auth))
 		if err != nil {
-			return "", "", errors.New("auth is not base64")
+			return "", "", errors.New("auth is not valid base64")
 		}
 		name, password, ok := strings.Cut(string(text), ":")
 		if !ok {
@@ -251,7 +249,7 @@ func (t *RegistryTLS) apply(config *tls.Config) error {
 			pool = x509.NewCertPool()
 		}
 		if !pool.AppendCertsFromPEM(pem) {
-			return fmt.Errorf("%s holds no certificate", t.CAFile)
+			return fmt.Errorf("%s contains no certificate", t.CAFile)
 		}
 		config.RootCAs = pool
 	}

@@ -12,7 +12,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 // criClient is the two services of the CRI on one connection.
@@ -97,7 +97,7 @@ func (n *node) importImage(name string) {
 	if err := os.MkdirAll(n.cfg.imagesDir(), 0o755); err != nil {
 		n.t.Fatal(err)
 	}
-	testimage.Write(n.t, filepath.Join(n.cfg.imagesDir(), "busybox.tar.zst"), testimage.Docker, testimage.BusyboxImage(n.t, name))
+	image.Write(n.t, filepath.Join(n.cfg.imagesDir(), "busybox.tar.zst"), image.Docker, image.BusyboxImage(n.t, name))
 }
 
 // TestNativeSnapshotter runs a pod where overlayfs is not to be used, and finds the
@@ -189,19 +189,45 @@ func TestPodsOutliveTheProcess(t *testing.T) {
 }
 
 // TestContainerdGivesUp takes away a folder that containerd cannot do without. It
-// must not end the process by itself, but let Run return.
+// must not end the process by itself, but let Run return, which is then called again in the
+// same process: with the pods that ran, and for new ones.
 func TestContainerdGivesUp(t *testing.T) {
 	n := newNode(t)
+	n.importImage("busybox:test")
 	n.start()
 	n.expect("imported")
-	if err := os.RemoveAll(n.cfg.CNIConfDir); err != nil {
-		t.Fatal(err)
+	var first string
+	var pid int
+	n.withCRI(func(ctx context.Context, c criClient) {
+		first = n.runPod(ctx, c, "first", "busybox:test", "sleep", "3600")
+		pid = n.pid(ctx, c, first)
+	})
+	process := n.cmd.Process.Pid
+	for round := range 3 {
+		if err := os.RemoveAll(n.cfg.CNIConfDir); err != nil {
+			t.Fatal(err)
+		}
+		n.expect("failed: " + errExited.Error())
+		n.expect("ready")
+		n.expect("imported")
+		n.withCRI(func(ctx context.Context, c criClient) {
+			if now := n.pid(ctx, c, first); now != pid {
+				t.Errorf("round %d: the container's process is %d, was %d", round, now, pid)
+			}
+			out, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: first, Cmd: []string{"echo", "hello"}, Timeout: 10})
+			if err != nil || string(out.Stdout) != "hello\n" {
+				t.Errorf("round %d: exec said %q, %v", round, out.GetStdout(), err)
+			}
+			n.pid(ctx, c, n.runPod(ctx, c, "another-"+strconv.Itoa(round), "busybox:test", "sleep", "3600"))
+		})
 	}
-	n.expect("failed: " + errGaveUp.Error())
-	if n.wait() == nil {
-		t.Error("a node that failed ended as if it had not")
+	if n.cmd.Process.Pid != process {
+		t.Error("it is another process")
 	}
-	n.start() // as a service manager does
-	n.expect("imported")
+	n.withCRI(func(ctx context.Context, c criClient) {
+		if err := StopAllPods(ctx, n.cfg.Socket()); err != nil {
+			t.Error(err)
+		}
+	})
 	n.stop()
 }

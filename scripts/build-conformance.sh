@@ -1,19 +1,19 @@
 #!/bin/sh
-# Builds Kubernetes' own end-to-end suite and the images that its tests ask for,
+# Builds Kubernetes' own end-to-end suite and the images that its tests use,
 # without a registry: programs come from Go modules, the rest from Debian packages.
-# What is there already and up to date is left alone.
+# Files that are up to date are not built again.
 set -eu
 cd "$(dirname "$0")/.."
 out=$PWD/build/conformance
-coredns=v1.12.4 # of the images agnhost and glibc-dns-testing: a server for tests to ask
+coredns=v1.12.4 # of the images agnhost and glibc-dns-testing: a DNS server for tests
 
-stamp=$(cat scripts/conformance/go.mod scripts/testimages/*.go scripts/testimages/musl/*.c internal/testimage/*.go "$0" | sha256sum | cut -d' ' -f1)
+stamp=$(cat scripts/conformance/go.mod scripts/testimages/*.go scripts/testimages/musl/*.c internal/test/image/*.go "$0" | sha256sum | cut -d' ' -f1)
 if [ -f "$out/stamp" ] && [ "$(cat "$out/stamp")" = "$stamp" ]; then
 	exit 0
 fi
 
 if ! command -v apt-get >/dev/null; then
-	echo "the images are made of Debian packages: this needs Debian or Ubuntu" >&2
+	echo "the images are built from Debian packages, which requires Debian or Ubuntu" >&2
 	exit 1
 fi
 sudo=""
@@ -24,7 +24,7 @@ mkdir -p "$out/bin"
 images=k8s.io/kubernetes/test/images
 build() { go build -C scripts/conformance -ldflags '-s -w' -o "$out/bin/$1" "$2"; }
 echo "building the suite"
-# The suite chooses some of what it tests by its own version.
+# Some tests depend on the suite's own version.
 version=$(go list -C scripts/conformance -m -f '{{.Version}}' k8s.io/kubernetes)
 minor=${version#v*.}
 flags="-s -w"

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Builds what kedge carries inside its executable for one architecture: the runc
-# shim and runc, from the modules pinned in go.mod, and our pause program. All
-# static and stripped, compressed into runtime/payload/ARCH.
+# Builds the programs that are embedded in the executable for one architecture: the
+# runc shim and runc, from the modules pinned in go.mod, and the pause program. All are
+# static and stripped, and compressed into runtime/payload/ARCH.
 #
 #   scripts/build-payload.sh [ARCH]     ARCH is amd64 or arm64, default this machine's
 #
-# Does nothing when neither versions nor sources changed since the last time.
+# Does nothing if neither versions nor sources have changed.
 # Needs gcc and libseccomp's static library of that architecture;
 # scripts/deps.sh installs them on Debian and Ubuntu.
 set -eu
@@ -17,13 +17,14 @@ amd64) triplet=x86_64-linux-gnu ;;
 arm64) triplet=aarch64-linux-gnu ;;
 *) echo "build-payload: unknown architecture $arch; use amd64 or arm64" >&2 && exit 2 ;;
 esac
-# The prefixed compiler where there is one, else the native one.
+# The prefixed compiler if it is installed, else the native one.
 cc=$triplet-gcc
 if ! command -v "$cc" >/dev/null; then
-	[ "$arch" = "$(go env GOHOSTARCH)" ] && cc=gcc || {
+	if [ "$arch" != "$(go env GOHOSTARCH)" ]; then
 		echo "build-payload: $cc is missing; run scripts/deps.sh $arch" >&2
 		exit 1
-	}
+	fi
+	cc=gcc
 fi
 
 out=runtime/payload/$arch
@@ -36,7 +37,7 @@ runc=github.com/opencontainers/runc
 now=$({
 	go version
 	$cc --version | head -n 1
-	cat go.mod go.sum runtime/pause/pause.c runtime/shim/main.go internal/timerslack/timerslack.go scripts/build-payload.sh scripts/payload/main.go
+	cat go.mod go.sum runtime/pause/pause.c runtime/shim/*.go internal/footprint/timerslack.go scripts/build-payload.sh scripts/payload/main.go
 } | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -f "$out/manifest.json.zst" ]; then
 	echo "payload for $arch is up to date"
@@ -44,7 +45,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -f "$out/manifest.json
 fi
 rm -f "$stamp"
 
-# seccomp is not optional: without it runc refuses every profile, and pods would
+# seccomp is required: without it runc refuses every profile, and pods would
 # have to run unconfined. Only the static library of libseccomp is used.
 pkgdir=/usr/lib/$triplet/pkgconfig
 if [ ! -f "/usr/lib/$triplet/libseccomp.a" ]; then

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Makes sure that this machine can build and test kedge. On Debian and Ubuntu it
-# installs what is missing; elsewhere it says what to install, by those names.
+# installs missing packages; elsewhere it prints the names of the packages to install.
 #
-#   scripts/deps.sh [ARCH]     ARCH is amd64 or arm64, what kedge is built for; default: this machine's
+#   scripts/deps.sh [ARCH]     ARCH is amd64 or arm64, the target of the build; default: this machine's
 #
 # The C library and libseccomp of another architecture come from the same distribution's
 # packages ("multiarch"); Ubuntu serves foreign architectures from its "ports" archive, which
@@ -21,7 +21,7 @@ need() { # need PACKAGE TEST...
 case $(uname -m) in
 x86_64) host=amd64 ;;
 aarch64) host=arm64 ;;
-*) echo "deps: kedge is for amd64 and arm64, and this machine is neither" >&2 && exit 1 ;;
+*) echo "deps: kedge supports amd64 and arm64, and this machine is neither" >&2 && exit 1 ;;
 esac
 arch=${1:-$host}
 case $arch in
@@ -49,6 +49,11 @@ need busybox-static test -x /bin/busybox
 need nftables test -x /usr/sbin/nft
 need e2fsprogs test -x /usr/sbin/mkfs.ext4 -o -x /sbin/mkfs.ext4
 need musl-tools command -v musl-gcc
+need shellcheck command -v shellcheck
+# For tests of scripts/install.sh, in each shell and with each program that it may use.
+for program in dash bash curl wget openssl minisign; do
+	need $program command -v $program
+done
 if [ -n "$missing" ]; then
 	if ! command -v apt-get >/dev/null; then
 		echo "please install:$missing" >&2
@@ -59,11 +64,12 @@ if [ -n "$missing" ]; then
 	*:"$arch"*) dpkg --print-foreign-architectures | grep -qx "$arch" || $sudo dpkg --add-architecture "$arch" ;;
 	esac
 	$sudo apt-get update -qq
+	# shellcheck disable=SC2086 # several words
 	$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
 
-# Go: any version from 1.21 on fetches the one that go.mod names by itself. Debian's
-# and Ubuntu's older ones can at least download it, as the module that it is.
+# Go: any version from 1.21 on downloads the version in go.mod itself. Older versions
+# of Debian and Ubuntu can at least download it as a module.
 export PATH="$PWD/build/go/bin:$PATH:/usr/local/go/bin"
 minor() { go version 2>/dev/null | sed -n 's/.* go1\.\([0-9]*\).*/\1/p'; }
 if [ "$(minor || echo 0)" -ge 21 ] 2>/dev/null; then
@@ -81,17 +87,17 @@ if [ "$(minor || echo 0)" -lt 21 ]; then
 	tmp=$(mktemp -d)
 	trap 'rm -rf "$tmp"' EXIT
 	echo "module bootstrap" >"$tmp/go.mod"
-	dir=$(cd "$tmp" && GOFLAGS= go mod download -json "golang.org/toolchain@v0.0.1-go$want.linux-$(go env GOARCH)" | sed -n 's/^[[:space:]]*"Dir": "\(.*\)",*$/\1/p')
+	dir=$(cd "$tmp" && GOFLAGS='' go mod download -json "golang.org/toolchain@v0.0.1-go$want.linux-$(go env GOARCH)" | sed -n 's/^[[:space:]]*"Dir": "\(.*\)",*$/\1/p')
 	[ -d "$dir" ] || {
-		echo "Go $want could not be had; install it, see https://go.dev/doc/install" >&2
+		echo "Go $want could not be downloaded; install it, see https://go.dev/doc/install" >&2
 		exit 1
 	}
-	# A copy, because modules are kept without permission to execute.
+	# It is copied, because files of modules are not executable.
 	mkdir -p build
 	rm -rf build/go
 	cp -R "$dir" build/go
 	chmod -R u+w build/go
 	chmod +x build/go/bin/* build/go/pkg/tool/*/*
-	# Its own programs are no packages of kedge: ./... ends here.
+	# A module of its own, so that ./... does not include its packages.
 	echo "module toolchain" >build/go/go.mod
 fi

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Boots a cluster on this machine with the executable just built, runs an
-# application on it and asks it for an answer. Called by `make run`.
+# application on it and sends it a request. Called by `make run`.
 #
 # The cluster is a real one with the default settings (/var/lib/kedge, port 6443);
-# it goes on running. `scripts/run.sh stop` ends it and its containers.
+# it continues to run. `scripts/run.sh stop` stops it and its containers.
 set -eu
 cd "$(dirname "$0")/.."
 kedge=$PWD/bin/kedge
@@ -16,7 +16,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 if [ "${1:-}" = stop ]; then
-	# Asked of whoever answers, not read from a file: by now the number may be another's.
+	# The PID comes from the running process, not from a file: a PID in a file may have been reused.
 	pid=$("$kedge" status -o json 2>/dev/null | sed -n 's/^ *"pid": *\([0-9]*\),*$/\1/p')
 	if [ -n "$pid" ] && kill -TERM "$pid"; then
 		while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
@@ -66,7 +66,7 @@ step "The same from a pod, by name:"
 
 cat <<EOF
 
-The cluster goes on running. Try
+The cluster continues to run. Try
   sudo $kedge kubectl get pods -A
   sudo $kedge status
 and end it, with its containers, with

@@ -1,7 +1,8 @@
 #!/bin/bash
-# Runs end-to-end tests on an emulated machine with Debian, where systemd owns the control
-# groups (of version 2) and kedge is its service. Most machines are like that, and the
-# machine that the tests usually run on may not be.
+# Runs end-to-end tests on an emulated machine with Debian, where systemd manages the cgroups
+# (version 2) and kedge is a systemd service. Most machines are like that, but the machine
+# that runs the tests may differ. TestBesideDocker and TestUninstallLeavesNothing find a machine on which kedge
+# never ran, the first one with Debian's Docker.
 #
 # usage: scripts/systemd-machine.sh REGEXP   (see `make systemd-machine`)
 #
@@ -22,6 +23,7 @@ if [ ${#missing[@]} != 0 ]; then
 fi
 
 machine=""
+# shellcheck disable=SC2317 # it is called by trap
 clean_up() {
 	[ -z "$machine" ] || kill -KILL "$machine" 2>/dev/null || true
 	rm -rf "$root" "$dir/disk.img"
@@ -30,43 +32,77 @@ trap clean_up EXIT
 mkdir -p "$dir"
 rm -rf "$root" "$dir/disk.img"
 
-# The distribution of this machine, from where this machine gets it.
+# The distribution of this machine, from the package sources of this machine.
+# shellcheck disable=SC1091
 . /etc/os-release
+# shellcheck disable=SC2016 # apt-get replaces it
 source=$(apt-get indextargets --format '$(SITE)' "Created-By: Packages" "Codename: $VERSION_CODENAME" | sort -u | grep -v security | head -1)
+# named reports whether a test of that name is to run.
+named() { grep -qE -- "$tests" <<<"$1"; }
+packages=systemd,systemd-sysv,dbus,linux-image-cloud-amd64,initramfs-tools,busybox-static,e2fsprogs,mount
+service=1
+if named TestBesideDocker; then
+	packages+=,nftables,apparmor,docker.io
+	service=""
+fi
+if named TestUninstallLeavesNothing; then
+	packages+=,nftables
+	service=""
+fi
 echo "installing $PRETTY_NAME"
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,linux-image-cloud-amd64,initramfs-tools,busybox-static,e2fsprogs,mount \
+debootstrap --variant=minbase --include="$packages" \
 	"$VERSION_CODENAME" "$root" "$source" >"$dir/debootstrap.log" 2>&1 || { tail -5 "$dir/debootstrap.log" >&2 && exit 1; }
 
-# The tree as the tests expect it, and the program of the tests.
-mkdir -p "$root/kedge/bin" "$root/kedge/build/e2e" "$root/kedge/scripts/e2e"
+# The source tree that the tests expect, and the test program of each package with a matching test.
+mkdir -p "$root/kedge/bin" "$root/kedge/build/e2e"
 cp bin/kedge "$root/kedge/bin/"
-cp build/e2e/{agnhost,probe} "$root/kedge/build/e2e/"
-cp -r scripts/e2e/testdata "$root/kedge/scripts/e2e/"
-go test -c -o "$root/kedge/scripts/e2e/e2e.test" ./scripts/e2e
-ln -s /kedge/bin/kedge "$root/usr/local/bin/kedge"
-
+cp build/e2e/{agnhost,probe,badversion} "$root/kedge/build/e2e/"
+tested=()
+for main in scripts/e2e/*/main_test.go; do
+	package=${main%/*}
+	sed -nE 's/^func (Test[[:alnum:]]+)\(.*/\1/p' "$package"/*_test.go | grep -E -- "$tests" >/dev/null || continue
+	mkdir -p "$root/kedge/$package"
+	[ ! -d "$package/testdata" ] || cp -r "$package/testdata" "$root/kedge/$package/"
+	go test -c -o "$root/kedge/$package/e2e.test" "./$package"
+	tested+=("$package")
+done
+[ ${#tested[@]} != 0 ] || { echo "no end-to-end test is called $tests" >&2 && exit 1; }
 echo machine >"$root/etc/hostname"
 printf '127.0.0.1 localhost\n127.0.1.1 machine\n' >"$root/etc/hosts"
 printf '/dev/vda / ext4 defaults 0 1\n' >"$root/etc/fstab"
 printf '[Match]\nName=e*\n[Network]\nDHCP=yes\n' >"$root/etc/systemd/network/all.network"
-mkdir -p "$root/var/lib/kedge/images"
-# The service of the README, to the letter.
-awk '/^```ini/ { inside = 1; next } /^```/ { inside = 0 } inside' README.md >"$root/etc/systemd/system/kedge.service"
-grep -q ExecStart "$root/etc/systemd/system/kedge.service" || { echo "README.md shows no service of systemd's" >&2 && exit 1; }
+if named TestBesideDocker; then
+	# The exact drop-in of docs/install.md.
+	awk '/^```ini/ { inside = 1; next } /^```/ { inside = 0 } inside' docs/install.md >"$root/kedge/docker.conf"
+	grep -q DOCKER-USER "$root/kedge/docker.conf" || { echo "docs/install.md contains no drop-in for Docker" >&2 && exit 1; }
+fi
+if [ -n "$service" ]; then
+	mkdir -p "$root/var/lib/kedge/images"
+	ln -s /kedge/bin/kedge "$root/usr/local/bin/kedge"
+	# The exact service unit of the README.md.
+	awk '/^```ini/ { inside = 1; next } /^```/ { inside = 0 } inside' README.md >"$root/etc/systemd/system/kedge.service"
+	grep -q ExecStart "$root/etc/systemd/system/kedge.service" || { echo "README.md contains no systemd service" >&2 && exit 1; }
+	cat >"$root/kedge/service" <<-'EOF2'
+		systemctl start kedge || { journalctl -u kedge --no-pager | tail -30; result "kedge.service does not start"; }
+		echo "kedge.service: $(systemctl is-active kedge), $(kedge kubectl get nodes --no-headers)"
+		systemctl restart kedge || result "kedge.service does not restart"
+		systemctl stop kedge || result "kedge.service does not stop"
+		kedge killall || result "killall fails"
+		[ -z "$(ls -d /sys/fs/cgroup/kedge* 2>/dev/null)" ] || result "a control group is left"
+	EOF2
+fi
 cat >"$root/kedge/run" <<-EOF2
 	#!/bin/bash
 	set -u
 	result() { echo "RESULT \$1"; systemctl poweroff; exit; }
 	echo "booted: \$(uname -sr), control groups \$(stat -fc %T /sys/fs/cgroup), \$(systemctl --version | head -1)"
-	systemctl start kedge || { journalctl -u kedge --no-pager | tail -30; result "kedge.service does not start"; }
-	echo "kedge.service: \$(systemctl is-active kedge), \$(kedge kubectl get nodes --no-headers)"
-	systemctl restart kedge || result "kedge.service does not restart"
-	systemctl stop kedge || result "kedge.service does not stop"
-	kedge killall || result "killall fails"
-	[ -z "\$(ls -d /sys/fs/cgroup/kedge* 2>/dev/null)" ] || result "a control group is left"
-	cd /kedge/scripts/e2e
-	KEDGE_E2E_SLOW=8 ./e2e.test -test.v -test.timeout 28m -test.run '$tests'
-	result \$?
+	[ ! -e /kedge/service ] || . /kedge/service
+	failed=0
+	for package in ${tested[*]}; do
+		cd /kedge/\$package
+		KEDGE_E2E_SLOW=8 ./e2e.test -test.v -test.timeout 28m -test.run '$tests' || failed=\$?
+	done
+	result \$failed
 EOF2
 chmod +x "$root/kedge/run"
 cat >"$root/etc/systemd/system/tests.service" <<-'EOF2'

@@ -11,29 +11,29 @@ import (
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
 )
 
-// APIServerFlags, ControllerFlags and SchedulerFlags are those that the settings of the
-// same names may give, for a look at them before anything is done. What is set in them
-// has no effect, but for GlobalFlags.
+// APIServerFlags, ControllerFlags and SchedulerFlags return the flags that the settings of the same names may
+// contain, for checking arguments before anything starts. Values set in them have no effect, except those of
+// GlobalFlags.
 func APIServerFlags() (*pflag.FlagSet, error) {
 	return flat(apiserver.NewServerRunOptions().Flags()), nil
 }
 
-// ControllerFlags: see APIServerFlags.
+// ControllerFlags is described at APIServerFlags.
 func ControllerFlags() (*pflag.FlagSet, error) {
 	opts, err := controllers.NewKubeControllerManagerOptions()
 	if err != nil {
-		return nil, fmt.Errorf("make the controllers' options: %w", err)
+		return nil, fmt.Errorf("create the controllers' options: %w", err)
 	}
 	return flat(opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())), nil
 }
 
-// SchedulerFlags: see APIServerFlags.
+// SchedulerFlags is described at APIServerFlags.
 func SchedulerFlags() (*pflag.FlagSet, error) {
 	return flat(*scheduler.NewOptions().Flags), nil
 }
 
-// GlobalFlags are kept by upstream once for all components of a process, whichever of
-// them is given it: a value that is set is one for good.
+// GlobalFlags are flags whose values upstream stores once per process, for all components: setting one is
+// permanent.
 func GlobalFlags() []string {
 	return []string{"feature-gates", "emulated-version", "min-compatibility-version"}
 }

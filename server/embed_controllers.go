@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -26,13 +27,14 @@ import (
 	"k8s.io/kubernetes/pkg/serviceaccount"
 
 	"kedge/internal/componentflags"
+	"kedge/internal/errorkind"
 	"kedge/server/arguments"
 	"kedge/server/identity"
 	"kedge/server/loopback"
 )
 
-// Controllers is the component that runs the controllers of
-// kube-controller-manager, once. They are made anew for each term of leadership.
+// Controllers is the component that runs the controllers of kube-controller-manager once. A new Controllers is
+// made for each term of leadership.
 type Controllers struct {
 	cfg      Config
 	id       *identity.Identity
@@ -41,34 +43,41 @@ type Controllers struct {
 	build    VolumesBuilder
 }
 
-// VolumesBuilder calls build, which initialises the controllers' volume plugins, at a
-// moment when that disturbs nobody else in the process.
+// VolumesBuilder calls build, which initialises the controllers' volume plugins, at a time when that does not
+// affect the kubelet in this process.
 type VolumesBuilder func(ctx context.Context, build func() error) error
 
 // NewControllers parses the component's flags and keeps the rest. build may be nil
 // where the process has no kubelet.
 func NewControllers(cfg Config, id *identity.Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
+	if build == nil {
+		build = func(_ context.Context, build func() error) error { return build() }
+	}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, build: build}
+	var err error
+	c.opts, err = parseControllers(c.defaults(), cfg.ControllerArgs)
+	return c, err
+}
+
+// parseControllers lays user's flags over the defaults.
+func parseControllers(defaults map[string]string, user []string) (*options.KubeControllerManagerOptions, error) {
 	opts, err := options.NewKubeControllerManagerOptions()
 	if err != nil {
 		return nil, fmt.Errorf("make the controllers' options: %w", err)
 	}
-	if build == nil {
-		build = func(_ context.Context, build func() error) error { return build() }
-	}
-	c := &Controllers{cfg: cfg, id: id, loopback: lb, opts: opts, build: build}
 	flags := opts.Flags(app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	fs := pflag.NewFlagSet("kube-controller-manager", pflag.ContinueOnError)
 	for _, f := range flags.FlagSets {
 		fs.AddFlagSet(f)
 	}
-	args, err := arguments.Controllers(c.defaults(), cfg.ControllerArgs)
+	args, err := arguments.Controllers(defaults, user)
 	if err != nil {
 		return nil, err
 	}
 	if err := fs.Parse(args); err != nil {
-		return nil, fmt.Errorf("%s: %w", arguments.FromControllers, err)
+		return nil, errorkind.BadSetting(arguments.FromControllers, ": %w", err)
 	}
-	return c, componentflags.ApplyVerbosity(opts.Logs, arguments.FromControllers)
+	return opts, componentflags.ApplyVerbosity(opts.Logs, arguments.FromControllers)
 }
 
 func (c *Controllers) defaults() map[string]string {
@@ -79,16 +88,18 @@ func (c *Controllers) defaults() map[string]string {
 		"cluster-signing-kube-apiserver-client-key-file":  c.id.ClientCA.KeyFile(),
 		"cluster-signing-kubelet-client-cert-file":        c.id.ClientCA.CertFile(),
 		"cluster-signing-kubelet-client-key-file":         c.id.ClientCA.KeyFile(),
-		// The API server believes no other authority about kubelets, and the API's own must
-		// sign for nobody who can choose a name: it is not used here, so that the fourth
-		// signer, legacy-unknown, which knows no bounds and is asked by nobody any more, is off.
+		// The API server accepts only this authority for kubelets. The API's own authority must not sign for
+		// clients that can choose a name, so it is not used here. Without a certificate the fourth signer,
+		// legacy-unknown, is off: it has no restrictions, and no client uses it any more.
 		"cluster-signing-kubelet-serving-cert-file": c.id.KubeletCA.CertFile(),
 		"cluster-signing-kubelet-serving-key-file":  c.id.KubeletCA.KeyFile(),
+		// Upstream's is in /usr, and is created.
+		"flex-volume-plugin-dir":           filepath.Join(c.cfg.Dir, "volume-plugins"),
 		"leader-elect":                     "false",
-		"master":                           nowhere, // satisfies the option; the clients are replaced
+		"master":                           unreachableURL, // satisfies the option; the clients are replaced later
 		"profiling":                        "false",
-		"root-ca-file":                     c.id.ServerCA.CertFile(),
-		"secure-port":                      "0", // metrics and health are the API server's
+		"root-ca-file":                     c.id.PodsCA,
+		"secure-port":                      "0", // the API server's endpoint has metrics and health
 		"service-account-private-key-file": c.id.ServiceAccountKey,
 		"service-cluster-ip-range":         joinPrefixes(c.cfg.ServiceCIDRs),
 		"use-service-account-credentials":  "true",
@@ -98,7 +109,7 @@ func (c *Controllers) defaults() map[string]string {
 // Name implements lifecycle.Component.
 func (c *Controllers) Name() string { return "controllers" }
 
-// Run implements lifecycle.Component. It is ready when all controllers are built.
+// Run implements lifecycle.Component. It calls ready when all controllers are built.
 func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	cfg, err := c.configure(ctx)
 	if err != nil {
@@ -111,14 +122,14 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 
 	health := controllerhealthz.NewMutableHealthzHandler()
 	mux := genericcontrollermanager.NewBaseHandler(&completed.ComponentConfig.Generic.Debugging, health)
-	if completed.SecureServing != nil { // only with a secure-port of the user's
+	if completed.SecureServing != nil { // only with a secure-port set by the user
 		handler := genericcontrollermanager.BuildHandlerChain(mux, &completed.Authorization, &completed.Authentication)
 		if _, _, err := completed.SecureServing.Serve(handler, 0, ctx.Done()); err != nil {
 			return fmt.Errorf("serve the controllers' port: %w", err)
 		}
 	}
 
-	if !untilHealthy(ctx, cfg.Client) {
+	if !waitHealthy(ctx, cfg.Client) {
 		return nil // stopped before
 	}
 	clients := controllerClients{c.loopback}
@@ -127,11 +138,11 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		return fmt.Errorf("make the controllers' context: %w", err)
+		return fmt.Errorf("create the controllers' context: %w", err)
 	}
-	defer cc.InformerFactory.Shutdown() // gives its name back, for the next term
+	defer cc.InformerFactory.Shutdown() // releases its name for the next term
 	descriptors := app.NewControllerDescriptors()
-	delete(descriptors, names.ServiceAccountTokenController) // its client must come from outside; see tokens
+	delete(descriptors, names.ServiceAccountTokenController) // its client must be given from outside; see tokens
 	checksPolicies := cc.IsControllerEnabled(descriptors[names.ValidatingAdmissionPolicyStatusController])
 	delete(descriptors, names.ValidatingAdmissionPolicyStatusController) // see policyStatus
 	var controllers []app.Controller
@@ -163,18 +174,17 @@ func (c *Controllers) Run(ctx context.Context, ready func()) error {
 	own.Go(func() { policies(ctx) })
 	defer own.Wait()
 	ready()
-	// Upstream spreads the start of controllers over a second, to spare an API
-	// server that many others use. Ours is in this process.
+	// Upstream spreads the start of controllers over a second, for an API server with many other clients. Here
+	// the API server is in this process.
 	if !app.RunControllers(ctx, cc, controllers, 0, completed.ControllerShutdownTimeout) {
 		return errors.New("some controllers did not stop in time")
 	}
 	return nil
 }
 
-// untilHealthy waits until the API server can be built upon, and returns false if ctx
-// ended before. Upstream's own wait does not heed ctx, and gives up after ten seconds: a
-// server that leads for a moment only would have to end.
-func untilHealthy(ctx context.Context, client kubernetes.Interface) bool {
+// waitHealthy waits until the API server is healthy, and returns false if ctx ends before. Upstream's own wait
+// ignores ctx, and fails after ten seconds: a server that leads only briefly would have to exit.
+func waitHealthy(ctx context.Context, client kubernetes.Interface) bool {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -193,21 +203,21 @@ func untilHealthy(ctx context.Context, client kubernetes.Interface) bool {
 	}
 }
 
-// configure makes the component's configuration with clients that use the loopback.
+// configure returns the component's configuration with clients that use the loopback.
 func (c *Controllers) configure(ctx context.Context) (*config.Config, error) {
 	cfg, err := c.opts.Config(ctx, app.KnownControllers(), app.ControllersDisabledByDefault(), app.ControllerAliases())
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", arguments.FromControllers, err)
+		return nil, errorkind.BadSetting(arguments.FromControllers, ": %w", err)
 	}
 	cfg.Kubeconfig = c.loopback.Config("system:kube-controller-manager")
 	if cfg.Client, err = kubernetes.NewForConfig(cfg.Kubeconfig); err != nil {
-		return nil, fmt.Errorf("make the controllers' client: %w", err)
+		return nil, fmt.Errorf("create the controllers' client: %w", err)
 	}
 	return cfg, nil
 }
 
-// tokens returns the controller that fills secrets of type service-account-token.
-// Upstream's descriptor for it can be given a client only from inside its package.
+// tokens returns the controller that fills secrets of type service-account-token. Upstream's descriptor accepts
+// a client only inside its package.
 func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clients controllerClients) (func(context.Context), error) {
 	key, err := keyutil.PrivateKeyFromFile(cc.ComponentConfig.SAController.ServiceAccountKeyFile)
 	if err != nil {
@@ -215,7 +225,7 @@ func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clie
 	}
 	generator, err := serviceaccount.JWTTokenGenerator(serviceaccount.LegacyIssuer, key)
 	if err != nil {
-		return nil, fmt.Errorf("make the token generator: %w", err)
+		return nil, fmt.Errorf("create the token generator: %w", err)
 	}
 	client, err := clients.root().Client("tokens-controller")
 	if err != nil {
@@ -225,24 +235,23 @@ func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clie
 		cc.InformerFactory.Core().V1().ServiceAccounts(), cc.InformerFactory.Core().V1().Secrets(), client,
 		serviceaccountcontroller.TokensControllerOptions{TokenGenerator: generator, RootCA: c.id.ServerCA.PEM()})
 	if err != nil {
-		return nil, fmt.Errorf("make the token controller: %w", err)
+		return nil, fmt.Errorf("create the token controller: %w", err)
 	}
 	return func(ctx context.Context) { t.Run(ctx, int(cc.ComponentConfig.SAController.ConcurrentSATokenSyncs)) }, nil
 }
 
-// nowhere is the API's address for upstream code that insists on one before its
-// client is replaced, and that may ask it something meanwhile: a port that refuses at
-// once. A name would be looked up, which takes seconds on a machine whose resolver is
-// out of reach.
-const nowhere = "http://127.0.0.1:0"
+// unreachableURL is the API's address for upstream code that requires an address before its client is replaced, and
+// may send requests meanwhile: the port refuses connections at once. A host name would be looked up, which
+// takes seconds if the machine's resolver is unreachable.
+const unreachableURL = "http://127.0.0.1:0"
 
-// controllerClients gives each controller a client that acts as its own service
-// account, as upstream does with tokens; here no token is needed.
+// controllerClients gives each controller a client that acts as its own service account, as upstream does with
+// tokens. Here no token is needed.
 type controllerClients struct{ loopback *loopback.Loopback }
 
 var _ clientbuilder.ControllerClientBuilder = controllerClients{}
 
-// root acts as kube-controller-manager itself: for informers that all share.
+// root returns clients that act as kube-controller-manager itself, for the shared informers.
 func (c controllerClients) root() clientbuilder.ControllerClientBuilder {
 	return clientbuilder.SimpleControllerClientBuilder{ClientConfig: c.loopback.Config("system:kube-controller-manager")}
 }

@@ -22,15 +22,14 @@ import (
 
 // ensureRBACPolicy is upstream's: it creates the roles and bindings of p that are missing
 // and completes those that lack something, and reports whether all of them are right.
-// TestHooksMatchUpstream of internal/house fails when it changes.
+// TestHooksMatchUpstream of scripts/house fails when it changes.
 //
 //go:linkname ensureRBACPolicy k8s.io/kubernetes/pkg/registry/rbac/rest.ensureRBACPolicy
 func ensureRBACPolicy(p *rbacrest.PolicyData, client kubernetes.Interface) (done bool, err error)
 
-// bootHooks puts two of upstream's hooks in a place where they do not wait: those that
-// bring the roles and the priority classes that every cluster has, for which /readyz
-// waits. Upstream's own let a second pass before they begin. It changes config, and
-// returns what is to be called with the servers that were made of it.
+// bootHooks replaces two of upstream's hooks by hooks that do not wait: those that create the roles and the
+// priority classes of every cluster, for which /readyz waits. Upstream's hooks wait for a second before they
+// begin. It changes config, and returns a function that must be called with the server that was made from it.
 func (s *APIServer) bootHooks(config *app.Config) (install func(*genericapiserver.GenericAPIServer) error) {
 	hooks := map[string]func(context.Context, kubernetes.Interface) (bool, error){
 		rbacrest.PostStartHookName:       ensureRoles,
@@ -38,7 +37,7 @@ func (s *APIServer) bootHooks(config *app.Config) (install func(*genericapiserve
 	}
 	disabled := config.KubeAPIs.ControlPlane.Generic.DisabledPostStartHooks
 	for name := range hooks {
-		if disabled.Has(name) { // as that for roles, where the user wants another authorizer than RBAC
+		if disabled.Has(name) { // like the hook for roles if the user has chosen another authorizer than RBAC
 			delete(hooks, name)
 		}
 		disabled.Insert(name)
@@ -47,7 +46,7 @@ func (s *APIServer) bootHooks(config *app.Config) (install func(*genericapiserve
 		for name, ensure := range hooks {
 			disabled.Delete(name)
 			err := server.AddPostStartHook(name, func(hook genericapiserver.PostStartHookContext) error {
-				client, err := kubernetes.NewForConfig(s.loopback.Admin())
+				client, err := kubernetes.NewForConfig(s.deps.Loopback.Admin())
 				if err != nil {
 					return err
 				}
@@ -55,9 +54,9 @@ func (s *APIServer) bootHooks(config *app.Config) (install func(*genericapiserve
 					return ensure(ctx, client)
 				})
 				if hook.Context.Err() != nil {
-					return nil // the server stops: an error would end the process
+					return nil // the server is stopping: an error would exit the process
 				}
-				return err // as upstream: without them the server is of no use
+				return err // as upstream: the server cannot work without these objects
 			})
 			if err != nil {
 				return err
@@ -67,10 +66,10 @@ func (s *APIServer) bootHooks(config *app.Config) (install func(*genericapiserve
 	}
 }
 
-// ensureRoles is ensureRBACPolicy with everything that a cluster has, in parts that run
-// beside each other: most of the time of the first boot goes to waiting for the disk.
+// ensureRoles calls ensureRBACPolicy for all roles of a cluster, in parallel parts: most of the time of the
+// first boot is waiting for the disk.
 func ensureRoles(ctx context.Context, client kubernetes.Interface) (done bool, err error) {
-	// What older clusters have under other names comes first.
+	// Roles of older clusters with other names come first.
 	if done, err := ensureRBACPolicy(&rbacrest.PolicyData{
 		ClusterRolesToAggregate:    bootstrappolicy.ClusterRolesToAggregate(),
 		ClusterRoleBindingsToSplit: bootstrappolicy.ClusterRoleBindingsToSplit(),
@@ -96,12 +95,12 @@ func ensureRoles(ctx context.Context, client kubernetes.Interface) (done bool, e
 	return !slices.Contains(right, false), errors.Join(errs...)
 }
 
-// roleParts is in how many parts the roles and bindings are brought, some two hundred
-// objects on a first boot: as many can be on the disk with one flush of it.
+// roleParts is the number of parallel parts for the roles and bindings, about two hundred objects on a first
+// boot: one sync of the disk can cover as many writes.
 const roleParts = 8
 
-// ensurePriorityClasses creates those of upstream's priority classes that are missing,
-// and reports whether all are there. What went wrong is tried again.
+// ensurePriorityClasses creates upstream's priority classes that are missing, and reports whether all exist.
+// After an error it reports false, so that the caller tries again.
 func ensurePriorityClasses(ctx context.Context, client kubernetes.Interface) (done bool, err error) {
 	classes := client.SchedulingV1().PriorityClasses()
 	for _, class := range schedulingv1.SystemPriorityClasses() {

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -23,12 +22,13 @@ import (
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	api "k8s.io/kubernetes/pkg/apis/core"
 
+	"kedge/internal/errorkind"
 	"kedge/internal/joining"
 	"kedge/server/tunnels"
 )
 
-// errOtherEgress is what a user gets who configures what the tunnels are.
-var errOtherEgress = errors.New("--kube-apiserver-arg: egress-selector-config-file cannot be set: kedge has its own way to the nodes")
+// errOtherEgress is returned if the user configures egress, which the tunnels replace.
+var errOtherEgress error = errorkind.BadSetting("kube-apiserver-arg", ": egress-selector-config-file cannot be set: kedge has its own way to the nodes")
 
 // throughTunnels makes the API server reach kubelets, pods and services through hub.
 func throughTunnels(config *app.Config, hub *tunnels.Hub) error {
@@ -39,21 +39,20 @@ func throughTunnels(config *app.Config, hub *tunnels.Hub) error {
 	hub.SetNodes(nodes{config.KubeAPIs.ControlPlane.VersionedInformers.Core().V1().Nodes().Lister()})
 	generic.RESTOptionsGetter = namedNodes{generic.RESTOptionsGetter}
 	config.KubeAPIs.Extra.KubeletClientConfig.Lookup = func(egressselector.NetworkContext) (utilnet.DialFunc, error) { return hub.Kubelet, nil }
-	// One transport for the proxy of pods and services, for extension API servers and
-	// for webhooks, who take the dialer out of it when they need one.
+	// This transport is used for the proxy of pods and services; extension API servers and webhooks take its
+	// dialer.
 	config.KubeAPIs.ControlPlane.ProxyTransport.DialContext = hub.Cluster
 	return nil
 }
 
-// nodes are the cluster's nodes, from the API server's own cache.
+// nodes reads the cluster's nodes from the API server's own cache.
 type nodes struct{ lister v1listers.NodeLister }
 
-// Owner implements tunnels.Nodes. Should a node have come with the range of another,
-// it belongs to the one that was there first.
+// Owner implements tunnels.Nodes. If several nodes have the same range, it belongs to the oldest node.
 func (n nodes) Owner(a netip.Addr) string {
 	all, err := n.lister.List(labels.Everything())
 	if err != nil {
-		return "" // a cache has no reason to fail
+		return "" // a cache does not fail
 	}
 	owner, since := "", time.Time{}
 	for _, node := range all {
@@ -86,10 +85,9 @@ func (n nodes) Names() []string {
 	return out
 }
 
-// namedNodes makes those parts of the API server that call kubelets see the address
-// that stands for the node's name, in place of those that the node has written into
-// its status. Upstream asks the store of nodes for the address and has no other place
-// where it could be told. What clients read is not changed.
+// namedNodes makes the parts of the API server that call kubelets see the address derived from the node's name,
+// instead of the addresses that the node has written into its status. Upstream reads the address from the store
+// of nodes and can be given it in no other place. Responses to clients are not changed.
 type namedNodes struct{ generic.RESTOptionsGetter }
 
 // GetRESTOptions implements generic.RESTOptionsGetter.
@@ -117,11 +115,11 @@ func (s nodeStore) Get(ctx context.Context, key string, opts storage.GetOptions,
 	}
 	node, ok := into.(*api.Node)
 	if !ok {
-		return fmt.Errorf("the store of nodes holds a %T", into)
+		return fmt.Errorf("unexpected type %T in the store of nodes", into)
 	}
 	address := joining.NodeAddress(node.Name).String()
-	// Replaced and not changed: the old ones are shared with the watch cache. Of every
-	// kind, since the user may choose with kubelet-preferred-address-types.
+	// The slice is replaced and not changed, because it is shared with the watch cache. It has addresses of
+	// every type, because the user may set kubelet-preferred-address-types.
 	node.Status.Addresses = nil
 	for _, t := range []api.NodeAddressType{api.NodeInternalIP, api.NodeExternalIP, api.NodeHostName, api.NodeInternalDNS, api.NodeExternalDNS} {
 		node.Status.Addresses = append(node.Status.Addresses, api.NodeAddress{Type: t, Address: address})
@@ -129,8 +127,8 @@ func (s nodeStore) Get(ctx context.Context, key string, opts storage.GetOptions,
 	return nil
 }
 
-// callsKubelet tells requests that are passed on to a kubelet. None of them reads a
-// node for any other reason.
+// callsKubelet reports whether a request is forwarded to a kubelet. Such requests read a node only for its
+// address.
 func callsKubelet(ctx context.Context) bool {
 	r, ok := request.RequestInfoFrom(ctx)
 	if !ok || !r.IsResourceRequest || r.APIGroup != "" {

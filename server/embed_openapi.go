@@ -24,17 +24,17 @@ import (
 	"k8s.io/kube-openapi/pkg/validation/spec"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 
-	"kedge/internal/fleeting"
+	"kedge/server/expiring"
 )
 
-// keepOpenAPI is how long a document of OpenAPI v3 is held after it was last asked for.
+// keepOpenAPI is how long an OpenAPI v3 document is kept after the last request for it.
 const keepOpenAPI = time.Minute
 
-// lateOpenAPI takes the documents of Kubernetes' own types out of the start, and returns
-// what puts them back in, once the server chain is prepared: made at a request. That of v2
-// is kept from then on, since few clients ask for it; those of v3 for a minute. They are
-// a third of the idle heap; see docs/performance.md. The small documents of custom
-// resources and of the aggregator stay as upstream makes them.
+// lateOpenAPI removes the OpenAPI documents of Kubernetes' own types from the start, and returns a function
+// that installs handlers which build them on request, to be called when the server chain is prepared. The v2
+// document is kept after that, because few clients request it; v3 documents are kept for a minute. They are a
+// third of the idle heap; see docs/performance.md. The small documents of custom resources and of the
+// aggregator are built by upstream.
 func lateOpenAPI(config *app.Config) (install func(aggregator *genericapiserver.GenericAPIServer) error) {
 	generic := config.KubeAPIs.ControlPlane.Generic
 	generic.SkipOpenAPIInstallation = true
@@ -52,9 +52,9 @@ func lateOpenAPI(config *app.Config) (install func(aggregator *genericapiserver.
 	}
 }
 
-// nameOperations gives all servers the function that names operations in documents. A
-// builder that finds none makes one that holds the builder, with the schemas of all types
-// that it has read, for as long as there is the configuration: for ever.
+// nameOperations sets the function that names operations in documents on all servers. Otherwise a builder
+// creates a function that references the builder, with the schemas of all types, for as long as the
+// configuration exists: for ever.
 func nameOperations(config *app.Config) {
 	by := func(of func(*restful.Route) (string, []string, error)) func(openapicommon.Route) (string, []string, error) {
 		return func(r openapicommon.Route) (string, []string, error) {
@@ -81,21 +81,21 @@ func buildOpenAPIV2(s *genericapiserver.GenericAPIServer, c *openapicommon.Confi
 		return nil, "", fmt.Errorf("build the OpenAPI v2 document: %w", err)
 	}
 	doc.Definitions = handler.PruneDefaults(doc.Definitions)
-	return doc, "of this process", nil // it does not change; what is merged has tags of its own
+	return doc, "of this process", nil // it does not change; the merged document has its own tag
 }
 
-// installOpenAPIV3 serves the list of all groups' documents, and each of these.
+// installOpenAPIV3 serves the list of all groups' documents, and each document.
 func installOpenAPIV3(s *genericapiserver.GenericAPIServer, c *openapicommon.OpenAPIV3Config) error {
 	const root = "/openapi/v3"
 	list := handler3.OpenAPIV3Discovery{Paths: map[string]handler3.OpenAPIV3DiscoveryGroupVersion{}}
 	documents := openAPIV3{}
-	// Documents that are asked for together are made of the same schemas.
-	full := fleeting.New(keepOpenAPI, func() (*openapicommon.OpenAPIV3Config, error) { return withDefinitions(*c), nil })
+	// Documents that are requested together share the same schemas.
+	full := expiring.New(keepOpenAPI, func() (*openapicommon.OpenAPIV3Config, error) { return withDefinitions(*c), nil })
 	for _, ws := range s.Handler.GoRestfulContainer.RegisteredWebServices() {
 		group := strings.TrimPrefix(ws.RootPath(), "/")
 		d := &openAPIV3Document{hash: openAPIHash(c, ws)}
 		d.url = (&url.URL{Path: root + "/" + group, RawQuery: url.Values{"hash": {d.hash}}.Encode()}).String()
-		d.handler = fleeting.New(keepOpenAPI, func() (http.Handler, error) {
+		d.handler = expiring.New(keepOpenAPI, func() (http.Handler, error) {
 			c, err := full.Get()
 			if err != nil {
 				return nil, err
@@ -121,7 +121,7 @@ func installOpenAPIV3(s *genericapiserver.GenericAPIServer, c *openapicommon.Ope
 	return nil
 }
 
-// withDefinitions is the configuration with the schemas of all types.
+// withDefinitions returns the configuration with the schemas of all types.
 func withDefinitions(c openapicommon.OpenAPIV3Config) *openapicommon.OpenAPIV3Config {
 	c.Definitions = c.GetDefinitions(func(name string) spec.Ref {
 		defined, _ := c.GetDefinitionName(name)
@@ -130,8 +130,8 @@ func withDefinitions(c openapicommon.OpenAPIV3Config) *openapicommon.OpenAPIV3Co
 	return &c
 }
 
-// openAPIHash stands for a document that has not been made: it is the same in all
-// servers of one version and configuration, and another where the document may be.
+// openAPIHash returns a hash for a document that is not built yet. It is equal on all servers of one version
+// and configuration, and changes when the document may change.
 func openAPIHash(c *openapicommon.OpenAPIV3Config, ws *restful.WebService) string {
 	var list []string
 	for _, r := range ws.Routes() {
@@ -146,17 +146,17 @@ func openAPIHash(c *openapicommon.OpenAPIV3Config, ws *restful.WebService) strin
 	return fmt.Sprintf("%X", sum.Sum(nil))
 }
 
-// openAPIV3 are the documents by their paths.
+// openAPIV3 has the documents by their paths.
 type openAPIV3 map[string]*openAPIV3Document
 
 type openAPIV3Document struct {
 	hash    string
-	url     string // with the hash
-	handler *fleeting.Value[http.Handler]
+	url     string // including the hash
+	handler *expiring.Value[http.Handler]
 }
 
-// ServeHTTP serves a document as handler3 does: what is asked for with its hash may be
-// kept by the client for ever, and who has an old hash is sent to the new one.
+// ServeHTTP serves a document like handler3: clients may cache a document requested with its hash for ever, and
+// are redirected from an old hash to the new one.
 func (o openAPIV3) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	d, ok := o[r.URL.Path]
 	if !ok {
@@ -178,6 +178,6 @@ func (o openAPIV3) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	plain := r.Clone(r.Context())
-	plain.URL.RawQuery = "" // the handler's own hashes are others
+	plain.URL.RawQuery = "" // the handler's own hash differs
 	h.ServeHTTP(w, plain)
 }

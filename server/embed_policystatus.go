@@ -16,28 +16,28 @@ import (
 	"k8s.io/kubernetes/pkg/controller/validatingadmissionpolicystatus"
 	"k8s.io/kubernetes/pkg/generated/openapi"
 
-	"kedge/internal/fleeting"
+	"kedge/server/expiring"
 )
 
-// policyStatus returns the controller that checks the types in validating admission
-// policies. Upstream's descriptor for it holds the schemas of all types for ever, an
-// eighth of the idle heap, for policies that most clusters have few of.
+// policyStatus returns the controller that checks the types in validating admission policies. Upstream's
+// descriptor keeps the schemas of all types for ever, an eighth of the idle heap, although most clusters have
+// few policies.
 func policyStatus(cc app.ControllerContext) (run func(context.Context), err error) {
 	const name = names.ValidatingAdmissionPolicyStatusController
 	discovery, err := cc.ClientBuilder.DiscoveryClient(name)
 	if err != nil {
-		return nil, fmt.Errorf("make the client of %s: %w", name, err)
+		return nil, fmt.Errorf("create the client of %s: %w", name, err)
 	}
 	client, err := cc.NewClient(name)
 	if err != nil {
-		return nil, fmt.Errorf("make the client of %s: %w", name, err)
+		return nil, fmt.Errorf("create the client of %s: %w", name, err)
 	}
 	c, err := validatingadmissionpolicystatus.NewController(
 		cc.InformerFactory.Admissionregistration().V1().ValidatingAdmissionPolicies(),
 		client.AdmissionregistrationV1().ValidatingAdmissionPolicies(),
 		&validating.TypeChecker{
 			SchemaResolver: schemas{
-				own: fleeting.New(keepOpenAPI, func() (resolver.SchemaResolver, error) {
+				own: expiring.New(keepOpenAPI, func() (resolver.SchemaResolver, error) {
 					return resolver.NewDefinitionsSchemaResolver(openapi.GetOpenAPIDefinitions, k8sscheme.Scheme, apiextensionsscheme.Scheme), nil
 				}),
 				others: &resolver.ClientDiscoveryResolver{Discovery: discovery},
@@ -45,15 +45,15 @@ func policyStatus(cc app.ControllerContext) (run func(context.Context), err erro
 			RestMapper: cc.RESTMapper,
 		})
 	if err != nil {
-		return nil, fmt.Errorf("make %s: %w", name, err)
+		return nil, fmt.Errorf("create %s: %w", name, err)
 	}
 	workers := int(cc.ComponentConfig.ValidatingAdmissionPolicyStatusController.ConcurrentPolicySyncs)
 	return func(ctx context.Context) { c.Run(ctx, workers) }, nil
 }
 
-// schemas finds a type's schema among Kubernetes' own, and else by asking the API.
+// schemas finds a type's schema among Kubernetes' own types, or else requests it from the API.
 type schemas struct {
-	own    *fleeting.Value[resolver.SchemaResolver]
+	own    *expiring.Value[resolver.SchemaResolver]
 	others resolver.SchemaResolver
 }
 

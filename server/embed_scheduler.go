@@ -22,52 +22,59 @@ import (
 	"k8s.io/kubernetes/pkg/scheduler/apis/config/latest"
 
 	"kedge/internal/componentflags"
+	"kedge/internal/errorkind"
 	"kedge/server/arguments"
 	"kedge/server/loopback"
 )
 
-// Scheduler is the component that runs kube-scheduler, once. It is made anew for each
-// term of leadership.
+// Scheduler is the component that runs kube-scheduler once. A new Scheduler is made for each term of
+// leadership.
 type Scheduler struct {
 	loopback *loopback.Loopback
 	opts     *options.Options
-	hasNode  bool // this machine will register one
+	hasNode  bool // a node on this machine will register
 }
 
-// NewScheduler parses the component's flags and keeps the rest.
+// NewScheduler parses the component's flags and stores the rest.
 func NewScheduler(cfg Config, lb *loopback.Loopback) (*Scheduler, error) {
-	s := &Scheduler{loopback: lb, opts: options.NewOptions(), hasNode: cfg.HasNode}
+	opts, err := parseScheduler(map[string]string{
+		"leader-elect": "false",
+		"master":       unreachableURL, // satisfies the option; the clients are replaced later
+		"profiling":    "false",
+		"secure-port":  "0", // the API server's endpoint has metrics and health
+	}, cfg.SchedulerArgs)
+	return &Scheduler{loopback: lb, opts: opts, hasNode: cfg.HasNode}, err
+}
+
+// parseScheduler lays user's flags over the defaults.
+func parseScheduler(defaults map[string]string, user []string) (*options.Options, error) {
+	opts := options.NewOptions()
 	fs := pflag.NewFlagSet("kube-scheduler", pflag.ContinueOnError)
-	for _, f := range s.opts.Flags.FlagSets {
+	for _, f := range opts.Flags.FlagSets {
 		fs.AddFlagSet(f)
 	}
-	args, err := arguments.Scheduler(map[string]string{
-		"leader-elect": "false",
-		"master":       nowhere, // satisfies the option; the clients are replaced
-		"profiling":    "false",
-		"secure-port":  "0", // metrics and health are the API server's
-	}, cfg.SchedulerArgs)
+	args, err := arguments.Scheduler(defaults, user)
 	if err != nil {
 		return nil, err
 	}
 	if err := fs.Parse(args); err != nil {
-		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, err)
+		return nil, errorkind.BadSetting(arguments.FromScheduler, ": %w", err)
 	}
-	return s, componentflags.ApplyVerbosity(s.opts.Logs, arguments.FromScheduler)
+	return opts, componentflags.ApplyVerbosity(opts.Logs, arguments.FromScheduler)
 }
 
 // Name implements lifecycle.Component.
 func (s *Scheduler) Name() string { return "scheduler" }
 
-// Run implements lifecycle.Component. It is ready when its caches are filled and
-// the first pod can be scheduled.
+// Run implements lifecycle.Component. It calls ready when its caches are filled and the first pod can be
+// scheduled.
 func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 	cfg, err := s.configure(ctx)
 	if err != nil {
 		return err
 	}
-	defer cfg.InformerFactory.Shutdown()    // gives its name back, for the next term
-	defer configz.Delete("componentconfig") // likewise what app.Run registers
+	defer cfg.InformerFactory.Shutdown()    // releases its name for the next term
+	defer configz.Delete("componentconfig") // app.Run registers it
 	cc := cfg.Complete()
 	sched, err := scheduler.New(ctx, cc.Client, cc.InformerFactory, cc.DynInformerFactory,
 		func(name string) events.EventRecorderLogger { return cc.EventBroadcaster.NewRecorder(name) },
@@ -82,7 +89,7 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 		scheduler.WithParallelism(cc.ComponentConfig.Parallelism),
 	)
 	if err != nil {
-		return fmt.Errorf("make the scheduler: %w", err)
+		return fmt.Errorf("create the scheduler: %w", err)
 	}
 	go func() {
 		if sched.WaitForHandlersSync(ctx) == nil {
@@ -92,8 +99,8 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 	if s.hasNode {
 		waitForNode(ctx, cc.Client)
 	}
-	// Without leader election Run ends only with the context, and always with
-	// an error that says no more than that.
+	// Without leader election Run returns only when the context ends, with an error that has no further
+	// information.
 	err = app.Run(ctx, &cc, sched)
 	if ctx.Err() != nil {
 		return nil
@@ -101,13 +108,12 @@ func (s *Scheduler) Run(ctx context.Context, ready func()) error {
 	return err
 }
 
-// firstNodeWithin is how long the scheduler waits for this machine's own node.
+// firstNodeWithin is the maximum time that the scheduler waits for this machine's own node.
 const firstNodeWithin = 3 * time.Second
 
-// waitForNode returns when the cluster has a node. To upstream it is an error when
-// there is none, and a pod that meets it is put off for one to two seconds, whatever
-// happens meanwhile: on a machine that starts, the pods that everybody waits for. A
-// pod that merely fits no node yet is looked at again when a node changes.
+// waitForNode returns when the cluster has a node. Without nodes upstream's scheduler treats a pod as failed
+// with an error, and tries it again only after one to two seconds: on a starting machine these are the system's
+// first pods. A pod that fits no existing node is tried again as soon as a node changes.
 func waitForNode(ctx context.Context, c kubernetes.Interface) {
 	ctx, cancel := context.WithTimeout(ctx, firstNodeWithin)
 	defer cancel()
@@ -125,31 +131,31 @@ func waitForNode(ctx context.Context, c kubernetes.Interface) {
 	}
 }
 
-// configure makes the component's configuration with clients that use the loopback.
+// configure returns the component's configuration with clients that use the loopback.
 func (s *Scheduler) configure(ctx context.Context) (*schedulerconfig.Config, error) {
 	defaults, err := latest.Default()
 	if err != nil {
-		return nil, fmt.Errorf("make the scheduler's configuration: %w", err)
+		return nil, fmt.Errorf("create the scheduler's configuration: %w", err)
 	}
 	s.opts.ComponentConfig = defaults
 	if s.opts.InformerName, err = cache.NewInformerName("kube-scheduler"); err != nil {
-		return nil, fmt.Errorf("make the scheduler's configuration: %w", err)
+		return nil, fmt.Errorf("create the scheduler's configuration: %w", err)
 	}
 	if errs := s.opts.Validate(); len(errs) > 0 {
-		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, errors.Join(errs...))
+		return nil, errorkind.BadSetting(arguments.FromScheduler, ": %w", errors.Join(errs...))
 	}
 	cfg, err := s.opts.Config(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", arguments.FromScheduler, err)
+		return nil, errorkind.BadSetting(arguments.FromScheduler, ": %w", err)
 	}
 	cfg.KubeConfig = s.loopback.Config("system:kube-scheduler")
 	client, err := kubernetes.NewForConfig(cfg.KubeConfig)
 	if err != nil {
-		return nil, fmt.Errorf("make the scheduler's client: %w", err)
+		return nil, fmt.Errorf("create the scheduler's client: %w", err)
 	}
 	dynamicClient, err := dynamic.NewForConfig(cfg.KubeConfig)
 	if err != nil {
-		return nil, fmt.Errorf("make the scheduler's client: %w", err)
+		return nil, fmt.Errorf("create the scheduler's client: %w", err)
 	}
 	cfg.Client = client
 	cfg.InformerFactory = scheduler.NewInformerFactory(client, 0, s.opts.InformerName)

@@ -14,18 +14,17 @@ import (
 	"k8s.io/mount-utils"
 )
 
-// Mounter implements the kubelet's mount interface with system calls. Listing
-// and checking mount points are upstream's, which read /proc; mounting is ours,
-// where upstream runs mount(8) and umount(8).
+// Mounter implements the kubelet's mount interface with system calls. It inherits upstream's listing and
+// checking of mount points, which read /proc, and replaces mounting, for which upstream runs mount(8) and
+// umount(8).
 //
-// Filesystems whose mount(8) helper does more than the system call (nfs, cifs,
-// ceph) work as far as the kernel understands the options that are given.
+// For NFS it does the work of mount.nfs. Other file systems with a mount(8) helper (cifs, ceph) work if the
+// kernel itself understands the options.
 type Mounter struct{ mount.Mounter }
 
 var _ mount.MounterForceUnmounter = (*Mounter)(nil)
 
-// mountFlags are the options of mount(8) that are flags of mount(2). The
-// negative ones clear the flag.
+// mountFlags maps options of mount(8) to flags of mount(2). Negative options clear the flag.
 var mountFlags = map[string]struct {
 	clear bool
 	flag  uintptr
@@ -41,10 +40,10 @@ var mountFlags = map[string]struct {
 	"suid": {true, unix.MS_NOSUID}, "sync": {false, unix.MS_SYNCHRONOUS},
 }
 
-// ignoredOptions mean something to mount(8) only.
+// ignoredOptions have a meaning for mount(8) only.
 var ignoredOptions = map[string]bool{"auto": true, "noauto": true, "user": true, "nouser": true, "_netdev": true, "nofail": true}
 
-// propagation are the options that need a call of their own.
+// propagation are the options that need a separate system call.
 var propagation = map[string]uintptr{
 	"private": unix.MS_PRIVATE, "rprivate": unix.MS_PRIVATE | unix.MS_REC,
 	"shared": unix.MS_SHARED, "rshared": unix.MS_SHARED | unix.MS_REC,
@@ -52,7 +51,7 @@ var propagation = map[string]uintptr{
 	"unbindable": unix.MS_UNBINDABLE, "runbindable": unix.MS_UNBINDABLE | unix.MS_REC,
 }
 
-// mountOptions is a list of options, sorted by what mount(2) wants of them.
+// mountOptions is a list of options, split by the way in which they are passed to mount(2).
 type mountOptions struct {
 	flags     uintptr
 	propagate []uintptr
@@ -98,9 +97,16 @@ func (m *Mounter) MountSensitive(source, target, fstype string, options, sensiti
 		return m.bind(source, target, o)
 	}
 	if fstype == "" && o.flags&unix.MS_REMOUNT == 0 {
-		return fmt.Errorf("mount %s at %s: no filesystem type is given", source, target)
+		return fmt.Errorf("mount %s at %s: the filesystem type is missing", source, target)
 	}
-	if err := unix.Mount(source, target, fstype, o.flags, o.data); err != nil {
+	call := func(data string) error { return unix.Mount(source, target, fstype, o.flags, data) }
+	var err error
+	if isNFS(fstype) && o.flags&unix.MS_REMOUNT == 0 {
+		err = mountNFS(source, fstype, o, call)
+	} else {
+		err = call(o.data)
+	}
+	if err != nil {
 		return fmt.Errorf("mount %s at %s (%s, %s): %w", source, target, fstype, strings.Join(options, ","), err)
 	}
 	return propagate(target, o.propagate)
@@ -111,9 +117,8 @@ func (m *Mounter) MountSensitiveWithoutSystemd(source, target, fstype string, op
 	return m.MountSensitive(source, target, fstype, options, sensitiveOptions)
 }
 
-// MountSensitiveWithoutSystemdWithMountFlags implements mount.Interface.
-// Arguments of mount(8) in flags have no counterpart in mount(2), except
-// --no-canonicalize, which is what the system call does anyway.
+// MountSensitiveWithoutSystemdWithMountFlags implements mount.Interface. Arguments of mount(8) in flags have no
+// counterpart in mount(2), except --no-canonicalize, which is the behaviour of the system call.
 func (m *Mounter) MountSensitiveWithoutSystemdWithMountFlags(source, target, fstype string, options, sensitiveOptions, flags []string) error {
 	for _, f := range flags {
 		if f != "--no-canonicalize" {
@@ -123,12 +128,11 @@ func (m *Mounter) MountSensitiveWithoutSystemdWithMountFlags(source, target, fst
 	return m.MountSensitive(source, target, fstype, options, sensitiveOptions)
 }
 
-// lockedFlags are those that a bind mount must keep of its source: the kernel
-// would otherwise refuse the remount, or silently drop a restriction.
+// lockedFlags are the flags that a bind mount must inherit from its source: without them the kernel would
+// refuse the remount, or silently drop a restriction.
 const lockedFlags = unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOSUID | unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_RELATIME | unix.MS_RDONLY
 
-// bind makes a bind mount, and where flags are wanted a second call, since the
-// first takes none.
+// bind creates a bind mount, and sets its flags in a second call, because the first call ignores them.
 func (m *Mounter) bind(source, target string, o mountOptions) error {
 	recursive := o.flags & unix.MS_REC
 	if err := unix.Mount(source, target, "", unix.MS_BIND|recursive, ""); err != nil {
@@ -156,8 +160,7 @@ func propagate(target string, flags []uintptr) error {
 	return nil
 }
 
-// Unmount implements mount.Interface. A target that is no mount point, or gone,
-// is what the caller wants.
+// Unmount implements mount.Interface. A target that is not a mount point, or does not exist, is not an error.
 func (m *Mounter) Unmount(target string) error {
 	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
 	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
@@ -183,6 +186,5 @@ func (m *Mounter) UnmountWithForce(target string, timeout time.Duration) error {
 	return nil
 }
 
-// CanSafelySkipMountPointCheck implements mount.Interface: Unmount above answers
-// correctly for what is no mount point.
+// CanSafelySkipMountPointCheck implements mount.Interface: Unmount handles targets that are not mount points.
 func (m *Mounter) CanSafelySkipMountPointCheck() bool { return true }

@@ -1,9 +1,8 @@
-// Package uplink is the node's end of the tunnels: it keeps a connection to each
-// server, over which the servers reach the node's kubelet and, as far as the node
-// allows it, pods and services. Nothing needs to be able to connect to the node.
+// Package uplink is the node's end of the tunnels: it keeps a connection to each server, through which the
+// servers reach the node's kubelet and, as far as the node allows it, pods and services. So no machine needs to
+// be able to connect to the node.
 //
-// The protocol is internal/tunnel's, and which servers there are says
-// internal/servers. It may be imported by main.
+// internal/tunnel has the protocol, internal/servers the list of servers. Package assembly may import it.
 package uplink
 
 import (
@@ -18,63 +17,67 @@ import (
 	"sync"
 	"time"
 
+	"kedge/internal/lastbytes"
+	"kedge/internal/lifecycle"
 	"kedge/internal/servers"
 	"kedge/internal/tunnel"
 )
 
-// Config is everything that the component is told.
+// Config has the dependencies of the component.
 type Config struct {
-	Cert    *servers.Certificate // the node's, as a client
-	Kubelet netip.AddrPort       // where this process' kubelet listens
-	Ranges  []netip.Prefix       // of the cluster's pods and services: what servers may reach besides
-	// Own is the URL of the server in this process, which needs no tunnel to its own
-	// node. Nil on an agent.
+	Cert    *servers.Certificate // the node's client certificate
+	Kubelet netip.AddrPort       // address of the kubelet in this process
+	Ranges  []netip.Prefix       // pod and service ranges of the cluster, to which servers may connect too
+	// Own returns the URL of the server in this process, which needs no tunnel to its own node. It is nil on an
+	// agent.
 	Own func() string
+	// Self connects to what kedge itself answers to servers on this node.
+	Self func() net.Conn
 }
 
-// Uplink is the component that keeps a session to each server. Its name is tunnel,
-// which is what users know it by.
+// Uplink is the component that keeps a session with each server. Its component name is "tunnel", the word in
+// the users' documents.
 type Uplink struct {
-	cfg  Config
-	pool *servers.Pool
-	list *servers.List
-	log  *slog.Logger
-	move chan struct{} // asks for new sessions; holds one request
+	cfg       Config
+	pool      *servers.Pool
+	list      *servers.List
+	log       *slog.Logger
+	reconnect lifecycle.Wakeup // requests new sessions
 
-	mu    sync.Mutex        // guards what follows, and what the pointers lead to
+	mu    sync.Mutex        // guards state and the values it points to
 	state map[string]*state // by URL
 }
 
-// state is how it stands with one server.
+// state is the state of the connection to one server.
 type state struct {
-	tried bool  // there is or was a session, or an attempt has failed
-	err   error // why there is none; nil: there is one, if tried
+	tried bool  // a session was established, or an attempt has failed
+	err   error // the reason why there is no session; nil with tried means connected
 }
 
 func (s *state) up() bool { return s != nil && s.tried && s.err == nil }
 
-// New makes the component. list is followed: servers come and go.
+// New returns the component. It follows list, whose servers may change.
 func New(cfg Config, list *servers.List, pool *servers.Pool, log *slog.Logger) *Uplink {
-	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, move: make(chan struct{}, 1), state: map[string]*state{}}
+	return &Uplink{cfg: cfg, list: list, pool: pool, log: log, reconnect: lifecycle.NewWakeup(), state: map[string]*state{}}
 }
 
-var errNoTunnel = errors.New("no tunnel to any server, which can neither show logs nor run commands here")
+var errNoTunnel = errors.New("no tunnel to any server: kubectl logs, exec and port-forward do not work for this node")
 
 // Name implements lifecycle.Component.
 func (u *Uplink) Name() string { return "tunnel" }
 
-// Times of the way back to a server.
+// Times of reconnecting to a server.
 const (
 	firstRetry = 500 * time.Millisecond
 	lastRetry  = 15 * time.Second
-	// A session that has lasted so long was one: the next attempt comes at once.
+	// After a session of this length the delay starts at firstRetry again.
 	goodSession = 10 * time.Second
-	// Whoever a server is named by may be a balancer in front of several.
+	// A fallback address may be a load balancer in front of several servers.
 	fallbackAfter = 3 * time.Second
 )
 
-// Run implements lifecycle.Component. It is ready at once: a node works, but for
-// what servers ask of it, without.
+// Run implements lifecycle.Component. It calls ready at once: without a tunnel the node works, except for
+// requests of the servers.
 func (u *Uplink) Run(ctx context.Context, ready func()) error {
 	ready()
 	running := map[string]context.CancelFunc{}
@@ -84,7 +87,7 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 		if running[url] == nil {
 			one, stop := context.WithCancel(ctx)
 			running[url] = stop
-			all.Go(func() { u.keep(one, url) })
+			all.Go(func() { u.maintain(one, url) })
 		}
 	}
 	stop := func(url string) {
@@ -111,7 +114,7 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 		for _, url := range known {
 			start(url)
 		}
-		// Servers may be known by addresses that cannot be reached from here.
+		// The servers' own addresses may be unreachable from here.
 		for _, url := range u.list.Fallback() {
 			switch {
 			case slices.Contains(known, url):
@@ -125,7 +128,7 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
-		case <-u.move:
+		case <-u.reconnect:
 			for url := range running {
 				stop(url)
 			}
@@ -135,13 +138,9 @@ func (u *Uplink) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// Moved makes new sessions in place of all that there are, at once: this machine has
-// other addresses.
-func (u *Uplink) Moved() {
-	select {
-	case u.move <- struct{}{}:
-	default: // asked for already
-	}
+// Reconnect replaces all sessions by new sessions at once, because this machine's addresses have changed.
+func (u *Uplink) Reconnect() {
+	u.reconnect.Wake()
 }
 
 func (u *Uplink) connected(urls []string) bool {
@@ -150,27 +149,27 @@ func (u *Uplink) connected(urls []string) bool {
 	return slices.ContainsFunc(urls, func(url string) bool { return u.state[url].up() })
 }
 
-// keep keeps a session to one server until ctx ends.
-func (u *Uplink) keep(ctx context.Context, url string) {
-	mine := &state{}
+// maintain maintains a session with one server until ctx ends.
+func (u *Uplink) maintain(ctx context.Context, url string) {
+	current := &state{}
 	u.mu.Lock()
-	u.state[url] = mine
+	u.state[url] = current
 	u.mu.Unlock()
 	defer func() {
 		u.mu.Lock()
 		defer u.mu.Unlock()
-		if u.state[url] == mine { // the server may be back on the list already
+		if u.state[url] == current { // the server may have been added to the list again
 			delete(u.state, url)
 		}
 	}()
-	wait := tunnel.Backoff{First: firstRetry, Last: lastRetry}
+	wait := lifecycle.Backoff{First: firstRetry, Last: lastRetry, Spread: 1}
 	for {
 		begun := time.Now()
-		err := u.once(ctx, url, mine)
+		err := u.session(ctx, url, current)
 		if ctx.Err() != nil {
 			return
 		}
-		if u.note(mine, err) {
+		if u.note(current, err) {
 			u.log.Warn("no tunnel to a server", "server", url, "err", err)
 		}
 		if time.Since(begun) > goodSession {
@@ -182,7 +181,7 @@ func (u *Uplink) keep(ctx context.Context, url string) {
 	}
 }
 
-// note keeps how it stands with a server, and reports whether that is news.
+// note stores the result of an attempt, and reports whether the state has changed.
 func (u *Uplink) note(s *state, err error) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -191,8 +190,8 @@ func (u *Uplink) note(s *state, err error) bool {
 	return news
 }
 
-// once is one session: it returns why there was none, or why it has ended.
-func (u *Uplink) once(ctx context.Context, url string, mine *state) error {
+// session runs one session and returns the reason why it failed or ended.
+func (u *Uplink) session(ctx context.Context, url string, current *state) error {
 	conn, err := u.pool.DialTLS(ctx, url, u.cfg.Cert)
 	if err != nil {
 		return err
@@ -200,24 +199,31 @@ func (u *Uplink) once(ctx context.Context, url string, mine *state) error {
 	if conn, err = tunnel.Upgrade(ctx, conn, servers.Host); err != nil {
 		return err
 	}
-	u.note(mine, nil)
-	u.log.Info("the tunnel is up", "server", url)
+	u.note(current, nil)
+	u.log.Info("connected the tunnel to a server", "server", url)
 	return tunnel.Serve(ctx, conn, u.dial, tunnel.DefaultOptions(), u.log)
 }
 
-// dial connects to what a server asks for, if it is a server's business.
+// dial connects to the destination that a server requests, if it is allowed.
 func (u *Uplink) dial(ctx context.Context, d tunnel.Destination) (net.Conn, error) {
 	to := u.cfg.Kubelet
-	if d.Kind == tunnel.Egress {
+	switch d.Kind {
+	case tunnel.Node:
+		return u.cfg.Self(), nil
+	case tunnel.Egress:
 		if err := allowed(d.Addr.Addr(), u.cfg.Ranges, isOwn); err != nil {
 			return nil, err
 		}
 		to = d.Addr
 	}
-	return (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
+	if err != nil || d.Kind == tunnel.Egress {
+		return conn, err
+	}
+	return lastbytes.Guard(conn), nil
 }
 
-// Describe implements lifecycle.Describer: the servers that reach this node.
+// Describe implements lifecycle.Describer: it returns the servers that are connected.
 func (u *Uplink) Describe() string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -231,12 +237,12 @@ func (u *Uplink) Describe() string {
 	return strings.Join(up, " ")
 }
 
-// Check implements lifecycle.Checker: one server is enough to be reached through.
+// Check implements lifecycle.Checker: one connected server is sufficient.
 func (u *Uplink) Check(context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.cfg.Own != nil && len(u.state) == 0 {
-		return nil // a server that is alone
+		return nil // the only server of the cluster
 	}
 	var bad []string
 	for url, s := range u.state {

@@ -1,9 +1,8 @@
-// Package hook gives the API server of this process its store: it puts the datastore's clients in the place
-// of the etcd clients that the Kubernetes libraries would dial.
+// Package hook makes the API server of this process use the datastore: it replaces the etcd clients that the Kubernetes
+// libraries would dial with clients of the datastore.
 //
-// It is for package server, which calls [Install] once while it builds the API server. It is a package of its
-// own because it imports the libraries' storage code, and the upstream test suites of that code import
-// package datastore.
+// It is for package assembly, which calls [Install] once before it builds the API server. It is a package of its own because it
+// imports the libraries' storage code, and the upstream test suites of that code import package datastore.
 package hook
 
 import (
@@ -17,21 +16,20 @@ import (
 	"kedge/datastore"
 )
 
-// newETCD3Client is a variable of the API server's library: the one function through which it makes every
-// etcd client it has, for resource types, health checks, compaction, leases and allocators alike. There is no
-// exported way in that all of them pass (a storage decorator misses six), and a fork of Kubernetes is not
-// wanted. So the linker is told that this variable and theirs are one.
+// newETCD3Client is a variable of the API server's library: the function with which it makes all of its etcd clients, for
+// resource types, health checks, compaction, leases and allocators. No exported hook covers all of them (a storage
+// decorator misses six), and kedge does not fork Kubernetes. So the linker makes this variable and the library's the same.
 //
-// If theirs were renamed, this one would be alone in the program and set in vain; if its type changed, it
-// would be called with the wrong arguments. TestMatchesUpstream reads the library's source and fails on
-// either, and TestInstall makes a storage through the library and sees whose client it got.
+// If the library renamed its variable, this one would have no effect; if its type changed, it would be called with wrong
+// arguments. TestMatchesUpstream reads the library's source and fails in both cases, and TestInstall checks that a storage
+// of the library uses the datastore.
 //
 //go:linkname newETCD3Client k8s.io/apiserver/pkg/storage/storagebackend/factory.newETCD3Client
 var newETCD3Client func(storagebackend.TransportConfig) (*kubernetes.Client, error)
 
-// Install makes the API server of this process use s wherever its configuration names datastore.Endpoint as
-// its only etcd server; other servers it dials as ever. It changes the process as a whole. Call it once,
-// before any part of an API server is built; clients can be had from when s is ready.
+// Install makes the API server of this process use s where its configuration names datastore.Endpoint as its only etcd
+// server. Other etcd servers are dialled as usual. Install changes the whole process. Call it once, before any part of an
+// API server is built. Clients can be made once s is ready.
 func Install(s *datastore.Store) {
 	dial := newETCD3Client
 	newETCD3Client = func(c storagebackend.TransportConfig) (*kubernetes.Client, error) {

@@ -19,20 +19,20 @@ import (
 	"k8s.io/apiserver/pkg/storage/storagebackend/factory"
 
 	"kedge/datastore"
-	"kedge/internal/foreign"
+	"kedge/internal/test/upstream"
 )
 
 const advice = `
 
-The datastore reaches the API server by setting the unexported variable newETCD3Client of
-k8s.io/apiserver/pkg/storage/storagebackend/factory through go:linkname (see hook.go). This Kubernetes no longer
-has it as it was. Look in that package for what makes etcd clients now. If it is still one package variable, adapt
-the declaration in hook.go and this test. If not, either patch an exported setter into the package with a replace
-in go.mod, or give TransportConfig.EgressLookup an in-memory dialer to a gRPC server on the store.`
+The hook sets the unexported variable newETCD3Client of k8s.io/apiserver/pkg/storage/storagebackend/factory through
+go:linkname (see hook.go). This version of Kubernetes has changed or removed it. Find out how that package makes etcd
+clients now. If it still uses one package variable, adapt the declaration in hook.go and this test. If not, either patch an
+exported setter into the package with a replace in go.mod, or give TransportConfig.EgressLookup an in-memory dialer to a
+gRPC server on the store.`
 
 // TestMatchesUpstream compares names and types with the source, because the linker compares neither.
 func TestMatchesUpstream(t *testing.T) {
-	library := foreign.Parse(t, "k8s.io/apiserver/pkg/storage/storagebackend/factory")
+	library := upstream.Parse(t, "k8s.io/apiserver/pkg/storage/storagebackend/factory")
 	variable := library.Variables()["newETCD3Client"]
 	declared, ok := variable.Value.(*ast.FuncLit)
 	if !ok || variable.Type != nil {
@@ -55,7 +55,7 @@ func TestMatchesUpstream(t *testing.T) {
 					uses++
 				}
 			case *ast.SelectorExpr:
-				// A second way to make a client would bypass the variable.
+				// A second place that makes clients would bypass the variable.
 				x, ok := f.X.(*ast.Ident)
 				outside := call.Pos() < declared.Pos() || call.Pos() > declared.End()
 				if ok && outside && f.Sel.Name == "New" && (x.Name == "clientv3" || x.Name == "kubernetes") {
@@ -75,7 +75,7 @@ func TestMatchesUpstream(t *testing.T) {
 	}
 }
 
-// TestInstall writes through a storage that the library made, and reads from the store behind it.
+// TestInstall writes through a storage of the library, and reads the object from the store.
 func TestInstall(t *testing.T) {
 	upstream := newETCD3Client
 	if upstream == nil {
@@ -140,7 +140,7 @@ func TestInstall(t *testing.T) {
 		}
 	})
 
-	// Without this, every consistent list goes to the store and not to the API server's cache.
+	// Without watch progress, every consistent list goes to the store instead of the API server's cache.
 	t.Run("watch progress", func(t *testing.T) {
 		err := eventually(t, func() error {
 			if !feature.DefaultFeatureSupportChecker.Supports(storage.RequestWatchProgress) {
@@ -154,7 +154,7 @@ func TestInstall(t *testing.T) {
 	})
 }
 
-// Configurations that name another etcd must reach it: a test that dials shows that the hook stepped aside.
+// A configuration that names another etcd server must reach it.
 func TestInstallLeavesOtherServersAlone(t *testing.T) {
 	upstream := newETCD3Client
 	t.Cleanup(func() { newETCD3Client = upstream })
@@ -172,7 +172,7 @@ func TestInstallLeavesOtherServersAlone(t *testing.T) {
 		t.Error("the client for another server did not come from the library")
 	}
 	if _, err := newETCD3Client(storagebackend.TransportConfig{ServerList: []string{datastore.Endpoint}}); err == nil {
-		t.Error("a client of a store that does not run")
+		t.Error("got a client of a store that does not run")
 	}
 }
 
@@ -199,7 +199,7 @@ func startStore(t *testing.T) *datastore.Store {
 	return store
 }
 
-// eventually is for what the library does in goroutines of its own, which tell nobody when they are done.
+// eventually retries f, for results of goroutines of the library that do not report their end.
 func eventually(t *testing.T, f func() error) (err error) {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)

@@ -1,3 +1,3 @@
-// Package upstream has no code, only a test: Kubernetes' own tests of its storage, run on kedge's datastore.
-// They are the contract of the clients that package datastore hands out. Nobody imports it.
+// Package upstream runs Kubernetes' own tests of its storage on kedge's datastore. It has only a test. These tests are the
+// contract of the clients of package datastore. No package imports it.
 package upstream

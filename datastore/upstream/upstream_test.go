@@ -14,12 +14,12 @@ import (
 
 const apiserver = "k8s.io/apiserver"
 
-// TestStorageSuites runs the tests of two packages of k8s.io/apiserver from a copy of that module in which
-// one file differs: the one that starts the etcd they all run on. The copy is under build/upstream-storage and
-// may be looked at, or run by hand, afterwards.
+// TestStorageSuites runs the tests of two packages of k8s.io/apiserver from a copy of that module in which one file
+// differs: the one that starts etcd for all of the tests. The copy stays in build/upstream-storage, to read or to run by
+// hand.
 //
-// With -race the suites run under the race detector too, which is worth doing once for every new etcd: messages
-// cross between client and server by pointer.
+// With -race the suites run under the race detector too. Do that once for every new version of etcd, because messages cross
+// between client and server by pointer.
 func TestStorageSuites(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
@@ -30,8 +30,8 @@ func TestStorageSuites(t *testing.T) {
 
 	for _, suite := range []struct {
 		name string
-		// atLeast is how many tests the package had when this was written. Fewer mean that they did not all
-		// run, or that upstream removed some: find out which before lowering the number.
+		// atLeast is the number of tests in the package when this was written. A smaller number means that some did not
+		// run or that upstream has removed some: find out which before you lower it.
 		atLeast int
 	}{
 		{"pkg/storage/etcd3", 70},
@@ -43,7 +43,7 @@ func TestStorageSuites(t *testing.T) {
 	}
 }
 
-// prepare makes the copy, and a go.mod that puts it in the place of the original.
+// prepare makes the copy, and a go.mod that replaces the original with it.
 func prepare(t *testing.T, root, build string) {
 	t.Helper()
 	module := goList(t, root, apiserver)
@@ -58,11 +58,11 @@ func prepare(t *testing.T, root, build string) {
 		func() error { return os.MkdirAll(build, 0o755) },
 		func() error { return os.CopyFS(tree, os.DirFS(module)) },
 		func() error {
-			// If upstream moved it, the suites would run on real etcd and prove nothing.
+			// If upstream had moved the file, the suites would run on a real etcd and prove nothing.
 			if _, err := os.Stat(replaced); err != nil {
 				return err
 			}
-			// A copy has the permissions of the module cache, which are read-only.
+			// The copy is read-only like the module cache.
 			if err := os.Remove(replaced); err != nil {
 				return err
 			}
@@ -83,8 +83,8 @@ func prepare(t *testing.T, root, build string) {
 
 // run runs the tests of one package, and fails with the output of those that failed.
 //
-// Some of these tests give an event 150 ms to arrive, on stores that all sync to one disk; on a busy machine
-// one of them may fail. So a few failures are given one more chance, alone.
+// Some of these tests wait only 150 ms for an event, on stores that all sync to one disk, so a few may fail on a busy machine.
+// Up to three failed tests are run once more, alone.
 func run(t *testing.T, root, build, pkg string, atLeast int) {
 	t.Helper()
 	passed, failed := goTest(t, root, build, pkg, ".")
@@ -107,8 +107,8 @@ func run(t *testing.T, root, build, pkg string, atLeast int) {
 	t.Logf("%s: %d tests passed", pkg, passed)
 }
 
-// goTest counts the tests that passed, and returns the output of the failed parts of those that failed, by
-// test. The package itself fails under the name "" if it does so without any test.
+// goTest returns the number of passed tests, and the output of each failed one by name. The name "" stands for a failure of
+// the package itself.
 func goTest(t *testing.T, root, build, pkg, pattern string) (passed int, failed map[string]string) {
 	t.Helper()
 	args := []string{"test", "-json", "-count=1", "-timeout=20m", "-run=" + pattern, "-modfile=" + filepath.Join(build, "go.mod")}

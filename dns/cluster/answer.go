@@ -9,74 +9,74 @@ import (
 	"kedge/dns/message"
 )
 
-// Verdict is what Answer made of a question.
-type Verdict int
+// Result is the result of Answer.
+type Result int
 
-// Verdicts.
+// Results.
 const (
-	NotOurs  Verdict = iota // somebody else must answer
-	Answered                // the reply is complete
-	Alias                   // the reply has a CNAME, whose target must be asked for
+	NotFound Result = iota // not a name of the cluster
+	Answered               // the reply is complete
+	Alias                  // the reply has a CNAME record, whose target must be looked up
 )
 
-// version is that of the specification whose names are answered.
+// version is the version of the DNS specification of Kubernetes.
 const version = "1.1.0"
 
-// versionTTL is long, since the answer changes only with kedge.
+// versionTTL is long, because the answer changes only with kedge.
 const versionTTL = 28800
 
-// outcome is what became of looking a name up.
+// outcome is the result of a lookup.
 type outcome int
 
 const (
 	found   outcome = iota // records were written
-	noData                 // the name exists, without such records
-	noName                 // it does not exist, and nothing below it does
-	aliased                // it is another name for something outside
+	noData                 // the name exists without records of this type
+	noName                 // neither the name nor a name below it exists
+	aliased                // the name is an alias for a name outside the cluster
 )
 
-// Answer writes the answer to q into r, which was begun, when the name is one of
-// the cluster. Target is the name that an alias stands for, in wire format.
-func (x *Index) Answer(q *message.Query, r *message.Reply) (v Verdict, target string) {
+// Answer writes the answer to q into r, on which Begin was called, if the name belongs to
+// the cluster. Target is the target of an alias, in wire format.
+func (x *Index) Answer(q *message.Query, r *message.Reply) (v Result, target string) {
 	if n := q.Below(x.zone, x.labels); n >= 0 {
 		r.Authoritative()
-		out, target := x.forward(q, r, n)
+		out, target := x.forwardLookup(q, r, n)
 		if out == aliased {
 			return Alias, target
 		}
-		x.finish(q, r, out, zoneOffset(q, n))
+		x.addNegative(q, r, out, zoneOffset(q, n))
 		return Answered, ""
 	}
 	prefix, ok := q.Reverse()
 	if !ok {
-		return NotOurs, ""
+		return NotFound, ""
 	}
-	return x.backward(q, r, prefix), ""
+	return x.reverseLookup(q, r, prefix), ""
 }
 
-// zoneOffset is where in the name the zone begins that has n labels before it.
+// zoneOffset returns the offset in the name of the zone that has n labels before it.
 func zoneOffset(q *message.Query, n int) int { return len(q.Name()) - len(q.From(n)) }
 
-// finish adds what goes with an answer that has no records.
-func (x *Index) finish(q *message.Query, r *message.Reply, out outcome, zone int) {
+// addNegative completes an answer without records.
+func (x *Index) addNegative(q *message.Query, r *message.Reply, out outcome, zone int) {
 	if out == found {
 		return
 	}
 	if out == noName {
-		r.Fail(message.NXDomain)
+		r.SetRcode(message.NXDomain)
 	}
 	r.Authority()
-	r.Start(zone, x.start())
+	r.StartOfAuthority(zone, x.soaRecord())
 }
 
-func (x *Index) start() message.SOA {
+func (x *Index) soaRecord() message.SOA {
 	soa := x.soa
 	soa.Serial = x.serial.Load() + 1
 	return soa
 }
 
-// forward looks up a name of the zone that has n labels before it.
-func (x *Index) forward(q *message.Query, r *message.Reply, n int) (outcome, string) {
+// forwardLookup looks up a name of the zone that has n labels before it.
+func (x *Index) forwardLookup(q *message.Query, r *message.Reply, n int) (outcome, string) {
 	if n == 0 {
 		return x.apex(q, r), ""
 	}
@@ -105,11 +105,11 @@ func (x *Index) forward(q *message.Query, r *message.Reply, n int) (outcome, str
 	return noName, ""
 }
 
-// apex answers for the domain itself.
+// apex answers queries for the domain itself.
 func (x *Index) apex(q *message.Query, r *message.Reply) outcome {
 	switch q.Type {
 	case message.TypeSOA:
-		r.Start(0, x.start())
+		r.StartOfAuthority(0, x.soaRecord())
 	case message.TypeNS:
 		owner, ok := r.NameServer(x.cfg.TTL, x.soa.Server)
 		r.Additional()
@@ -145,7 +145,7 @@ func (x *Index) service(q *message.Query, r *message.Reply, n int) (outcome, str
 	switch n - 2 {
 	case 0:
 		if rec.headless && len(rec.endpoints) == 0 {
-			return noName, "" // the specification asks for it
+			return noName, "" // as the specification requires
 		}
 		if q.Type == message.TypeSRV {
 			return x.servers(r, rec, nil), ""
@@ -166,8 +166,8 @@ func (x *Index) service(q *message.Query, r *message.Reply, n int) (outcome, str
 	return noName, ""
 }
 
-// belowService answers for an endpoint, or for a protocol, which has names below
-// it but no records.
+// belowService answers queries for an endpoint, or for a protocol, which has names below it
+// but no records.
 func (x *Index) belowService(q *message.Query, r *message.Reply, rec *record) outcome {
 	if label := q.Label(0); len(label) > 1 && label[0] == '_' {
 		for _, p := range rec.ports {
@@ -186,7 +186,7 @@ func (x *Index) belowService(q *message.Query, r *message.Reply, rec *record) ou
 	}
 	out := noData
 	for i, e := range eps {
-		if wants(q, e.addr) && (i == 0 || e.addr != eps[i-1].addr) {
+		if matchesType(q, e.addr) && (i == 0 || e.addr != eps[i-1].addr) {
 			out = found
 			if !r.Addr(message.Question, x.cfg.TTL, e.addr) {
 				break
@@ -196,7 +196,7 @@ func (x *Index) belowService(q *message.Query, r *message.Reply, rec *record) ou
 	return out
 }
 
-// find returns the port of an SRV name's first two labels, "_http" and "_tcp".
+// find returns the port for the first two labels of an SRV name, "_http" and "_tcp".
 func (r *record) find(name, protocol []byte) *port {
 	if len(name) < 2 || len(protocol) < 2 || name[0] != '_' || protocol[0] != '_' {
 		return nil
@@ -209,8 +209,8 @@ func (r *record) find(name, protocol []byte) *port {
 	return nil
 }
 
-// wants says whether a question is for addresses of this kind.
-func wants(q *message.Query, a netip.Addr) bool {
+// matchesType reports whether a query asks for addresses of this family.
+func matchesType(q *message.Query, a netip.Addr) bool {
 	switch q.Type {
 	case message.TypeA:
 		return a.Is4()
@@ -220,14 +220,14 @@ func wants(q *message.Query, a netip.Addr) bool {
 	return q.Type == message.TypeANY
 }
 
-// shuffled is how many addresses are put into random order; of more, only the
-// first is chosen at random.
+// shuffled is the number of addresses up to which the order is random; with more, only the
+// first address is random.
 const shuffled = 64
 
-// addresses answers with those of the family that is asked for, in another order
-// each time: many clients take the first.
+// addresses answers with the addresses of the family in the query, in a different order
+// each time: many clients use the first.
 func (x *Index) addresses(q *message.Query, r *message.Reply, all []netip.Addr) outcome {
-	// Addresses are sorted, those of IPv4 first.
+	// Addresses are sorted, IPv4 first.
 	n4 := 0
 	for n4 < len(all) && all[n4].Is4() {
 		n4++
@@ -269,7 +269,7 @@ func (x *Index) addresses(q *message.Query, r *message.Reply, all []netip.Addr) 
 	return found
 }
 
-// servers answers SRV for the ports with a name and protocol, or for all ports.
+// servers answers SRV queries for the ports with a name and protocol, or for all ports.
 func (x *Index) servers(r *message.Reply, rec *record, want *port) outcome {
 	if rec.headless {
 		return x.serversOf(r, rec, rec.endpoints, want)
@@ -297,21 +297,21 @@ func (x *Index) servers(r *message.Reply, rec *record, want *port) outcome {
 	return found
 }
 
-// matches says whether a port has the name and protocol of another; nil is any.
+// matches reports whether a port has the name and protocol of want; nil matches any.
 func (p port) matches(want *port) bool {
 	return want == nil || p.name == want.name && p.protocol == want.protocol
 }
 
-// maxExtra bounds the hosts whose addresses come with SRV records.
+// maxExtra is the maximum number of hosts whose addresses accompany SRV records.
 const maxExtra = 64
 
-// serversOf answers with every matching port of endpoints, which are sorted by host.
-// The first is chosen at random.
+// serversOf answers with every matching port of endpoints, which are sorted by host,
+// starting with a random host.
 func (x *Index) serversOf(r *message.Reply, rec *record, eps []endpoint, want *port) outcome {
 	n := 0
 	for i := range eps {
 		for j := range eps[i].ports {
-			if eps[i].ports[j].matches(want) && !before(eps, i, j) {
+			if eps[i].ports[j].matches(want) && !listedBefore(eps, i, j) {
 				n++
 			}
 		}
@@ -331,7 +331,7 @@ func (x *Index) serversOf(r *message.Reply, rec *record, eps []endpoint, want *p
 	for k := range eps {
 		i := (start + k) % len(eps)
 		for j, p := range eps[i].ports {
-			if !p.matches(want) || before(eps, i, j) {
+			if !p.matches(want) || listedBefore(eps, i, j) {
 				continue
 			}
 			owner, ok := r.Server(x.cfg.TTL, weight(n), p.number, x.nameOf(rec, eps[i].host))
@@ -352,9 +352,9 @@ func (x *Index) serversOf(r *message.Reply, rec *record, eps []endpoint, want *p
 	return found
 }
 
-// before says whether the host of an endpoint has the same port with another of its
-// addresses, listed before: one SRV record stands for both.
-func before(eps []endpoint, i, j int) bool {
+// listedBefore reports whether the host of an endpoint has the same port with another
+// address, listed earlier: one SRV record covers both.
+func listedBefore(eps []endpoint, i, j int) bool {
 	for k := i - 1; k >= 0 && eps[k].host == eps[i].host; k-- {
 		if slices.Contains(eps[k].ports, eps[i].ports[j]) {
 			return true
@@ -363,16 +363,16 @@ func before(eps []endpoint, i, j int) bool {
 	return false
 }
 
-// weight shares 100 among n servers.
+// weight divides 100 by the number of servers.
 func weight(n int) uint16 { return uint16(max(1, 100/n)) }
 
-// nameOf is the name of a host of a service, or with an empty host of the service.
+// nameOf returns the name of a host of a service, or of the service if host is empty.
 func (x *Index) nameOf(rec *record, host string) message.Name {
 	return message.Name{host, rec.name, x.svc}
 }
 
-// emptyOrMissing answers for "svc" and "pod" (n = 0) and namespaces below them (n = 1),
-// which have names below them but no records.
+// emptyOrMissing answers queries for "svc" and "pod" (n = 0) and namespaces below them (n =
+// 1), which have names below them but no records.
 func (x *Index) emptyOrMissing(q *message.Query, n int) outcome {
 	if n == 0 {
 		return noData
@@ -401,14 +401,14 @@ func (x *Index) pod(q *message.Query, r *message.Reply, n int) outcome {
 	if !ok {
 		return noName
 	}
-	if !wants(q, a) {
+	if !matchesType(q, a) {
 		return noData
 	}
 	r.Addr(message.Question, x.cfg.TTL, a)
 	return found
 }
 
-// dashed reads an address whose dots or colons are dashes.
+// dashed parses an address with dashes instead of dots or colons.
 func dashed(label []byte) (netip.Addr, bool) {
 	var b [64]byte
 	sep := byte(':')
@@ -425,8 +425,9 @@ func dashed(label []byte) (netip.Addr, bool) {
 	return a, err == nil && a.Zone() == ""
 }
 
-// backward answers a reverse name, or the name of a range above such names.
-func (x *Index) backward(q *message.Query, r *message.Reply, prefix netip.Prefix) Verdict {
+// reverseLookup answers queries for a reverse name, or for the name of a range of
+// addresses.
+func (x *Index) reverseLookup(q *message.Query, r *message.Reply, prefix netip.Prefix) Result {
 	var ours netip.Prefix
 	for _, p := range x.cfg.Ranges {
 		if p.Bits() <= prefix.Bits() && p.Contains(prefix.Addr()) {
@@ -435,41 +436,47 @@ func (x *Index) backward(q *message.Query, r *message.Reply, prefix netip.Prefix
 	}
 	out := noName
 	if prefix.IsSingleIP() {
-		var few [8]pointer // so that nothing is allocated
+		var few [8]pointer // avoids an allocation
 		x.mu.RLock()
 		targets := x.pointersOf(prefix.Addr(), few[:0])
 		x.mu.RUnlock()
 		if len(targets) > 0 {
-			out = x.point(q, r, targets)
+			out = x.answerPTR(q, r, targets)
 			if out == noData && !ours.IsValid() {
-				return NotOurs
+				return NotFound
 			}
 		}
 	} else if ours.IsValid() {
 		out = noData
 	}
 	if out == noName && !ours.IsValid() {
-		return NotOurs
+		return NotFound
 	}
 	r.Authoritative()
 	if out != found {
-		x.finish(q, r, out, q.ReverseZone(ours))
+		x.addNegative(q, r, out, q.ReverseZone(ours))
 	}
 	return Answered
 }
 
-func (x *Index) point(q *message.Query, r *message.Reply, targets []pointer) outcome {
+func (x *Index) answerPTR(q *message.Query, r *message.Reply, targets []pointer) outcome {
 	if q.Type != message.TypePTR && q.Type != message.TypeANY {
 		return noData
 	}
+	// Two services have the same address for a moment, if one replaces the other. The answer then does not depend on the
+	// order of their events.
+	var service *record
 	for _, t := range targets {
-		if t.endpoint == itself {
-			r.Pointer(x.cfg.TTL, x.nameOf(t.record, ""))
-			return found
+		if t.endpoint == serviceItself && (service == nil || t.record.name < service.name) {
+			service = t.record
 		}
 	}
-	// Many programs take the first name, and that of a headless service is the better
-	// one: it leads back to the address.
+	if service != nil {
+		r.Pointer(x.cfg.TTL, x.nameOf(service, ""))
+		return found
+	}
+	// Many programs use the first name, and the name of a headless service is preferable:
+	// it resolves to the address.
 	for _, headless := range []bool{true, false} {
 		for _, t := range targets {
 			if t.record.headless == headless && !r.Pointer(x.cfg.TTL, x.nameOf(t.record, t.host())) {

@@ -66,7 +66,7 @@ func TestNames(t *testing.T) {
 		{"SRV", "_http._tcp.both.default.svc.cluster.local", "+A both.default.svc.cluster.local. 10.43.1.2; +AAAA both.default.svc.cluster.local. fd43::1:1; SRV 0 100 80 both.default.svc.cluster.local."},
 		{"PTR", "1.1.43.10.in-addr.arpa", "PTR web.default.svc.cluster.local."},
 
-		// What CoreDNS adds: endpoints of such services, and SRV without a port.
+		// CoreDNS's additions: endpoints of such services, and SRV without a port.
 		{"A", "10-42-0-5.web.default.svc.cluster.local", "A 10.42.0.5"},
 		{"A", "10-42-0-6.web.default.svc.cluster.local", nx},
 		{"PTR", "5.0.42.10.in-addr.arpa", "PTR 10-42-0-5.web.default.svc.cluster.local."},
@@ -89,7 +89,7 @@ func TestNames(t *testing.T) {
 		{"SRV", "plain.default.svc.cluster.local", soa},
 		{"A", "none.default.svc.cluster.local", nx},
 
-		// 2.5: names outside.
+		// 2.5: ExternalName services.
 		{"CNAME", "out.default.svc.cluster.local", "CNAME example.com."},
 		{"A", "x.out.default.svc.cluster.local", nx},
 		{"A", "digits.default.svc.cluster.local", nx},
@@ -103,7 +103,7 @@ func TestNames(t *testing.T) {
 		{"A", "web.default.pod.cluster.local", nx},
 		{"A", "x.10-42-0-99.default.pod.cluster.local", nx},
 
-		// Names that have others below them.
+		// Names without records that have names below them.
 		{"A", "cluster.local", soa},
 		{"A", "svc.cluster.local", soa},
 		{"A", "pod.cluster.local", soa},
@@ -120,7 +120,8 @@ func TestNames(t *testing.T) {
 		{"A", "dns.cluster.local", soa},
 		{"NS", "web.default.svc.cluster.local", soa},
 
-		// Reverse names: ours are denied here, others are not our business.
+		// Reverse names: unused addresses of the ranges are denied here, other addresses
+		// are forwarded.
 		{"PTR", "77.0.42.10.in-addr.arpa", "NXDOMAIN; ns:SOA 42.10.in-addr.arpa."},
 		{"A", "1.1.43.10.in-addr.arpa", "ns:SOA 43.10.in-addr.arpa."},
 		{"PTR", "0.42.10.in-addr.arpa", "ns:SOA 42.10.in-addr.arpa."},
@@ -131,7 +132,7 @@ func TestNames(t *testing.T) {
 		{"PTR", "01.1.43.10.in-addr.arpa", noname},
 		{"PTR", "x.0.42.10.in-addr.arpa", noname},
 
-		// What a search list makes of outside names, and what is no name of ours.
+		// Outside names with a suffix of the search list, and names outside the zone.
 		{"A", "example.com.default.svc.cluster.local", nx},
 		{"A", "kubernetes.default.svc.cluster.local.default.svc.cluster.local", nx},
 		{"A", "example.com", noname},
@@ -141,7 +142,7 @@ func TestNames(t *testing.T) {
 	} {
 		m, v, _ := ask(t, x, c.name, c.qtype, 1232)
 		got := told(m)
-		if v == NotOurs {
+		if v == NotFound {
 			got = noname
 		}
 		if got != c.want {
@@ -161,14 +162,15 @@ func TestAlias(t *testing.T) {
 	}
 }
 
-// Everything that an event says must be visible at once, and nothing of what was before.
+// The complete content of an event must be visible at once, and nothing of the previous
+// content.
 func TestChanges(t *testing.T) {
 	x := full()
 	want := func(qtype, name, want string) {
 		t.Helper()
 		m, v, _ := ask(t, x, name, qtype, 1232)
 		got := told(m)
-		if v == NotOurs {
+		if v == NotFound {
 			got = noname
 		}
 		if got != want {
@@ -196,7 +198,7 @@ func TestChanges(t *testing.T) {
 	x.SetNamespace("empty", false)
 	want("A", "empty.svc.cluster.local", nx)
 
-	// An address behind two services has two names; one stays when the other goes.
+	// An address of two services has two names; one stays when the other is removed.
 	x.SetSlice(slice("web2", "web2-a", nil, "10.42.0.50"))
 	x.SetService(service("web2", []string{corev1.ClusterIPNone}))
 	x.SetSlice(slice("web3", "web3-a", nil, "10.42.0.50"))
@@ -218,8 +220,8 @@ func TestNothingIsKeptOfWhatIsGone(t *testing.T) {
 	}
 }
 
-// Unchanged endpoints must not make new records: slices are updated every time that a
-// pod's readiness probe flickers.
+// Unchanged endpoints must not create new records: slices are updated every time that a
+// pod's readiness changes.
 func TestRecordStaysWhenNothingChanges(t *testing.T) {
 	x := full()
 	k := key{"default", "db"}
@@ -263,7 +265,7 @@ func TestManyAddresses(t *testing.T) {
 	}
 }
 
-// With few addresses each must be first about as often as any other.
+// With few addresses each must be first about equally often.
 func TestShuffle(t *testing.T) {
 	x := newIndex()
 	x.SetService(service("few", []string{corev1.ClusterIPNone}))
@@ -283,8 +285,8 @@ func TestShuffle(t *testing.T) {
 	}
 }
 
-// Queries and changes at the same time, for the race detector; and whatever is seen is
-// something that was true at a moment.
+// Concurrent queries and changes, for the race detector; every answer must have been true
+// at some moment.
 func TestAtTheSameTime(t *testing.T) {
 	x := newIndex()
 	s := service("s", []string{corev1.ClusterIPNone}, "p/TCP/1")
@@ -318,7 +320,21 @@ func TestAtTheSameTime(t *testing.T) {
 	all.Wait()
 }
 
-// After any sequence of events the index must answer as one that saw only the end.
+// A service replaces another at its address; the events may come in either order.
+func TestReverseNameOfTwoServices(t *testing.T) {
+	for _, names := range [][]string{{"a", "b"}, {"b", "a"}} {
+		x := newIndex()
+		for _, name := range names {
+			x.SetService(service(name, []string{"10.43.0.3"}, "p/TCP/1"))
+		}
+		if m, _, _ := ask(t, x, "3.0.43.10.in-addr.arpa", "PTR", 512); told(m) != "PTR a.default.svc.cluster.local." {
+			t.Errorf("after events of %v the name is %s", names, told(m))
+		}
+	}
+}
+
+// After any sequence of events the index must answer like an index that received only the
+// final objects.
 func TestRandomEvents(t *testing.T) {
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))

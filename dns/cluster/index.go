@@ -12,19 +12,19 @@ import (
 	"kedge/dns/message"
 )
 
-// DefaultTTL is how long answers may be kept, in seconds, as CoreDNS has it:
-// endpoints change at any moment, and nobody tells those who have asked.
+// DefaultTTL is the TTL of answers in seconds, the same as CoreDNS's: endpoints change at
+// any time, and clients are not notified.
 const DefaultTTL = 5
 
-// Config is what an index is told once.
+// Config is the configuration of an index.
 type Config struct {
 	Domain  string         // "cluster.local"
-	Servers []netip.Addr   // addresses of the cluster's DNS
-	Ranges  []netip.Prefix // of pods and services: their reverse names are ours
+	Servers []netip.Addr   // addresses of the cluster DNS
+	Ranges  []netip.Prefix // of pods and services, whose reverse names belong to the index
 	TTL     uint32         // of every record, in seconds
 }
 
-// Index has the cluster's names. Its methods may be called at the same time.
+// Index has the cluster's names. It is safe for concurrent use.
 type Index struct {
 	cfg    Config
 	zone   string // the domain in wire format
@@ -32,25 +32,25 @@ type Index struct {
 	labels int    // of the domain
 	soa    message.SOA
 
-	events  sync.Mutex // one event at a time, from what it says to what is answered; guards sources
+	events  sync.Mutex // serializes events; guards sources
 	sources map[key]*source
 
-	mu         sync.RWMutex // guards what queries read; taken after events
-	namespaces map[string]bool
-	services   map[string]*record // by service and namespace in wire format
-	reverse    map[netip.Addr]pointer
-	reverseToo map[netip.Addr][]pointer // more of them, for the few addresses that have several
+	mu          sync.RWMutex // guards the data of queries; locked after events
+	namespaces  map[string]bool
+	services    map[string]*record // by service and namespace in wire format
+	reverse     map[netip.Addr]pointer
+	reverseMore map[netip.Addr][]pointer // further pointers, for the few addresses with several
 
-	serial atomic.Uint32 // grows with every change
+	serial atomic.Uint32 // incremented with every change
 }
 
 type key struct{ namespace, name string }
 
-// source is what the API says of a service. The objects are the watches' own.
+// source has the API objects of a service. They are shared with the watches.
 type source struct {
 	service *corev1.Service
 	slices  []*discoveryv1.EndpointSlice
-	record  *record // what became of them
+	record  *record // the record made of them
 }
 
 // New returns an empty index of a valid domain.
@@ -60,7 +60,7 @@ func New(cfg Config) *Index {
 	x := &Index{
 		cfg: cfg, zone: zone, svc: "\x03svc" + zone, labels: message.CountLabels(zone),
 		namespaces: map[string]bool{}, services: map[string]*record{},
-		reverse: map[netip.Addr]pointer{}, reverseToo: map[netip.Addr][]pointer{}, sources: map[key]*source{},
+		reverse: map[netip.Addr]pointer{}, reverseMore: map[netip.Addr][]pointer{}, sources: map[key]*source{},
 	}
 	x.soa = message.SOA{
 		Server:  message.Name{"\x02ns\x03dns", zone},
@@ -70,18 +70,17 @@ func New(cfg Config) *Index {
 	return x
 }
 
-// SetService takes a new or changed service.
+// SetService adds or updates a service.
 func (x *Index) SetService(s *corev1.Service) {
 	x.change(key{s.Namespace, s.Name}, func(src *source) { src.service = s })
 }
 
-// DeleteService forgets a service.
+// DeleteService removes a service.
 func (x *Index) DeleteService(namespace, name string) {
 	x.change(key{namespace, name}, func(src *source) { src.service = nil })
 }
 
-// SetSlice takes a new or changed slice of a service's endpoints. A slice does
-// not change its service.
+// SetSlice adds or updates an endpoint slice. A slice does not change its service.
 func (x *Index) SetSlice(s *discoveryv1.EndpointSlice) {
 	if s.AddressType == discoveryv1.AddressTypeFQDN || s.Labels[discoveryv1.LabelServiceName] == "" {
 		return
@@ -95,7 +94,7 @@ func (x *Index) SetSlice(s *discoveryv1.EndpointSlice) {
 	})
 }
 
-// DeleteSlice forgets a slice.
+// DeleteSlice removes an endpoint slice.
 func (x *Index) DeleteSlice(s *discoveryv1.EndpointSlice) {
 	x.change(key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}, func(src *source) {
 		if i := src.find(s.Name); i >= 0 {
@@ -104,12 +103,12 @@ func (x *Index) DeleteSlice(s *discoveryv1.EndpointSlice) {
 	})
 }
 
-// find is where the slice of a name is, or negative.
+// find returns the index of the slice with a name, or a negative number.
 func (src *source) find(name string) int {
 	return slices.IndexFunc(src.slices, func(s *discoveryv1.EndpointSlice) bool { return s.Name == name })
 }
 
-// SetNamespace says whether a namespace exists.
+// SetNamespace adds or removes a namespace.
 func (x *Index) SetNamespace(name string, exists bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -120,8 +119,8 @@ func (x *Index) SetNamespace(name string, exists bool) {
 	}
 }
 
-// change applies an event to a service and replaces its record. Queries wait only
-// while the record is replaced, not while it is made.
+// change applies an event to a service and replaces its record. Queries wait only while the
+// record is replaced, not while it is built.
 func (x *Index) change(k key, apply func(*source)) {
 	x.events.Lock()
 	defer x.events.Unlock()
@@ -136,17 +135,17 @@ func (x *Index) change(k key, apply func(*source)) {
 	}
 	next := newRecord(k, src)
 	if next.equal(src.record) {
-		return // most updates of slices and services touch nothing that has a name
+		return // most updates of slices and services do not affect names
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.serial.Add(1)
 	for a := range src.record.pointers() {
-		x.unpoint(a, src.record)
+		x.removePointer(a, src.record)
 	}
 	for a, p := range next.pointers() {
 		if _, several := x.reverse[a]; several {
-			x.reverseToo[a] = append(x.reverseToo[a], p)
+			x.reverseMore[a] = append(x.reverseMore[a], p)
 		} else {
 			x.reverse[a] = p
 		}
@@ -159,8 +158,8 @@ func (x *Index) change(k key, apply func(*source)) {
 	}
 }
 
-// unpoint removes what a record contributed to the reverse name of an address.
-func (x *Index) unpoint(a netip.Addr, r *record) {
+// removePointer removes a record's pointers from an address.
+func (x *Index) removePointer(a netip.Addr, r *record) {
 	var left []pointer
 	for _, p := range x.pointersOf(a, nil) {
 		if p.record != r {
@@ -168,32 +167,32 @@ func (x *Index) unpoint(a netip.Addr, r *record) {
 		}
 	}
 	delete(x.reverse, a)
-	delete(x.reverseToo, a)
+	delete(x.reverseMore, a)
 	if len(left) > 0 {
 		x.reverse[a] = left[0]
 	}
 	if len(left) > 1 {
-		x.reverseToo[a] = left[1:]
+		x.reverseMore[a] = left[1:]
 	}
 }
 
-// pointersOf appends what the reverse name of an address leads to. Caller holds mu.
+// pointersOf appends the pointers of an address. Caller holds mu.
 func (x *Index) pointersOf(a netip.Addr, to []pointer) []pointer {
 	if first, ok := x.reverse[a]; ok {
-		to = append(append(to, first), x.reverseToo[a]...)
+		to = append(append(to, first), x.reverseMore[a]...)
 	}
 	return to
 }
 
-// Services is how many services have names.
+// Services returns the number of services with names.
 func (x *Index) Services() int {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	return len(x.services)
 }
 
-// wireKey is service and namespace as they stand in a name.
+// wireKey returns service and namespace in wire format.
 func wireKey(k key) string { return wireLabel(k.name) + wireLabel(k.namespace) }
 
-// wireLabel is the wire format of one label.
+// wireLabel returns one label in wire format.
 func wireLabel(s string) string { return string([]byte{byte(len(s))}) + s }

@@ -14,17 +14,17 @@ import (
 	"kedge/dns/message"
 )
 
-// record is everything that names of one service say. It is never changed.
+// record has all data for the names of one service. It is immutable.
 type record struct {
 	name      string // service and namespace in wire format: the part before "svc"
-	alias     string // wire name that an ExternalName stands for, else ""
+	alias     string // target of an ExternalName service in wire format, else ""
 	headless  bool
-	addrs     []netip.Addr // what the service's own name answers; of a headless one its endpoints'
-	ports     []port       // the service's, or of a headless one its endpoints'
+	addrs     []netip.Addr // cluster IPs, or of a headless service the addresses of endpoints
+	ports     []port       // of the service, or of a headless service those of its endpoints
 	endpoints []endpoint   // sorted by host, then address
 }
 
-// port is where something is reached.
+// port is a port of a service or endpoint.
 type port struct {
 	name     string // lower case; may be empty
 	protocol string // "tcp", "udp" or "sctp"
@@ -38,24 +38,24 @@ type endpoint struct {
 	ports []port // shared by the endpoints of a slice
 }
 
-// pointer is a reverse name's target: a host of a service, or the service itself.
+// pointer is the target of a reverse name: a host of a service, or the service itself.
 type pointer struct {
 	record   *record
-	endpoint int32 // which of the record's, or itself
+	endpoint int32 // index in the record's endpoints, or serviceItself
 }
 
-// itself is the endpoint of a pointer to a service.
-const itself = -1
+// serviceItself is the endpoint of a pointer to a service.
+const serviceItself = -1
 
-// host is the label of the endpoint in wire format, empty for the service.
+// host returns the label of the endpoint in wire format, empty for the service.
 func (p pointer) host() string {
-	if p.endpoint == itself {
+	if p.endpoint == serviceItself {
 		return ""
 	}
 	return p.record.endpoints[p.endpoint].host
 }
 
-// newRecord makes the record of a service, or nil when it has no names.
+// newRecord returns the record of a service, or nil if it has no names.
 func newRecord(k key, src *source) *record {
 	s := src.service
 	if s == nil {
@@ -94,13 +94,13 @@ func newRecord(k key, src *source) *record {
 		r.ports = append(r.ports, port{strings.ToLower(p.Name), strings.ToLower(string(p.Protocol)), uint16(p.Port)})
 	}
 	if len(r.addrs) == 0 && len(r.endpoints) == 0 {
-		return nil // it has not got its address yet
+		return nil // the service has no address yet
 	}
 	return r
 }
 
-// externalName is the wire format of the name of an ExternalName service. Names that
-// look like addresses have no records, as upstream documents it.
+// externalName returns the target of an ExternalName service in wire format. Targets that
+// look like addresses have no records, as upstream documents.
 func externalName(name string) string {
 	if _, err := netip.ParseAddr(name); err == nil {
 		return ""
@@ -112,9 +112,9 @@ func externalName(name string) string {
 	return wire
 }
 
-// endpoints lists those that may be named: ready ones, which includes unready ones of
-// services with publishNotReadyAddresses, since the slices say ready then. An unset
-// condition means ready. While endpoints move between slices both may have them.
+// endpoints returns the endpoints that have names: ready ones, including those of services
+// with publishNotReadyAddresses, which slices report as ready. An unset condition means
+// ready. While endpoints move between slices, both slices may have them.
 func endpoints(all []*discoveryv1.EndpointSlice) []endpoint {
 	n := 0
 	for _, s := range all {
@@ -128,7 +128,7 @@ func endpoints(all []*discoveryv1.EndpointSlice) []endpoint {
 		var ports []port
 		for _, p := range s.Ports {
 			if p.Port == nil {
-				continue // all ports: not one that could be named
+				continue // all ports, which have no name
 			}
 			var name, protocol string
 			if p.Name != nil {
@@ -170,7 +170,7 @@ func comparePorts(a, b port) int {
 	return cmp.Or(strings.Compare(a.name, b.name), strings.Compare(a.protocol, b.protocol), cmp.Compare(a.number, b.number))
 }
 
-// addressLabel is the label of an endpoint without a hostname, as CoreDNS makes it:
+// addressLabel returns the label of an endpoint without a hostname, in CoreDNS's form:
 // 10.42.0.5 is 10-42-0-5, and fd42::5 is fd42--5.
 func addressLabel(a string) string {
 	label := strings.NewReplacer(".", "-", ":", "-").Replace(a)
@@ -180,7 +180,7 @@ func addressLabel(a string) string {
 	return strings.ToLower(label)
 }
 
-// equal says whether two records answer alike.
+// equal reports whether two records give the same answers.
 func (r *record) equal(o *record) bool {
 	if r == nil || o == nil {
 		return r == o
@@ -189,8 +189,8 @@ func (r *record) equal(o *record) bool {
 		slices.Equal(r.ports, o.ports) && slices.EqualFunc(r.endpoints, o.endpoints, endpoint.equal)
 }
 
-// pointers yields which addresses have reverse names because of the record, and
-// to what of it they lead.
+// pointers yields the addresses that have a reverse name because of the record, each with
+// its pointer.
 func (r *record) pointers() iter.Seq2[netip.Addr, pointer] {
 	if r == nil {
 		return maps.All[map[netip.Addr]pointer](nil)
@@ -198,14 +198,14 @@ func (r *record) pointers() iter.Seq2[netip.Addr, pointer] {
 	return func(yield func(netip.Addr, pointer) bool) {
 		if !r.headless {
 			for _, a := range r.addrs {
-				if !yield(a, pointer{r, itself}) {
+				if !yield(a, pointer{r, serviceItself}) {
 					return
 				}
 			}
 		}
 		for i, e := range r.endpoints {
 			if i > 0 && e.host == r.endpoints[i-1].host && e.addr == r.endpoints[i-1].addr {
-				continue // the same with other ports
+				continue // the same address with other ports
 			}
 			if !yield(e.addr, pointer{r, int32(i)}) {
 				return
@@ -214,7 +214,7 @@ func (r *record) pointers() iter.Seq2[netip.Addr, pointer] {
 	}
 }
 
-// at returns the endpoints that have a host label, in wire format.
+// at returns the endpoints with a host label, in wire format.
 func (r *record) at(host []byte) []endpoint {
 	first, found := slices.BinarySearchFunc(r.endpoints, host, func(e endpoint, h []byte) int { return compare(e.host, h) })
 	if !found {
@@ -227,7 +227,7 @@ func (r *record) at(host []byte) []endpoint {
 	return r.endpoints[first:last]
 }
 
-// compare is bytes.Compare without converting either side.
+// compare is bytes.Compare without a conversion.
 func compare(a string, b []byte) int {
 	switch {
 	case a == string(b):

@@ -26,8 +26,8 @@ func newIndex() *Index {
 	return x
 }
 
-// service makes one of the namespace "default": ports are "name/protocol/number", and
-// an address "None" makes it headless.
+// service returns a service in the namespace "default": ports are "name/protocol/number",
+// and an address "None" makes it headless.
 func service(name string, ips []string, ports ...string) *corev1.Service {
 	s := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"}}
 	s.Spec.ClusterIPs, s.Spec.ClusterIP = ips, ips[0]
@@ -46,8 +46,8 @@ func external(name, target string) *corev1.Service {
 	return s
 }
 
-// slice makes a slice of endpoints: "address", "address hostname", or with a ! before
-// it one that is not ready.
+// slice returns an endpoint slice: "address", "address hostname", or with a ! before it an
+// endpoint that is not ready.
 func slice(service, name string, ports []string, endpoints ...string) *discoveryv1.EndpointSlice {
 	s := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{
 		Name: name, Namespace: "default", Labels: map[string]string{discoveryv1.LabelServiceName: service},
@@ -76,8 +76,8 @@ func slice(service, name string, ports []string, endpoints ...string) *discovery
 	return s
 }
 
-// ask returns the answer to a question, and what the index made of it.
-func ask(t testing.TB, x *Index, name, qtype string, limit int) (*dns.Msg, Verdict, string) {
+// ask returns the answer to a query, and the index's result.
+func ask(t testing.TB, x *Index, name, qtype string, limit int) (*dns.Msg, Result, string) {
 	t.Helper()
 	m := new(dns.Msg)
 	m.SetQuestion(dns.Fqdn(name), dns.StringToType[qtype])
@@ -105,8 +105,8 @@ func ask(t testing.TB, x *Index, name, qtype string, limit int) (*dns.Msg, Verdi
 	return out, v, target
 }
 
-// told is an answer in short: the response code unless it is NOERROR, and the records
-// in order of their text; those of other sections with their section's letter.
+// told returns an answer in short form: the response code unless it is NOERROR, and the
+// records in order of their text; records of other sections have the section's letter.
 func told(m *dns.Msg) string {
 	var out []string
 	for i, section := range [][]dns.RR{m.Answer, m.Ns, m.Extra} {

@@ -19,19 +19,19 @@ const (
 	Rewrites  = "rewrites"
 )
 
-// Rules are what a ConfigMap says. They are not changed once read.
+// Rules is the content of a ConfigMap. It is immutable after Parse.
 type Rules struct {
 	Stubs   []outside.Stub
 	hosts   map[string][]netip.Addr // by wire name; addresses in the order of the file
 	reverse map[netip.Addr]string
 	exact   map[string]string // wire name to wire name
-	below   map[string]string // the same for names below one
+	below   map[string]string // the same for all names below
 }
 
-// Empty says whether there are neither hosts nor rewrites.
+// Empty reports whether there are neither hosts nor rewrites.
 func (r *Rules) Empty() bool { return len(r.hosts) == 0 && len(r.exact) == 0 && len(r.below) == 0 }
 
-// Mistake is a line that cannot be understood.
+// Mistake is an error in a line.
 type Mistake struct {
 	Key  string
 	Line int // from 1; 0 for the whole key
@@ -46,12 +46,11 @@ func (m Mistake) Error() string {
 	return fmt.Sprintf("%s, line %d: %v", m.Key, m.Line, m.Err)
 }
 
-// Unwrap returns what is wrong with the line.
+// Unwrap returns the error in the line.
 func (m Mistake) Unwrap() error { return m.Err }
 
-// Parse reads the data of a ConfigMap. Its errors are all Mistakes, joined. Names below
-// the cluster's own domain cannot be given to another server; own are addresses that
-// lead back to us.
+// Parse parses the data of a ConfigMap. Its errors are Mistakes, joined. Names below the
+// cluster domain cannot be given to another server; own are the addresses of this resolver.
 func Parse(data map[string]string, domain string, own []netip.Addr) (*Rules, error) {
 	r := &Rules{hosts: map[string][]netip.Addr{}, reverse: map[netip.Addr]string{}, exact: map[string]string{}, below: map[string]string{}}
 	parsers := map[string]func([]string) error{
@@ -63,7 +62,7 @@ func Parse(data map[string]string, domain string, own []netip.Addr) (*Rules, err
 	for _, key := range slices.Sorted(maps.Keys(data)) {
 		parse := parsers[key]
 		if parse == nil {
-			errs = append(errs, Mistake{Key: key, Err: fmt.Errorf("there is no such setting; there are %s, %s and %s", Hosts, Rewrites, StubZones)})
+			errs = append(errs, Mistake{Key: key, Err: fmt.Errorf("unknown key; the keys are %s, %s and %s", Hosts, Rewrites, StubZones)})
 			continue
 		}
 		n := 0
@@ -99,10 +98,10 @@ func (r *Rules) stub(f []string, domain string, own []netip.Addr) error {
 		return err
 	}
 	if strings.HasSuffix(zone, domain) {
-		return fmt.Errorf("%s is the cluster's own domain, or below it", f[0])
+		return fmt.Errorf("%s is the cluster domain or below it", f[0])
 	}
 	if slices.ContainsFunc(r.Stubs, func(s outside.Stub) bool { return s.Zone == zone }) {
-		return fmt.Errorf("%s has a line already", f[0])
+		return fmt.Errorf("%s is defined twice", f[0])
 	}
 	if len(f) == 1 {
 		return fmt.Errorf("%s has no name servers", f[0])
@@ -113,12 +112,12 @@ func (r *Rules) stub(f []string, domain string, own []netip.Addr) error {
 		if err != nil {
 			a, err := netip.ParseAddr(text)
 			if err != nil {
-				return fmt.Errorf("%q is not an address, or address and port, of a name server", text)
+				return fmt.Errorf("%q is not an IP address, with or without a port", text)
 			}
 			to = netip.AddrPortFrom(a, 53)
 		}
 		if slices.Contains(own, to.Addr()) && to.Port() == 53 {
-			return fmt.Errorf("%s is the cluster's DNS itself", to.Addr())
+			return fmt.Errorf("%s is the cluster DNS address", to.Addr())
 		}
 		s.Servers = append(s.Servers, to)
 	}
@@ -152,12 +151,12 @@ func (r *Rules) host(f []string) error {
 
 func (r *Rules) rewrite(f []string) error {
 	if len(f) != 2 {
-		return errors.New("want two names: what is asked for, and what to answer with")
+		return errors.New("expected two names: the name in the query and the name to resolve instead")
 	}
 	from, below := strings.CutPrefix(f[0], "*.")
 	to, alsoBelow := strings.CutPrefix(f[1], "*.")
 	if below != alsoBelow {
-		return errors.New("either both names begin with \"*.\" or none")
+		return errors.New("either both names begin with \"*.\" or neither does")
 	}
 	a, err := wireName(from)
 	if err != nil {
@@ -172,16 +171,16 @@ func (r *Rules) rewrite(f []string) error {
 		rules = r.below
 	}
 	if _, ok := rules[a]; ok {
-		return fmt.Errorf("%s has a line already", f[0])
+		return fmt.Errorf("%s is defined twice", f[0])
 	}
 	if a == b || below && strings.HasSuffix(b, a) {
-		return fmt.Errorf("%s would be rewritten again and again", f[0])
+		return fmt.Errorf("%s would be rewritten in a loop", f[0])
 	}
 	rules[a] = b
 	return nil
 }
 
-// Host returns the addresses of a name, and whether there is such a line.
+// Host returns the addresses of a name, and whether the name is defined.
 func (r *Rules) Host(q *message.Query) ([]netip.Addr, bool) {
 	addrs, ok := r.hosts[string(q.Name())]
 	return addrs, ok
@@ -193,8 +192,8 @@ func (r *Rules) Pointer(a netip.Addr) (string, bool) {
 	return name, ok
 }
 
-// Rewrite returns the name that a name is another one for, in wire format. The rule
-// with the longest match counts. When the new name is too long, there is none.
+// Rewrite returns the target of a name, in wire format. The rule with the longest match
+// applies. If the new name is too long, there is none.
 func (r *Rules) Rewrite(q *message.Query) (string, bool) {
 	if to, ok := r.exact[string(q.Name())]; ok {
 		return to, true

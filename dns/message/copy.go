@@ -2,9 +2,9 @@ package message
 
 import "encoding/binary"
 
-// Copy writes a complete answer in wire format, given for the same question in lower
-// case and without an OPT record, as the answer to q. What does not fit is cut off
-// where a record of the answer section ends: ends has those offsets.
+// Copy writes a complete answer in wire format, stored for the same question in lower case
+// and without an OPT record, as the answer to q. An answer that is too long is truncated at
+// the end of a record of the answer section: ends has these offsets.
 func Copy(q *Query, buf, answer []byte, ends []uint16, limit int) []byte {
 	if q.EDNS {
 		limit -= optLen
@@ -21,8 +21,8 @@ func Copy(q *Query, buf, answer []byte, ends []uint16, limit int) []byte {
 	if !q.AD && !q.DO {
 		flags &^= flagAD // RFC 6840, section 5.8
 	}
-	// Names in the records that end like the question's refer to it.
-	copy(out[headerLen:], q.Asked())
+	// Names in the records that share a suffix with the question refer to it.
+	copy(out[headerLen:], q.OriginalName())
 	if len(out) > limit {
 		flags |= flagTC
 		end, n := headerLen+q.nameLen+4, 0
@@ -42,8 +42,9 @@ func Copy(q *Query, buf, answer []byte, ends []uint16, limit int) []byte {
 	return out
 }
 
-// Layout says where the TTLs of an answer are, and where the records of its answer
-// section end. It fails for what is not a well-formed message of one question.
+// Layout returns the offsets of an answer's TTLs and of the ends of the records of its
+// answer section. It fails for malformed messages and messages without exactly one
+// question.
 func Layout(answer []byte) (ttls, ends []uint16, ok bool) {
 	if len(answer) < headerLen || len(answer) > MaxTCP || binary.BigEndian.Uint16(answer[4:]) != 1 {
 		return nil, nil, false

@@ -38,7 +38,7 @@ func TestParse(t *testing.T) {
 	if got := string(q.Name()); got != "\x03www\x07example\x03com\x00" {
 		t.Errorf("name %q", got)
 	}
-	if got := string(q.Asked()); got != "\x03WWW\x07Example\x03COM\x00" {
+	if got := string(q.OriginalName()); got != "\x03WWW\x07Example\x03COM\x00" {
 		t.Errorf("as asked: %q", got)
 	}
 	if q.Labels() != 3 || string(q.Label(1)) != "example" || string(q.From(1)) != "\x07example\x03com\x00" || string(q.From(3)) != "\x00" {
@@ -248,7 +248,7 @@ func TestCopy(t *testing.T) {
 			t.Errorf("limit %d, EDNS %v: %d answers, truncated %v, %d bytes", c.limit, c.edns, len(got.Answer), got.Truncated, len(out))
 		}
 		if got.AuthenticatedData {
-			t.Error("AD although nobody asked for it")
+			t.Error("AD although the client did not request it")
 		}
 	}
 }
@@ -271,8 +271,8 @@ func TestLayoutRefuses(t *testing.T) {
 	}
 }
 
-// FuzzParse holds Parse against the library: what it takes for a query, the library can
-// read too, with the same meaning, and the answer can be read again.
+// FuzzParse compares Parse with the library: the library can parse every accepted query
+// too, with the same meaning, and the answer can be parsed.
 func FuzzParse(f *testing.F) {
 	m := question("web.default.svc.cluster.local.", dns.TypeSRV)
 	f.Add(packed(f, m))
@@ -294,26 +294,26 @@ func FuzzParse(f *testing.F) {
 		}
 		in := new(dns.Msg)
 		if e := in.Unpack(p); e != nil {
-			// Records that are no business of ours may be damaged inside; the question not.
+			// Records that Parse ignores may have damaged content; the question may not.
 			if in.Question == nil {
 				t.Skip()
 			}
 		}
 		if len(in.Question) == 1 {
-			name, _, e := dns.UnpackDomainName(q.Asked(), 0)
+			name, _, e := dns.UnpackDomainName(q.OriginalName(), 0)
 			if e != nil || name != in.Question[0].Name || q.Type != in.Question[0].Qtype || q.Class != in.Question[0].Qclass {
 				t.Fatalf("read %q %d %d (%v), the library %v", name, q.Type, q.Class, e, in.Question[0])
 			}
 		}
-		if !bytes.EqualFold(q.Name(), q.Asked()) {
-			t.Fatalf("%q is not %q", q.Name(), q.Asked())
+		if !bytes.EqualFold(q.Name(), q.OriginalName()) {
+			t.Fatalf("%q is not %q", q.Name(), q.OriginalName())
 		}
 		q.Reverse()
 		var r Reply
 		r.Begin(&q, nil, q.UDPLimit())
 		r.Addr(Question, 1, netip.AddrFrom4([4]byte{1, 2, 3, 4}))
 		r.Authority()
-		r.Start(len(q.Name())-len(q.From(q.Labels())), SOA{Server: Name{"\x00"}, Mailbox: Name{"\x00"}})
+		r.StartOfAuthority(len(q.Name())-len(q.From(q.Labels())), SOA{Server: Name{"\x00"}, Mailbox: Name{"\x00"}})
 		wire := r.Finish()
 		if e := out.Unpack(wire); e != nil || len(out.Answer) != 1 || len(wire) > q.UDPLimit() {
 			t.Fatalf("answer: %v %v", e, out)
@@ -321,7 +321,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzLayout holds Layout against whatever comes; offsets must be inside.
+// FuzzLayout passes arbitrary input to Layout; the offsets must be inside the message.
 func FuzzLayout(f *testing.F) {
 	a := question("www.example.", dns.TypeA)
 	a.Response, a.Compress = true, true

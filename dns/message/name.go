@@ -5,10 +5,9 @@ import (
 	"strings"
 )
 
-// WireName converts a name as people write it ("web.default.svc", a final dot
-// changes nothing) to wire format in lower case. It returns "" when the name has
-// an empty label, or one of more than 63 bytes, or is too long. There are no
-// escapes: names with dots in labels are not written by hand.
+// WireName converts a name in text form ("web.default.svc", with or without a final dot) to
+// wire format in lower case. It returns "" if the name has an empty label, a label of more
+// than 63 bytes, or is too long. There are no escapes: labels with dots are not supported.
 func WireName(name string) string {
 	name = strings.TrimSuffix(name, ".")
 	var b strings.Builder
@@ -28,7 +27,7 @@ func WireName(name string) string {
 	return b.String()
 }
 
-// CountLabels is how many labels a name in wire format has, without the root.
+// CountLabels returns the number of labels of a name in wire format, without the root.
 func CountLabels(wire string) int {
 	n := 0
 	for at := 0; at < len(wire) && wire[at] != 0; at += 1 + int(wire[at]) {
@@ -37,14 +36,14 @@ func CountLabels(wire string) int {
 	return n
 }
 
-// Labels of the zones of reverse names.
+// Suffixes of reverse names.
 const (
 	inAddrArpa = "\x07in-addr\x04arpa\x00"
 	ip6Arpa    = "\x03ip6\x04arpa\x00"
 )
 
-// Reverse reads a reverse name (10.0.43.10.in-addr.arpa): the address, or for a
-// name with fewer labels the range, that it stands for.
+// Reverse parses a reverse name (10.0.43.10.in-addr.arpa): it returns the address or, for a
+// name with fewer labels, the range.
 func (q *Query) Reverse() (netip.Prefix, bool) {
 	if n := q.Below(inAddrArpa, 2); n >= 0 && n <= 4 {
 		var a [4]byte
@@ -72,8 +71,8 @@ func (q *Query) Reverse() (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// ReverseZone is where in the name the zone of a range begins, whose reverse
-// names end at a whole label; ranges that do not are several zones.
+// ReverseZone returns the offset in the name of the zone of a range whose prefix ends at a
+// label boundary; other ranges are several zones.
 func (q *Query) ReverseZone(r netip.Prefix) int {
 	per := 8
 	if r.Addr().Is6() {
@@ -83,8 +82,8 @@ func (q *Query) ReverseZone(r netip.Prefix) int {
 	return int(q.labelAt[max(label, 0)])
 }
 
-// decimal reads one byte of an address: no leading zeros, or a name would have two
-// spellings.
+// decimal parses one byte of an address, without leading zeros: otherwise a name would have
+// two spellings.
 func decimal(l []byte) (byte, bool) {
 	if len(l) == 0 || len(l) > 3 || len(l) > 1 && l[0] == '0' {
 		return 0, false

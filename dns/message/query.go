@@ -11,9 +11,9 @@ const (
 	maxLabels   = 127
 	maxPointers = 0xC000
 
-	typeOPT  = 41
-	classIN  = 1
-	opcodeOf = 0x7800
+	typeOPT    = 41
+	classIN    = 1
+	opcodeMask = 0x7800
 
 	flagQR = 1 << 15
 	flagAA = 1 << 10
@@ -26,8 +26,8 @@ const (
 	flagDO = 1 << 15 // of EDNS
 )
 
-// What is wrong with a packet. ErrIgnore means that no answer may be sent; the
-// others have a response code.
+// Errors of Parse. ErrIgnore means that no answer may be sent; the others have a response
+// code.
 var (
 	ErrIgnore  = errors.New("not a query")
 	ErrFormat  = errors.New("malformed query")
@@ -35,14 +35,14 @@ var (
 	ErrVersion = errors.New("unknown version of EDNS")
 )
 
-// Query is the question that a packet asks. It is meant to be reused: Parse
-// overwrites all of it. It keeps no reference to the packet.
+// Query is a parsed query. It is meant to be reused: Parse overwrites all of it. It keeps
+// no reference to the packet.
 type Query struct {
 	ID    uint16
 	Type  uint16
 	Class uint16
 	EDNS  bool
-	DO    bool // DNSSEC records are wanted
+	DO    bool // the client requests DNSSEC records
 	AD    bool // the client understands the AD flag
 	RD    bool
 	CD    bool
@@ -51,13 +51,13 @@ type Query struct {
 	nameLen  int
 	labels   int
 	name     [maxName]byte   // lower case, wire format, with the root label
-	asked    [maxName]byte   // the same as the client wrote it
+	original [maxName]byte   // the same in the client's case
 	labelAt  [maxLabels]byte // where labels begin
-	question bool            // the question could be read
+	question bool            // the question is valid
 }
 
-// Parse reads a packet. When it returns an error other than ErrIgnore, the
-// fields that were read until then are good for an answer that says so.
+// Parse parses a packet. After an error other than ErrIgnore, the fields that were parsed
+// are sufficient for an error reply.
 func (q *Query) Parse(p []byte) error {
 	q.question, q.EDNS, q.nameLen, q.labels = false, false, 0, 0
 	q.DO, q.udpSize = false, 0
@@ -70,11 +70,11 @@ func (q *Query) Parse(p []byte) error {
 	}
 	q.ID = binary.BigEndian.Uint16(p)
 	q.RD, q.AD, q.CD = flags&flagRD != 0, flags&flagAD != 0, flags&flagCD != 0
-	if flags&opcodeOf != 0 {
+	if flags&opcodeMask != 0 {
 		return ErrOpcode
 	}
 	if binary.BigEndian.Uint16(p[4:]) != 1 || binary.BigEndian.Uint32(p[6:]) != 0 {
-		return ErrFormat // not one question, or an answer within a query
+		return ErrFormat // not exactly one question, or records in the answer section
 	}
 	at, ok := q.readName(p)
 	if !ok || len(p) < at+4 {
@@ -86,7 +86,7 @@ func (q *Query) Parse(p []byte) error {
 	return q.readAdditional(p, at+4, int(binary.BigEndian.Uint16(p[10:])))
 }
 
-// readName reads the question's name, which nothing can be compressed against.
+// readName parses the question's name, which cannot be compressed.
 func (q *Query) readName(p []byte) (next int, ok bool) {
 	at, n := headerLen, 0
 	for {
@@ -97,7 +97,7 @@ func (q *Query) readName(p []byte) (next int, ok bool) {
 		if l > 63 || at+1+l > len(p) || n+1+l > maxName {
 			return 0, false
 		}
-		copy(q.asked[n:], p[at:at+1+l])
+		copy(q.original[n:], p[at:at+1+l])
 		if l == 0 {
 			n++
 			at++
@@ -109,9 +109,9 @@ func (q *Query) readName(p []byte) (next int, ok bool) {
 		at += 1 + l
 	}
 	q.nameLen = n
-	// Length bytes are below 64 and letters above, so that the whole name may be
-	// lowered without looking at labels.
-	for i, c := range q.asked[:n] {
+	// Length bytes are below 64 and letters above, so the whole name can be lowered without
+	// regard to labels.
+	for i, c := range q.original[:n] {
 		if c >= 'A' && c <= 'Z' {
 			c += 'a' - 'A'
 		}
@@ -120,7 +120,7 @@ func (q *Query) readName(p []byte) (next int, ok bool) {
 	return at, true
 }
 
-// readAdditional looks for the OPT record and leaves everything else alone.
+// readAdditional looks for the OPT record and ignores all others.
 func (q *Query) readAdditional(p []byte, at, count int) error {
 	for range count {
 		next, ok := skipName(p, at)
@@ -133,7 +133,7 @@ func (q *Query) readAdditional(p []byte, at, count int) error {
 		}
 		if binary.BigEndian.Uint16(p[next:]) == typeOPT {
 			if q.EDNS || p[at] != 0 {
-				return ErrFormat // one at most, and it belongs to the root
+				return ErrFormat // at most one, owned by the root
 			}
 			q.EDNS = true
 			q.udpSize = binary.BigEndian.Uint16(p[next+2:])
@@ -147,7 +147,7 @@ func (q *Query) readAdditional(p []byte, at, count int) error {
 	return nil
 }
 
-// skipName returns where the name at an offset ends.
+// skipName returns the offset after the name at an offset.
 func skipName(p []byte, at int) (next int, ok bool) {
 	for at < len(p) {
 		switch l := int(p[at]); {
@@ -164,14 +164,14 @@ func skipName(p []byte, at int) (next int, ok bool) {
 	return 0, false
 }
 
-// Name is the name asked for: lower case, in wire format, ending in the root
+// Name returns the name of the query: lower case, in wire format, ending with the root
 // label. It is valid until the next Parse.
 func (q *Query) Name() []byte { return q.name[:q.nameLen] }
 
-// Asked is the name as the client wrote it.
-func (q *Query) Asked() []byte { return q.asked[:q.nameLen] }
+// OriginalName returns the name in the client's case.
+func (q *Query) OriginalName() []byte { return q.original[:q.nameLen] }
 
-// Labels is how many labels the name has, without the root.
+// Labels returns the number of labels of the name, without the root.
 func (q *Query) Labels() int { return q.labels }
 
 // Label returns a label of the name, counted from the left.
@@ -180,7 +180,7 @@ func (q *Query) Label(i int) []byte {
 	return q.name[at+1 : at+1+int(q.name[at])]
 }
 
-// From returns the end of the name that begins with a label: 0 for all of it.
+// From returns the suffix of the name that begins with a label: 0 for the whole name.
 func (q *Query) From(label int) []byte {
 	if label >= q.labels {
 		return q.name[q.nameLen-1 : q.nameLen]
@@ -188,8 +188,8 @@ func (q *Query) From(label int) []byte {
 	return q.name[q.labelAt[label]:q.nameLen]
 }
 
-// Below says how many labels stand before the zone (in wire format, with so many
-// labels of its own) in the name, or -1 when the name is not in the zone.
+// Below returns the number of labels in the name before the zone (in wire format, with the
+// given number of labels), or -1 if the name is not in the zone.
 func (q *Query) Below(zone string, labels int) int {
 	n := q.labels - labels
 	if n < 0 || string(q.From(n)) != zone {
@@ -198,8 +198,8 @@ func (q *Query) Below(zone string, labels int) int {
 	return n
 }
 
-// SetName replaces the question: for a resolver that asks on its own behalf.
-// Name is in wire format and lower case.
+// SetName replaces the question, for queries of the resolver's own. Name is in wire format
+// and lower case.
 func (q *Query) SetName(name string, qtype uint16) bool {
 	if len(name) == 0 || len(name) > maxName {
 		return false
@@ -221,13 +221,12 @@ func (q *Query) SetName(name string, qtype uint16) bool {
 		at += 1 + l
 	}
 	q.nameLen = copy(q.name[:], name)
-	copy(q.asked[:], name)
+	copy(q.original[:], name)
 	q.Type, q.Class, q.question = qtype, classIN, true
 	return true
 }
 
-// AppendKey appends what tells this question from others whose answers differ,
-// for a cache.
+// AppendKey appends the cache key of the query: all fields on which the answer depends.
 func (q *Query) AppendKey(b []byte) []byte {
 	b = append(b, q.Name()...)
 	var flags byte
@@ -240,12 +239,12 @@ func (q *Query) AppendKey(b []byte) []byte {
 	return append(b, byte(q.Type>>8), byte(q.Type), flags)
 }
 
-// Limits of answers over UDP: what every client takes, and what passes every
-// link without fragments.
+// Limits of answers over UDP: the length that every client accepts, and the length that
+// passes every link without fragmentation.
 const (
 	minUDP = 512
 	maxUDP = 1232
 )
 
-// UDPLimit is how long an answer over UDP may be.
+// UDPLimit returns the maximum length of an answer over UDP.
 func (q *Query) UDPLimit() int { return max(minUDP, min(int(q.udpSize), maxUDP)) }

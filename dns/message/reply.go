@@ -5,7 +5,7 @@ import (
 	"net/netip"
 )
 
-// Types that are written here.
+// Record types that this package writes.
 const (
 	TypeA     = 1
 	TypeNS    = 2
@@ -21,7 +21,7 @@ const (
 // Rcode is a response code (RFC 1035, 4.1.1).
 type Rcode uint8
 
-// Response codes that are used.
+// Response codes in use.
 const (
 	NoError  Rcode = 0
 	FormErr  Rcode = 1
@@ -32,19 +32,19 @@ const (
 	badVers        = 16 // in two places: see Finish
 )
 
-// MaxTCP is how long an answer over TCP may be.
+// MaxTCP is the maximum length of an answer over TCP.
 const MaxTCP = 65535
 
-// Owner says whose a record is: where in the message its name stands. The
-// question's name is Question.
+// Owner is the owner of a record: the offset of its name in the message. The query's name
+// is Question.
 type Owner uint16
 
-// Question is the name that was asked for. Records refer to it, so that they
-// come back in the case that the client used.
+// Question is the name in the question. Records refer to it, so that they have the client's
+// case.
 const Question Owner = headerLen
 
-// Reply writes one answer. Begin, add records, Finish; records that do not fit
-// are left out and the answer says so. The zero Reply can be begun.
+// Reply writes one reply: call Begin, add records, call Finish. Records that do not fit are
+// left out, and the reply is marked as truncated. The zero Reply is ready for Begin.
 type Reply struct {
 	q       *Query
 	buf     []byte
@@ -57,8 +57,8 @@ type Reply struct {
 
 const optLen = 11
 
-// Begin starts an answer to q in buf, which is overwritten and grown as needed,
-// of at most limit bytes.
+// Begin starts a reply to q in buf, which is overwritten and grown as needed, of at most
+// limit bytes.
 func (r *Reply) Begin(q *Query, buf []byte, limit int) {
 	*r = Reply{q: q, limit: limit, flags: flagQR | flagRA}
 	if q.EDNS {
@@ -66,33 +66,33 @@ func (r *Reply) Begin(q *Query, buf []byte, limit int) {
 	}
 	r.buf = append(buf[:0], make([]byte, headerLen)...)
 	if q.question {
-		r.buf = append(r.buf, q.Asked()...)
+		r.buf = append(r.buf, q.OriginalName()...)
 		r.buf = binary.BigEndian.AppendUint16(r.buf, q.Type)
 		r.buf = binary.BigEndian.AppendUint16(r.buf, q.Class)
 	}
 }
 
-// Authoritative marks the answer as the owner's own.
+// Authoritative sets the AA flag.
 func (r *Reply) Authoritative() { r.flags |= flagAA }
 
-// Fail sets the response code.
-func (r *Reply) Fail(c Rcode) { r.rcode = uint16(c) }
+// SetRcode sets the response code.
+func (r *Reply) SetRcode(c Rcode) { r.rcode = uint16(c) }
 
-// Rcode is the response code as it stands.
+// Rcode returns the current response code.
 func (r *Reply) Rcode() Rcode { return Rcode(r.rcode) }
 
-// Answers is how many records the answer section has.
+// Answers returns the number of records in the answer section.
 func (r *Reply) Answers() int { return int(r.counts[0]) }
 
-// Authority makes the records that follow the authority section's.
+// Authority adds the following records to the authority section.
 func (r *Reply) Authority() { r.section = 1 }
 
-// Additional makes the records that follow the additional section's.
+// Additional adds the following records to the additional section.
 func (r *Reply) Additional() { r.section = 2 }
 
-// begin writes a record up to its data, which will have so many bytes, and says
-// whether it fits. Answers that do not fit make the message truncated; the other
-// sections may be incomplete (RFC 2181, section 9).
+// begin writes a record up to its data, which will have the given length, and reports
+// whether it fits. A missing answer record truncates the message; the other sections may be
+// incomplete (RFC 2181, section 9).
 func (r *Reply) begin(owner Owner, rtype uint16, ttl uint32, data int) bool {
 	if len(r.buf)+12+data > r.limit {
 		if r.section == 0 {
@@ -127,12 +127,11 @@ func (r *Reply) Addr(owner Owner, ttl uint32, a netip.Addr) bool {
 	return true
 }
 
-// Name is a name in wire format in parts, the last of which ends in the root label.
-// In parts, because what most names of a cluster have in common need not be kept
-// once for each of them.
+// Name is a name in wire format in parts, the last of which ends with the root label. The
+// parts share the memory of the suffixes that most names of a cluster have in common.
 type Name [3]string
 
-// Len is how many bytes the name has.
+// Len returns the length of the name in bytes.
 func (n Name) Len() int { return len(n[0]) + len(n[1]) + len(n[2]) }
 
 func (r *Reply) name(n Name) {
@@ -143,21 +142,21 @@ func (r *Reply) name(n Name) {
 
 // Alias adds a CNAME record.
 func (r *Reply) Alias(ttl uint32, target Name) bool {
-	return r.pointing(TypeCNAME, ttl, target)
+	return r.nameRecord(TypeCNAME, ttl, target)
 }
 
 // Pointer adds a PTR record.
 func (r *Reply) Pointer(ttl uint32, target Name) bool {
-	return r.pointing(TypePTR, ttl, target)
+	return r.nameRecord(TypePTR, ttl, target)
 }
 
 // NameServer adds an NS record and returns its target as an owner.
 func (r *Reply) NameServer(ttl uint32, target Name) (Owner, bool) {
-	ok := r.pointing(TypeNS, ttl, target)
+	ok := r.nameRecord(TypeNS, ttl, target)
 	return Owner(len(r.buf) - target.Len()), ok
 }
 
-func (r *Reply) pointing(rtype uint16, ttl uint32, target Name) bool {
+func (r *Reply) nameRecord(rtype uint16, ttl uint32, target Name) bool {
 	if !r.begin(Question, rtype, ttl, target.Len()) {
 		return false
 	}
@@ -189,11 +188,11 @@ func (r *Reply) Text(ttl uint32, text string) bool {
 	return true
 }
 
-// SOA is the start of a zone's authority.
+// SOA is the content of a SOA record.
 type SOA struct {
 	Server, Mailbox Name
 	Serial          uint32
-	Minimum         uint32 // seconds that a denial may be kept (RFC 2308)
+	Minimum         uint32 // TTL of negative answers in seconds (RFC 2308)
 }
 
 // Times of a SOA record that only secondary servers use, in seconds.
@@ -203,8 +202,9 @@ const (
 	soaExpire  = 86400
 )
 
-// Start adds a SOA record; zone is the question's name from this offset on.
-func (r *Reply) Start(zone int, s SOA) bool {
+// StartOfAuthority adds a SOA record; zone is the offset of its owner in the question's
+// name.
+func (r *Reply) StartOfAuthority(zone int, s SOA) bool {
 	if !r.begin(Question+Owner(zone), TypeSOA, s.Minimum, s.Server.Len()+s.Mailbox.Len()+20) {
 		return false
 	}
@@ -216,7 +216,7 @@ func (r *Reply) Start(zone int, s SOA) bool {
 	return true
 }
 
-// Finish completes the answer and returns it; it lies in the buffer of Begin.
+// Finish completes the reply and returns it, in the buffer of Begin.
 func (r *Reply) Finish() []byte {
 	q, arcount := r.q, r.counts[2]
 	if q.EDNS {
@@ -255,7 +255,7 @@ func appendOPT(b []byte, q *Query, extended byte) []byte {
 	return binary.BigEndian.AppendUint16(b, 0)
 }
 
-// Refusal writes the answer to a query that Parse did not accept.
+// Refusal returns the reply to a query that Parse rejected.
 func Refusal(q *Query, buf []byte, err error) []byte {
 	var r Reply
 	r.Begin(q, buf, minUDP)

@@ -3,25 +3,28 @@ package outside
 import (
 	"encoding/binary"
 	"hash/maphash"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"kedge/dns/message"
 )
 
 const (
-	// shards let queries on several processors look things up at the same time.
+	// shards allow concurrent lookups on several processors.
 	shards = 16
 
-	// entryOverhead is about what an entry costs besides key and message.
+	// entryOverhead is the approximate memory of an entry besides key and message.
 	entryOverhead = 200
 
-	// staleFor is how long an answer is kept after its time, for when no server
-	// answers. RFC 8767 says one to three days; the bound on memory usually comes first.
+	// staleFor is the time for which an expired answer is kept, for when no server answers.
+	// RFC 8767 suggests one to three days; the memory limit usually applies first.
 	staleFor = 24 * time.Hour
 
-	// staleTTL is what clients may keep an old answer for, in seconds (RFC 8767, 4).
+	// staleTTL is the TTL of stale answers, in seconds (RFC 8767, 4).
 	staleTTL = 30
 )
 
@@ -31,26 +34,26 @@ type entry struct {
 	ttls    []uint16 // where the TTLs are
 	ends    []uint16 // where the records of the answer section end
 	stored  time.Time
-	ttl     time.Duration // zero when it may be given to those who wait, but not kept
+	ttl     time.Duration // zero if only the waiting clients may get it
 	failure bool
 	denial  bool
 
 	hits       atomic.Int32
 	refreshing atomic.Bool
-	retry      atomic.Int64 // Unix nanoseconds: given without asking until then, however old
+	retry      atomic.Int64 // Unix nanoseconds: served without an upstream query until then, at any age
 }
 
-// fresh says whether an entry may be given without asking anybody.
+// fresh reports whether an entry may be served without an upstream query.
 func (e *entry) fresh(now time.Time) bool {
 	return now.Sub(e.stored) < e.ttl || e.retry.Load() > now.UnixNano()
 }
 
-// useful says whether an entry may be given when no server answers.
-func (e *entry) useful(now time.Time) bool {
+// usableStale reports whether an entry may be served when no server answers.
+func (e *entry) usableStale(now time.Time) bool {
 	return !e.failure && now.Sub(e.stored) < e.ttl+staleFor
 }
 
-// cache keeps answers, those asked for last.
+// cache keeps the answers that were used last, up to a number of bytes.
 type cache struct {
 	seed  maphash.Seed
 	limit int // bytes of one shard
@@ -61,86 +64,62 @@ type cache struct {
 
 type shard struct {
 	mu    sync.Mutex // guards what follows
-	nodes map[string]*node
-	// head is the end of a ring: its next was used last, its previous longest ago.
-	head  node
+	lru   *simplelru.LRU[string, *entry]
 	bytes int
-}
-
-type node struct {
-	prev, next *node
-	key        string
-	entry      *entry
 }
 
 func newCache(limit int) *cache {
 	c := &cache{seed: maphash.MakeSeed(), limit: limit / shards}
 	for i := range c.shard {
 		s := &c.shard[i]
-		s.nodes = map[string]*node{}
-		s.head.prev, s.head.next = &s.head, &s.head
+		// The limit is in bytes, so the number of entries has none.
+		lru, err := simplelru.NewLRU(math.MaxInt, func(key string, e *entry) { s.bytes -= cost(key, e) })
+		if err != nil {
+			panic(err) // only about a size that is not positive
+		}
+		s.lru = lru
 	}
 	return c
 }
 
 func (c *cache) shardOf(key []byte) *shard { return &c.shard[maphash.Bytes(c.seed, key)%shards] }
 
-// get returns what is kept, however old, or nil.
+// get returns the entry of a key at any age, or nil.
 func (c *cache) get(key []byte) *entry {
 	s := c.shardOf(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := s.nodes[string(key)]
-	if n == nil {
-		return nil
-	}
-	n.unlink()
-	n.linkAfter(&s.head)
-	return n.entry
+	e, _ := s.lru.Get(string(key))
+	return e
 }
 
-// put keeps an entry and drops those used longest ago.
+// put adds an entry and evicts the ones used longest ago.
 func (c *cache) put(key []byte, e *entry) {
 	s := c.shardOf(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := s.nodes[string(key)]; n != nil {
-		s.drop(n)
-	}
-	n := &node{key: string(key), entry: e}
-	s.nodes[n.key] = n
-	n.linkAfter(&s.head)
-	s.bytes += n.cost()
-	for s.bytes > c.limit && s.head.prev != n {
-		s.drop(s.head.prev)
+	k := string(key)
+	s.lru.Remove(k) // Add would not report the replaced entry
+	s.lru.Add(k, e)
+	s.bytes += cost(k, e)
+	for s.bytes > c.limit && s.lru.Len() > 1 {
+		s.lru.RemoveOldest()
 		c.evicted.Add(1)
 	}
 }
 
-func (s *shard) drop(n *node) {
-	n.unlink()
-	delete(s.nodes, n.key)
-	s.bytes -= n.cost()
+// cost is the approximate memory of an entry in bytes.
+func cost(key string, e *entry) int {
+	return len(key) + len(e.msg) + 2*(len(e.ttls)+len(e.ends)) + entryOverhead
 }
 
-func (n *node) cost() int {
-	return len(n.key) + len(n.entry.msg) + 2*(len(n.entry.ttls)+len(n.entry.ends)) + entryOverhead
-}
-
-func (n *node) unlink() { n.prev.next, n.next.prev = n.next, n.prev }
-
-func (n *node) linkAfter(p *node) {
-	n.prev, n.next = p, p.next
-	p.next.prev, p.next = n, n
-}
-
-// sizes counts answers and denials.
+// sizes returns the numbers of answers and of negative answers.
 func (c *cache) sizes() (success, denial int) {
 	for i := range c.shard {
 		s := &c.shard[i]
 		s.mu.Lock()
-		for _, n := range s.nodes {
-			if n.entry.denial || n.entry.failure {
+		for _, e := range s.lru.Values() {
+			if e.denial || e.failure {
 				denial++
 			} else {
 				success++
@@ -151,24 +130,22 @@ func (c *cache) sizes() (success, denial int) {
 	return success, denial
 }
 
-// clear drops everything: servers may say something else now.
+// clear removes all entries: other servers may have other answers.
 func (c *cache) clear() {
 	for i := range c.shard {
 		s := &c.shard[i]
 		s.mu.Lock()
-		clear(s.nodes)
-		s.head.prev, s.head.next = &s.head, &s.head
-		s.bytes = 0
+		s.lru.Purge()
 		s.mu.Unlock()
 	}
 }
 
-// write writes the entry as the answer to q.
+// write returns the entry as the answer to q.
 func (e *entry) write(q *message.Query, buf []byte, limit int, now time.Time) []byte {
 	out := message.Copy(q, buf, e.msg, e.ends, limit)
-	// The records that were cut off had the last TTLs.
+	// Truncation removes the records with the last TTLs.
 	age, left := now.Sub(e.stored), uint32(staleTTL)
-	fresh := age < e.ttl || e.ttl == 0 // which is given once, at once
+	fresh := age < e.ttl || e.ttl == 0 // an entry without TTL is served once, at once
 	if fresh {
 		left = uint32((e.ttl - age + time.Second - 1) / time.Second)
 	}
@@ -181,7 +158,7 @@ func (e *entry) write(q *message.Query, buf []byte, limit int, now time.Time) []
 		case !fresh:
 			ttl = staleTTL
 		default:
-			// No record outlives the shortest, by which the entry is kept.
+			// No record outlives the shortest TTL, which is that of the entry.
 			ttl = min(ttl, left)
 		}
 		binary.BigEndian.PutUint32(out[at:], ttl)

@@ -10,15 +10,12 @@ import (
 	"github.com/miekg/dns"
 
 	"kedge/dns/message"
+	"kedge/internal/test/await"
 )
 
 func listenUDP(t *testing.T, addr string) net.PacketConn {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pc
+	return await.Listener(t, func() (net.PacketConn, error) { return net.ListenPacket("udp", addr) })
 }
 
 func query(t testing.TB, m *dns.Msg) *message.Query {
@@ -40,16 +37,15 @@ func TestCacheIsBounded(t *testing.T) {
 	msg := make([]byte, 100)
 	for i := range 10000 {
 		c.put(fmt.Appendf(nil, "name-%d", i), &entry{msg: msg, stored: time.Now(), ttl: time.Hour})
+		c.put(fmt.Appendf(nil, "name-%d", i%100), &entry{msg: msg[:i%50], stored: time.Now()}) // replaces an entry
 	}
 	total := 0
 	for i := range c.shard {
 		s := &c.shard[i]
 		counted := 0
-		for n := s.head.next; n != &s.head; n = n.next {
-			counted += n.cost()
-			if s.nodes[n.key] != n {
-				t.Fatal("ring and map differ")
-			}
+		for _, key := range s.lru.Keys() {
+			e, _ := s.lru.Peek(key)
+			counted += cost(key, e)
 		}
 		if counted != s.bytes {
 			t.Errorf("shard %d counts %d bytes and has %d", i, s.bytes, counted)
@@ -77,7 +73,7 @@ func TestCacheKeepsWhatIsUsed(t *testing.T) {
 }
 
 func BenchmarkCached(b *testing.B) {
-	r := NewResolver(Config{ResolvConf: func() string { return "/nonexistent" }}, &nobody{}, slog.New(slog.DiscardHandler))
+	r := NewResolver(Config{ResolvConf: func() string { return "/nonexistent" }}, &ignoreEvents{}, slog.New(slog.DiscardHandler))
 	m := new(dns.Msg).SetQuestion("www.example.com.", dns.TypeA)
 	a := new(dns.Msg).SetReply(m)
 	rr, err := dns.NewRR("www.example.com. 3600 IN A 192.0.2.1")

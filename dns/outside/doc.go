@@ -1,15 +1,15 @@
-// Package outside answers questions about names that are not the cluster's: from a
-// cache, or by asking other name servers.
+// Package outside resolves names outside the cluster: from a cache, or by querying upstream
+// name servers.
 //
-//	Resolver   what a query meets: cache, then one question for all who wait for it
-//	cache      answers as they are sent, bounded in bytes
-//	group      name servers that are asked for the same names; the first that answers wins
-//	upstream   one name server: is it there, and how it is asked
+//	Resolver   the path of a query: cache, then one upstream query for all clients with it
+//	cache      answers in wire format, limited in bytes
+//	group      name servers for the same names; the first answer wins
+//	upstream   one name server: its health, and the exchange with it
 //
-// What keeps names working when servers do not: a server that is slow is not waited
-// for when there is another; one that is dead is left out until it answers again;
-// when none answers, old answers are given (RFC 8767), and where there are none the
-// failure is told at once.
+// Names keep resolving when servers fail: another server is queried when one is slow; a
+// server that is down is not used until it answers again; when none answers, stale answers
+// are served (RFC 8767), and without one the failure is reported at once.
 //
-// It knows no cluster and no Kubernetes. Only packages under dns may import it.
+// The package knows nothing of the cluster or of Kubernetes. Only packages below dns may
+// import it.
 package outside

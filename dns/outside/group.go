@@ -8,26 +8,26 @@ import (
 	"github.com/miekg/dns"
 )
 
-// Why there is no answer.
+// Errors of a query without an answer.
 var (
 	errNoServer   = errors.New("no name server is configured")
 	errAllDown    = errors.New("no name server answers")
-	errAllRefused = errors.New("every name server refused")
+	errAllRefused = errors.New("all name servers returned an error")
 )
 
-// maxAttempts bounds what one question costs.
+// maxAttempts limits the cost of one query.
 const maxAttempts = 6
 
-// resend is after how long a lost packet is sent again where there is no other server.
+// resend is the delay of the retransmission to the only server.
 const resend = time.Second
 
-// group is the servers that are asked for the same names, in order of preference.
+// group is a list of servers for the same names, in order of preference.
 type group struct {
 	servers []*upstream
 }
 
-// up returns the servers that are not known to be down, in order.
-func (g *group) up() []*upstream {
+// healthy returns the servers that are not known to be down, in order.
+func (g *group) healthy() []*upstream {
 	var out []*upstream
 	for _, u := range g.servers {
 		if !u.isDown() {
@@ -37,14 +37,14 @@ func (g *group) up() []*upstream {
 	return out
 }
 
-// ask returns the first good answer of a server. Servers are asked one after another,
-// the next one when the one before fails or takes long; an answer that comes late is
-// still good. A failure that a server reports is returned when no other does better.
+// ask returns the first good answer. Servers are queried in order, the next one when the
+// previous one fails or is slow; a late answer still counts. An error response is returned
+// if no other server does better.
 func (g *group) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 	if len(g.servers) == 0 {
 		return nil, errNoServer
 	}
-	servers := g.up()
+	servers := g.healthy()
 	if len(servers) == 0 {
 		return nil, errAllDown
 	}
@@ -53,9 +53,9 @@ func (g *group) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 		answer *dns.Msg
 		err    error
 	}
-	results := make(chan result, maxAttempts) // nobody may wait for those that come too late
+	results := make(chan result, maxAttempts) // buffered: late results have no receiver
 	attempts, pending := 0, 0
-	// Attempts outlive the question: what they learn of the server must be noted.
+	// Attempts outlive the query: their results update the health of the server.
 	attempt := context.WithoutCancel(ctx)
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -83,13 +83,13 @@ func (g *group) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 				results <- result{u, answer, err}
 			}()
 			if len(servers) > 1 {
-				next.Reset(u.patience())
+				next.Reset(u.hedgeDelay())
 			} else {
 				next.Reset(resend)
 			}
 		case r := <-results:
 			pending--
-			if r.err == nil && !bad(r.answer) {
+			if r.err == nil && !isFailure(r.answer) {
 				return r.answer, nil
 			}
 			if r.err == nil {
@@ -111,8 +111,8 @@ func (g *group) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 	}
 }
 
-// bad says whether another server may know better.
-func bad(m *dns.Msg) bool {
+// isFailure reports whether another server may have a better answer.
+func isFailure(m *dns.Msg) bool {
 	switch m.Rcode {
 	case dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented, dns.RcodeFormatError, dns.RcodeNotZone, dns.RcodeNotAuth:
 		return true

@@ -10,48 +10,51 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/sync/singleflight"
 
 	"kedge/dns/message"
 )
 
 const (
-	// CacheBytes is how much memory answers may use: some ten thousand names.
+	// CacheBytes is the memory limit of the cache: some ten thousand names.
 	CacheBytes = 4 << 20
 
-	maxTTL       = time.Hour       // RFC 8767 advises a bound
-	maxDenialTTL = 5 * time.Minute // a name that is made now should be seen soon
-	failureTTL   = 2 * time.Second // how often a failing name is asked for at most
+	maxTTL       = time.Hour       // RFC 8767 advises a limit
+	maxDenialTTL = 5 * time.Minute // a new name should resolve soon
+	failureTTL   = 2 * time.Second // minimum interval of queries for a failing name
 
-	// clientPatience is how long a client is kept waiting for a fresh answer when
-	// there is an old one (RFC 8767, section 5).
-	clientPatience = 1800 * time.Millisecond
+	// clientResponseTimeout is the time for which a client waits for a fresh answer when
+	// there is a stale one (RFC 8767, section 5).
+	clientResponseTimeout = 1800 * time.Millisecond
 
-	// questionTimeout is how long one question may take in all; clients give up after five.
+	// questionTimeout is the total time limit of one query; clients give up after five
+	// seconds.
 	questionTimeout = 4 * time.Second
 
-	// retryStale is how long an old answer is given before servers are asked again.
+	// retryStale is the time for which a stale answer is served before servers are queried
+	// again.
 	retryStale = 5 * time.Second
 
-	// maxQuestions is how many questions may be under way; more are refused, because
+	// maxQuestions is the maximum number of concurrent queries; more are refused, because
 	// each has a goroutine, a socket and a waiting client.
 	maxQuestions = 1000
 
-	// An answer that was asked for this often is refreshed before it gets old.
-	hotHits = 5
+	// An answer with this number of hits is refreshed before it expires.
+	prefetchHits = 5
 )
 
-// Watcher is told what happens, for metrics. Its methods may be called at the same time
-// and must not block.
+// Watcher receives events, for metrics. Its methods may be called concurrently and must not
+// block.
 type Watcher interface {
-	// Exchanged tells of one exchange with a server; rcode is -1 when it failed.
+	// Exchanged reports one exchange with a server; rcode is -1 if it failed.
 	Exchanged(server netip.AddrPort, took time.Duration, rcode int)
-	// Unhealthy tells that a server is left out from now on.
+	// Unhealthy reports that a server is down.
 	Unhealthy(server netip.AddrPort)
-	// Cache tells what became of a question to the cache.
+	// Cache reports the result of a lookup in the cache.
 	Cache(Event)
 }
 
-// Event is what happens in the cache.
+// Event is an event of the cache.
 type Event int
 
 // Events.
@@ -61,55 +64,50 @@ const (
 	Miss
 	Prefetch
 	Stale
-	Overload // a question was refused because too many are under way
+	Overload // a query was refused because too many are in progress
 )
 
-// Resolver answers questions about outside names.
+// Resolver resolves names outside the cluster.
 type Resolver struct {
 	log   *slog.Logger
 	watch Watcher
 	cache *cache
 	now   func() time.Time
 
-	slots chan struct{} // one for each question under way
+	slots chan struct{} // has one element for each query in progress
 
-	mu      sync.Mutex // guards what follows
-	flights map[string]*flight
+	flights singleflight.Group // equal queries of several clients are sent once; the results are *entry
+
+	mu      sync.Mutex // guards servers
 	servers servers
 }
 
-// flight is a question under way, for all who ask it.
-type flight struct {
-	done  chan struct{}
-	entry *entry // valid after done
-}
-
-// Config is what a resolver is told once.
+// Config is the configuration of a resolver.
 type Config struct {
-	// ResolvConf returns the file that names the host's name servers. It is called
-	// every now and then while there are questions: another file may be right by then.
+	// ResolvConf returns the file with the host's name servers. It is called from time to
+	// time while there are queries, because the file may change.
 	ResolvConf func() string
-	// Own are addresses that lead back to us and must not be asked.
+	// Own are the addresses of this resolver, which must not be queried.
 	Own []netip.Addr
 }
 
-// NewResolver makes a resolver. Close ends what it does in the background.
+// NewResolver returns a resolver. Close ends its background work.
 func NewResolver(cfg Config, watch Watcher, log *slog.Logger) *Resolver {
 	return &Resolver{
 		log: log, watch: watch, cache: newCache(CacheBytes), now: time.Now,
-		flights: map[string]*flight{}, slots: make(chan struct{}, maxQuestions),
+		slots:   make(chan struct{}, maxQuestions),
 		servers: servers{cfg: cfg, watch: watch, log: log, known: map[netip.AddrPort]*upstream{}, tokens: map[string]netip.AddrPort{}},
 	}
 }
 
-// Close lets go of all servers. Questions asked afterwards fail.
+// Close releases all servers. Later queries fail.
 func (r *Resolver) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.servers.close()
 }
 
-// Cached answers q without waiting, when a fresh answer is at hand.
+// Cached answers q without waiting, if a fresh answer is cached.
 func (r *Resolver) Cached(q *message.Query, buf []byte, limit int) ([]byte, bool) {
 	var space [maxKey]byte
 	key := q.AppendKey(space[:0])
@@ -130,8 +128,9 @@ func (r *Resolver) Cached(q *message.Query, buf []byte, limit int) ([]byte, bool
 	default:
 		r.watch.Cache(Hit)
 	}
-	// The last tenth of its time, and often asked for: whoever asks next shall not wait.
-	if e.hits.Add(1) >= hotHits && age > e.ttl-e.ttl/10 && !e.failure && e.refreshing.CompareAndSwap(false, true) {
+	// In the last tenth of its TTL, a frequently used answer is refreshed, so that the next
+	// client need not wait.
+	if e.hits.Add(1) >= prefetchHits && age > e.ttl-e.ttl/10 && !e.failure && e.refreshing.CompareAndSwap(false, true) {
 		r.watch.Cache(Prefetch)
 		r.start(q, string(key))
 	}
@@ -141,7 +140,7 @@ func (r *Resolver) Cached(q *message.Query, buf []byte, limit int) ([]byte, bool
 // maxKey is the longest key: a name, a type, flags.
 const maxKey = 255 + 3
 
-// Resolve answers q, asking other servers when it must. It always returns an answer.
+// Resolve answers q, querying upstream servers if necessary. It always returns an answer.
 func (r *Resolver) Resolve(ctx context.Context, q *message.Query, buf []byte, limit int) []byte {
 	if out, ok := r.Cached(q, buf, limit); ok {
 		return out
@@ -149,24 +148,26 @@ func (r *Resolver) Resolve(ctx context.Context, q *message.Query, buf []byte, li
 	r.watch.Cache(Miss)
 	key := string(q.AppendKey(nil))
 	old := r.cache.get([]byte(key))
-	if old != nil && !old.useful(r.now()) {
+	if old != nil && !old.usableStale(r.now()) {
 		old = nil
 	}
-	f := r.start(q, key)
-	if f == nil {
-		r.watch.Cache(Overload)
-		return r.fallback(q, buf, limit, old)
-	}
+	result := r.start(q, key)
 	patience := questionTimeout
 	if old != nil {
-		patience = clientPatience
+		patience = clientResponseTimeout
 	}
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	select {
-	case <-f.done:
-		if f.entry != nil && (!f.entry.failure || old == nil) {
-			return f.entry.write(q, buf, limit, r.now())
+	case done := <-result:
+		if errors.Is(done.Err, errOverload) {
+			r.watch.Cache(Overload)
+		}
+		if done.Err != nil {
+			break
+		}
+		if e := done.Val.(*entry); !e.failure || old == nil {
+			return e.write(q, buf, limit, r.now())
 		}
 	case <-timer.C:
 	case <-ctx.Done():
@@ -174,7 +175,7 @@ func (r *Resolver) Resolve(ctx context.Context, q *message.Query, buf []byte, li
 	return r.fallback(q, buf, limit, old)
 }
 
-// fallback is an old answer, or a failure.
+// fallback returns the stale answer, or a failure.
 func (r *Resolver) fallback(q *message.Query, buf []byte, limit int, old *entry) []byte {
 	if old != nil {
 		old.retry.Store(r.now().Add(retryStale).UnixNano())
@@ -183,71 +184,72 @@ func (r *Resolver) fallback(q *message.Query, buf []byte, limit int, old *entry)
 	}
 	var reply message.Reply
 	reply.Begin(q, buf, limit)
-	reply.Fail(message.ServFail)
+	reply.SetRcode(message.ServFail)
 	return reply.Finish()
 }
 
-// start asks q in the background, once for all who ask the same, and returns nil when
-// too many questions are under way.
-func (r *Resolver) start(q *message.Query, key string) *flight {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if f := r.flights[key]; f != nil {
-		return f
-	}
-	select {
-	case r.slots <- struct{}{}:
-	default:
-		return nil
-	}
-	f := &flight{done: make(chan struct{})}
-	r.flights[key] = f
+// start queries servers in the background, once for all clients with the same query. The result is an entry, or
+// errOverload if too many queries are in progress.
+func (r *Resolver) start(q *message.Query, key string) <-chan singleflight.Result {
 	question, err := toMsg(q)
-	servers, changed := r.servers.route(q, r.now())
-	if changed {
-		r.cache.clear() // names may mean something else there
-	}
-	go func() {
-		defer func() { <-r.slots }()
-		if err == nil {
-			f.entry = r.ask(servers, question, []byte(key))
+	servers := r.route(q)
+	return r.flights.DoChan(key, func() (any, error) {
+		if err != nil {
+			return nil, err
 		}
-		r.mu.Lock()
-		delete(r.flights, key)
-		r.mu.Unlock()
-		close(f.done)
-	}()
-	return f
+		select {
+		case r.slots <- struct{}{}:
+			defer func() { <-r.slots }()
+		default:
+			return nil, errOverload
+		}
+		return r.ask(servers, question, []byte(key))
+	})
 }
 
-// ask asks servers and keeps what they say.
-func (r *Resolver) ask(servers *group, m *dns.Msg, key []byte) *entry {
+// route returns the servers for a query. If the host's servers have changed, the cache is cleared: the new servers may have
+// other answers.
+func (r *Resolver) route(q *message.Query) *group {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	servers, changed := r.servers.route(q, r.now())
+	if changed {
+		r.cache.clear()
+	}
+	return servers
+}
+
+// ask queries servers and caches the answer.
+func (r *Resolver) ask(servers *group, m *dns.Msg, key []byte) (*entry, error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), questionTimeout, errSlow)
 	defer cancel()
 	answer, err := servers.ask(ctx, m)
 	if err != nil {
-		r.log.Debug("no answer", "name", m.Question[0].Name, "type", dns.TypeToString[m.Question[0].Qtype], "cause", err)
+		r.log.Debug("query failed", "name", m.Question[0].Name, "type", dns.TypeToString[m.Question[0].Qtype], "err", err)
 		answer = new(dns.Msg)
 		answer.SetRcode(m, dns.RcodeServerFailure)
 	}
 	e, err := newEntry(m, answer, r.now())
 	if err != nil {
-		r.log.Debug("answer left out", "name", m.Question[0].Name, "cause", err)
-		return nil
+		r.log.Debug("answer ignored", "name", m.Question[0].Name, "err", err)
+		return nil, err
 	}
 	switch old := r.cache.get(key); {
-	case e.failure && old != nil && old.useful(r.now()):
-		old.retry.Store(r.now().Add(retryStale).UnixNano()) // better an old answer than none
+	case e.failure && old != nil && old.usableStale(r.now()):
+		old.retry.Store(r.now().Add(retryStale).UnixNano()) // a stale answer is better than a failure
 		old.refreshing.Store(false)
 	case e.ttl > 0:
 		r.cache.put(key, e)
 	}
-	return e
+	return e, nil
 }
 
-var errSlow = errors.New("no name server answered in time")
+var (
+	errSlow     = errors.New("no name server answered in time")
+	errOverload = errors.New("too many queries are in progress")
+)
 
-// toMsg is the question that is sent to other servers.
+// toMsg returns the query for upstream servers.
 func toMsg(q *message.Query) (*dns.Msg, error) {
 	name, _, err := dns.UnpackDomainName(q.Name(), 0)
 	if err != nil {
@@ -260,7 +262,7 @@ func toMsg(q *message.Query) (*dns.Msg, error) {
 	return m, nil
 }
 
-// newEntry makes an answer ready to be sent and kept.
+// newEntry returns the cache entry of an answer.
 func newEntry(m, answer *dns.Msg, now time.Time) (*entry, error) {
 	a := &dns.Msg{MsgHdr: dns.MsgHdr{
 		Response: true, Rcode: answer.Rcode, AuthenticatedData: answer.AuthenticatedData, RecursionAvailable: true,
@@ -271,9 +273,9 @@ func newEntry(m, answer *dns.Msg, now time.Time) (*entry, error) {
 		}
 	}
 	if a.Rcode > 0xF {
-		a.Rcode = dns.RcodeServerFailure // extended codes speak of OPT, which is between two servers
+		a.Rcode = dns.RcodeServerFailure // extended codes concern OPT, which is hop-by-hop
 	}
-	e := &entry{stored: now, failure: bad(a)}
+	e := &entry{stored: now, failure: isFailure(a)}
 	e.ttl, e.denial = lifetime(a)
 	if e.failure {
 		e.ttl, a.Answer, a.Ns, a.Extra = failureTTL, nil, nil, nil
@@ -289,8 +291,9 @@ func newEntry(m, answer *dns.Msg, now time.Time) (*entry, error) {
 	return e, nil
 }
 
-// lifetime is how long an answer may be kept: as long as its shortest record, and a
-// denial as long as its SOA record says (RFC 2308). Without one it may not be kept.
+// lifetime returns the TTL of an answer: the shortest of its records, and for a negative
+// answer that of its SOA record (RFC 2308). A negative answer without a SOA record may not
+// be cached.
 func lifetime(a *dns.Msg) (ttl time.Duration, denial bool) {
 	wanted := a.Question[0].Qtype
 	denial = true

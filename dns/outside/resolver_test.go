@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"kedge/internal/test/await"
+
 	"github.com/miekg/dns"
 )
 
@@ -52,7 +54,7 @@ func TestDenialsAreKeptAsLongAsTheirZoneSays(t *testing.T) {
 			if s.asked.Load() != 2 {
 				t.Errorf("asked %d times after its time", s.asked.Load())
 			}
-			// Without a SOA record a denial must not be kept.
+			// A negative answer without a SOA record must not be cached.
 			s.set(says(t, rcode, "", ""))
 			before := s.asked.Load()
 			for range 2 {
@@ -65,7 +67,8 @@ func TestDenialsAreKeptAsLongAsTheirZoneSays(t *testing.T) {
 	}
 }
 
-// An alias without the record that was asked for is a denial, even though it is an answer.
+// An alias without a record of the requested type is a negative answer, even though it has
+// a record.
 func TestAliasToNothing(t *testing.T) {
 	s := newServer(t, "127.0.0.2", says(t, 0, ". 3600 IN CNAME other.example.", soaText))
 	r, _ := newResolver(t, s)
@@ -109,9 +112,7 @@ func TestOneQuestionForAllWhoAsk(t *testing.T) {
 	for range 50 {
 		all.Go(func() { wantA(t, ask(t, r, "a.example.", dns.TypeA), "192.0.2.1", 299, 300) })
 	}
-	for s.asked.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	await.True(t, "the server is asked", func() bool { return s.asked.Load() > 0 })
 	close(hold)
 	all.Wait()
 	if s.asked.Load() != 1 {
@@ -143,7 +144,7 @@ func TestDeadServerCostsOneWait(t *testing.T) {
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("20 questions with a dead first server took %s", took)
 	}
-	// It comes back, and is the first choice again.
+	// The server answers again, and is the first choice again.
 	dead.start(t)
 	dead.set(says(t, 0, ". 300 IN A 192.0.2.9", ""))
 	before := alive.asked.Load()
@@ -158,7 +159,7 @@ func TestDeadServerCostsOneWait(t *testing.T) {
 	}
 }
 
-// A server that fails for a name leaves the question to the next one.
+// If a server fails for a name, the next one is queried.
 func TestFailuresAreOneServersOpinion(t *testing.T) {
 	for _, rcode := range []int{dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented} {
 		bad := newServer(t, "127.0.0.2", says(t, rcode, "", ""))
@@ -186,7 +187,7 @@ func TestManyServersThatRefuse(t *testing.T) {
 	}
 }
 
-// A name that fails is not asked for again and again, however often clients ask.
+// A failing name is not queried repeatedly, however often clients ask.
 func TestFailuresAreAskedForSeldom(t *testing.T) {
 	s := newServer(t, "127.0.0.2", says(t, dns.RcodeServerFailure, "", ""))
 	r, _ := newResolver(t, s)
@@ -224,7 +225,7 @@ func TestOldAnswersWhileNoServerAnswers(t *testing.T) {
 	}
 }
 
-// A server that answers slowly is not a reason to make those wait who can have an old answer.
+// With a slow server, clients get a stale answer if there is one.
 func TestOldAnswerWhenTheNewOneTakesLong(t *testing.T) {
 	s := newServer(t, "127.0.0.2", says(t, 0, ". 60 IN A 192.0.2.1", ""))
 	r, _ := newResolver(t, s)
@@ -234,7 +235,7 @@ func TestOldAnswerWhenTheNewOneTakesLong(t *testing.T) {
 	c.pass(time.Hour)
 	began := time.Now()
 	wantA(t, ask(t, r, "a.example.", dns.TypeA), "192.0.2.1", staleTTL, staleTTL)
-	if took := time.Since(began); took > clientPatience+time.Second {
+	if took := time.Since(began); took > clientResponseTimeout+time.Second {
 		t.Errorf("took %s", took)
 	}
 }
@@ -243,7 +244,7 @@ func TestHotNamesAreRefreshedBefore(t *testing.T) {
 	s := newServer(t, "127.0.0.2", says(t, 0, ". 100 IN A 192.0.2.1", ""))
 	r, n := newResolver(t, s)
 	c := (&clock{}).set(r)
-	for range hotHits {
+	for range prefetchHits {
 		ask(t, r, "hot.example.", dns.TypeA)
 	}
 	ask(t, r, "cold.example.", dns.TypeA)
@@ -313,7 +314,7 @@ func TestForgedAnswersAreIgnored(t *testing.T) {
 	}
 }
 
-// Old forwarders that do not know EDNS answer without it.
+// Old forwarders without EDNS are queried without it.
 func TestServerWithoutEDNS(t *testing.T) {
 	s := newServer(t, "127.0.0.2", func(m *dns.Msg, _ bool) *dns.Msg {
 		if m.IsEdns0() != nil {
@@ -331,16 +332,16 @@ func TestResolvConfIsReadAgain(t *testing.T) {
 	r, _, file := newResolverOf(t, "nameserver 127.0.0.2\n")
 	c := (&clock{}).set(r)
 	wantA(t, ask(t, r, "a.example.", dns.TypeA), "192.0.2.1", 300, 300)
-	// No servers at all, for a while: what is known stays.
+	// No servers at all, for a while: the cache stays.
 	write(t, file, "")
-	c.pass(lookAgain + time.Second)
+	c.pass(rereadAfter + time.Second)
 	if m := ask(t, r, "b.example.", dns.TypeA); m.Rcode != dns.RcodeServerFailure {
 		t.Errorf("got %s", m)
 	}
 	wantA(t, ask(t, r, "a.example.", dns.TypeA), "192.0.2.1", 290, 300)
-	// Another network: what was known of its names is not true there.
+	// Another network: cached answers may be wrong there.
 	write(t, file, "nameserver 127.0.0.3\nnameserver 10.43.0.10\n")
-	c.pass(lookAgain + time.Second)
+	c.pass(rereadAfter + time.Second)
 	wantA(t, ask(t, r, "c.example.", dns.TypeA), "192.0.2.2", 300, 300)
 	wantA(t, ask(t, r, "a.example.", dns.TypeA), "192.0.2.2", 300, 300)
 	if one.asked.Load() != 1 || two.asked.Load() != 2 {
@@ -356,7 +357,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// A server that asks us what it is asked is found out and left out.
+// A server that forwards to this resolver is detected and not used.
 func TestLoop(t *testing.T) {
 	var r *Resolver
 	looped := make(chan struct{})
@@ -365,7 +366,7 @@ func TestLoop(t *testing.T) {
 	pc := listenUDP(t, "127.0.0.2:53")
 	started := make(chan struct{})
 	d := &dns.Server{PacketConn: pc, NotifyStartedFunc: func() { close(started) }, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
-		if m.Question[0].Qtype == dns.TypeHINFO && r.Looped(query(t, m)) {
+		if m.Question[0].Qtype == dns.TypeHINFO && r.IsLoopProbe(query(t, m)) {
 			close(looped)
 		}
 		w.WriteMsg(new(dns.Msg).SetReply(m))
@@ -374,17 +375,17 @@ func TestLoop(t *testing.T) {
 	go d.ActivateAndServe()
 	t.Cleanup(func() { d.Shutdown() })
 	<-started
-	if r.Looped(query(t, new(dns.Msg).SetQuestion("12.34.", dns.TypeHINFO))) {
-		t.Error("somebody else's question is taken for ours")
+	if r.IsLoopProbe(query(t, new(dns.Msg).SetQuestion("12.34.", dns.TypeHINFO))) {
+		t.Error("another query is taken for the loop probe")
 	}
-	r.Look()
+	r.ReadHostServers()
 	select {
 	case <-looped:
 	case <-time.After(5 * time.Second):
 		t.Fatal("the server was not tried")
 	}
 	if r.Check() == nil {
-		t.Error("nobody is told")
+		t.Error("Check does not report it")
 	}
 	began := time.Now()
 	if m := ask(t, r, "a.example.", dns.TypeA); m.Rcode != dns.RcodeServerFailure || time.Since(began) > time.Second {

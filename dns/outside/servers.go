@@ -15,31 +15,31 @@ import (
 	"kedge/dns/message"
 )
 
-// lookAgain is how old what is known of the host's name servers may be.
-const lookAgain = 2 * time.Second
+// rereadAfter is the maximum age of the list of the host's name servers.
+const rereadAfter = 2 * time.Second
 
-// Stub says who is asked for the names of a zone.
+// Stub is a stub zone: a zone with its name servers.
 type Stub struct {
 	Zone    string // wire format
 	Servers []netip.AddrPort
 }
 
-// servers are those of the host and those of stub zones. It is guarded by the
-// resolver's lock.
+// servers are the host's name servers and those of stub zones. The resolver's lock guards
+// them.
 type servers struct {
 	cfg   Config
 	watch Watcher
 	log   *slog.Logger
 
-	known map[netip.AddrPort]*upstream // all that are asked for something
+	known map[netip.AddrPort]*upstream // all servers in use
 	host  group
 	stubs []stub // longest zone first
 
-	looked  time.Time
-	content string                    // of the file that the host's servers are from
-	last    []netip.AddrPort          // that the host had, when it had any
-	looping []netip.AddrPort          // that lead back to us
-	tokens  map[string]netip.AddrPort // names asked for to find out, in wire format
+	readAt  time.Time
+	content string                    // of the file with the host's servers
+	last    []netip.AddrPort          // last non-empty list of the host's servers
+	looping []netip.AddrPort          // servers that forward to this resolver
+	tokens  map[string]netip.AddrPort // names of loop probes, in wire format
 	closed  bool
 }
 
@@ -59,15 +59,16 @@ func (r *Resolver) SetStubs(stubs []Stub) {
 		s.stubs = append(s.stubs, stub{zone: z.Zone, labels: message.CountLabels(z.Zone), servers: s.group(z.Servers)})
 	}
 	slices.SortFunc(s.stubs, func(a, b stub) int { return b.labels - a.labels })
-	s.forget()
+	s.closeUnused()
 	r.cache.clear()
 }
 
-// route returns whom to ask, and whether the host has other servers than before.
+// route returns the servers for a query, and reports whether the host's servers have
+// changed.
 func (s *servers) route(q *message.Query, now time.Time) (to *group, changed bool) {
-	if now.Sub(s.looked) > lookAgain && !s.closed {
-		s.looked = now
-		changed = s.look()
+	if now.Sub(s.readAt) > rereadAfter && !s.closed {
+		s.readAt = now
+		changed = s.readHostServers()
 	}
 	for i := range s.stubs {
 		if q.Below(s.stubs[i].zone, s.stubs[i].labels) >= 0 {
@@ -77,22 +78,22 @@ func (s *servers) route(q *message.Query, now time.Time) (to *group, changed boo
 	return &group{servers: s.host.servers}, changed
 }
 
-// Look reads the host's name servers now, rather than with the first question.
-func (r *Resolver) Look() {
+// ReadHostServers reads the host's name servers now, rather than with the first query.
+func (r *Resolver) ReadHostServers() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.servers.looked = r.now()
-	r.servers.look()
+	r.servers.readAt = r.now()
+	r.servers.readHostServers()
 }
 
-// look reads the host's servers again. While the host has none, the servers before
-// are not forgotten in one respect: when the same come back, answers are still good.
-func (s *servers) look() (changed bool) {
+// readHostServers reads the host's servers again. While the host has none, the last list is
+// kept for one purpose: when the same servers return, the cached answers stay valid.
+func (s *servers) readHostServers() (changed bool) {
 	file := s.cfg.ResolvConf()
 	data, err := os.ReadFile(file)
 	if err != nil {
 		if s.content != "" {
-			s.log.Warn("the host's name servers are not known", "cause", err)
+			s.log.Warn("cannot read the host's name servers", "err", err)
 		}
 		data = nil
 	}
@@ -105,9 +106,9 @@ func (s *servers) look() (changed bool) {
 	s.looping = nil
 	clear(s.tokens)
 	s.host = s.group(found)
-	s.forget()
+	s.closeUnused()
 	for _, u := range s.host.servers {
-		s.seekLoop(u)
+		s.detectLoop(u)
 	}
 	if len(found) == 0 {
 		return false
@@ -117,7 +118,7 @@ func (s *servers) look() (changed bool) {
 	return changed
 }
 
-// group makes a group of servers, known ones and new ones.
+// group returns a group of servers, reusing known ones.
 func (s *servers) group(addrs []netip.AddrPort) group {
 	var g group
 	for _, a := range addrs {
@@ -133,8 +134,8 @@ func (s *servers) group(addrs []netip.AddrPort) group {
 	return g
 }
 
-// forget lets go of servers that no group has.
-func (s *servers) forget() {
+// closeUnused closes the servers that no group uses.
+func (s *servers) closeUnused() {
 	used := map[*upstream]bool{}
 	for _, u := range s.host.servers {
 		used[u] = true
@@ -146,7 +147,7 @@ func (s *servers) forget() {
 	}
 	for a, u := range s.known {
 		if !used[u] {
-			close(u.gone)
+			close(u.closed)
 			delete(s.known, a)
 		}
 	}
@@ -154,10 +155,11 @@ func (s *servers) forget() {
 
 func (s *servers) close() {
 	s.host, s.stubs, s.closed = group{}, nil, true
-	s.forget()
+	s.closeUnused()
 }
 
-// parse reads the name servers of a resolv.conf but our own, which would be a loop.
+// parse returns the name servers in a resolv.conf without this resolver's own addresses,
+// which would be a loop.
 func parse(content string, own []netip.Addr) []netip.AddrPort {
 	var out []netip.AddrPort
 	for line := range strings.Lines(content) {
@@ -169,7 +171,7 @@ func parse(content string, own []netip.Addr) []netip.AddrPort {
 		if err != nil || slices.Contains(own, a.WithZone("")) {
 			continue
 		}
-		if a.IsUnspecified() { // which the C library takes for this host
+		if a.IsUnspecified() { // this host, as for the C library
 			a = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 		}
 		if to := netip.AddrPortFrom(a, 53); !slices.Contains(out, to) {
@@ -179,23 +181,25 @@ func parse(content string, own []netip.Addr) []netip.AddrPort {
 	return out
 }
 
-// seekLoop sends a server a question that nobody else asks. When it comes to us, the
-// server has asked us, and every name that it does not know would go round for ever.
-func (s *servers) seekLoop(u *upstream) {
+// detectLoop sends a server a query with a random name. If the query arrives at this
+// resolver, the server forwards to it, and queries for unknown names would loop.
+func (s *servers) detectLoop(u *upstream) {
 	name := fmt.Sprintf("%d%d.%d%d.", randomID(), randomID(), randomID(), randomID())
 	s.tokens[message.WireName(name)] = u.addr
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), attemptTimeout)
+		ctx, end := u.whileUsed()
+		defer end()
+		ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 		defer cancel()
 		m := new(dns.Msg)
 		m.SetQuestion(name, dns.TypeHINFO)
-		_, _ = exchange(ctx, u.addr, m) // what it answers does not matter
+		_, _ = exchange(ctx, u.addr, m) // the answer does not matter
 	}()
 }
 
-// Looped is told of questions of type HINFO, and says whether one was ours. The server
-// that it had been sent to is not asked any more, until the host names others.
-func (r *Resolver) Looped(q *message.Query) bool {
+// IsLoopProbe reports whether a query of type HINFO is a loop probe of this resolver. The
+// server to which it was sent is not used until the host's servers change.
+func (r *Resolver) IsLoopProbe(q *message.Query) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := &r.servers
@@ -204,25 +208,25 @@ func (r *Resolver) Looped(q *message.Query) bool {
 		return false
 	}
 	delete(s.tokens, string(q.Name()))
-	s.log.Error("a name server of the host asks this resolver: it is left out, or questions would go round for ever", "server", a, "remedy", "name another in the host's resolv.conf, or one with --resolv-conf")
+	s.log.Error("a name server of the host forwards to this resolver; it is not used, because queries would loop", "server", a, "remedy", "set another name server in the host's resolv.conf, or a file with --resolv-conf")
 	s.looping = append(s.looping, a)
 	s.host.servers = slices.DeleteFunc(slices.Clone(s.host.servers), func(u *upstream) bool { return u.addr == a })
-	s.forget()
+	s.closeUnused()
 	return true
 }
 
-// Check says what is wrong with the host's name servers, or nil. That none answers is
-// no fault of this node's, and an offline one has none.
+// Check returns an error if name servers of the host forward to this resolver. Unreachable
+// servers are not an error of this node, and an offline node has none.
 func (r *Resolver) Check() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.servers.looping) > 0 {
-		return fmt.Errorf("name servers of the host lead back to this resolver: %v; name others in its resolv.conf, or with --resolv-conf", r.servers.looping)
+		return fmt.Errorf("name servers of the host forward to this resolver: %v; set others in the host's resolv.conf, or a file with --resolv-conf", r.servers.looping)
 	}
 	return nil
 }
 
-// Sizes is how many answers and denials are kept, and how many were dropped for others.
+// Sizes returns the numbers of cached answers and negative answers, and of evictions.
 func (r *Resolver) Sizes() (success, denial int, evicted uint64) {
 	success, denial = r.cache.sizes()
 	return success, denial, r.cache.evicted.Load()

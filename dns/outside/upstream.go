@@ -14,64 +14,63 @@ import (
 	"sync"
 	"time"
 
+	"kedge/internal/lifecycle"
+
 	"github.com/miekg/dns"
 )
 
 const (
-	// attemptTimeout is how long one attempt with one server may take. Servers that
-	// must ask far away need one or two seconds.
+	// attemptTimeout is the time limit of one attempt with one server. Servers with distant
+	// upstreams need one or two seconds.
 	attemptTimeout = 2 * time.Second
 
-	// udpSize is what servers are told that we take, as in package message.
+	// udpSize is the advertised UDP payload size, the same as in package message.
 	udpSize = 1232
 
-	// failuresUntilDown in a row make a server suspect; a probe decides.
+	// failuresUntilDown is the number of consecutive failures after which a server is down,
+	// until a probe succeeds.
 	failuresUntilDown = 2
 
 	firstProbe = 500 * time.Millisecond
 	lastProbe  = time.Minute
-	// demandProbe is how often a server that is down is tried while somebody asks.
+	// demandProbe is the interval of probes of a down server while there are queries.
 	demandProbe = time.Second
 )
 
-// errMalformed is an answer that cannot be read.
+// errMalformed is the error for an invalid answer.
 var errMalformed = errors.New("malformed answer")
 
 // upstream is one name server.
 type upstream struct {
-	addr  netip.AddrPort
-	log   *slog.Logger
-	watch Watcher
-	kick  chan struct{} // asks for a probe at once; holds one request
-	gone  chan struct{} // closed when the server is not to be asked any more
+	addr   netip.AddrPort
+	log    *slog.Logger
+	watch  Watcher
+	kick   lifecycle.Wakeup // requests a probe
+	closed chan struct{}    // closed when the server is no longer used
 
 	mu        sync.Mutex // guards what follows
 	failures  int        // in a row
 	down      bool
 	lastReply time.Time
-	latency   time.Duration // of late, a moving average
+	latency   time.Duration // moving average
 }
 
 func newUpstream(addr netip.AddrPort, watch Watcher, log *slog.Logger) *upstream {
-	return &upstream{addr: addr, log: log, watch: watch, kick: make(chan struct{}, 1), gone: make(chan struct{})}
+	return &upstream{addr: addr, log: log, watch: watch, kick: lifecycle.NewWakeup(), closed: make(chan struct{})}
 }
 
-// isDown says whether the server is known not to answer, and sees to it that this
-// is found out anew.
+// isDown reports whether the server is down, and requests a probe if so.
 func (u *upstream) isDown() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.down {
-		select {
-		case u.kick <- struct{}{}:
-		default:
-		}
+		u.kick.Wake()
 	}
 	return u.down
 }
 
-// patience is how long to wait for this server before another one is asked too.
-func (u *upstream) patience() time.Duration {
+// hedgeDelay is the time after which another server is queried too.
+func (u *upstream) hedgeDelay() time.Duration {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.latency == 0 {
@@ -80,19 +79,19 @@ func (u *upstream) patience() time.Duration {
 	return min(max(4*u.latency, 250*time.Millisecond), time.Second)
 }
 
-// ask sends a question and waits for its answer.
+// ask sends a query and waits for its answer.
 func (u *upstream) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
 	began := time.Now()
 	answer, err := exchange(ctx, u.addr, m)
 	if err == nil && (answer.Rcode == dns.RcodeFormatError || answer.Rcode == dns.RcodeNotImplemented) && m.IsEdns0() != nil {
-		plain := m.Copy() // some old forwarders know no EDNS
+		plain := m.Copy() // some old forwarders lack EDNS
 		plain.Extra = nil
 		answer, err = exchange(ctx, u.addr, plain)
 	}
 	took := time.Since(began)
-	u.note(began, took, err)
+	u.recordAttempt(began, took, err)
 	rcode := -1
 	if err == nil {
 		rcode = answer.Rcode
@@ -101,9 +100,10 @@ func (u *upstream) ask(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 	return answer, err
 }
 
-// note keeps what an attempt says about the server. A name whose own servers are dead
-// makes every forwarder silent; that says nothing when it has answered others since.
-func (u *upstream) note(began time.Time, took time.Duration, err error) {
+// recordAttempt updates the health of the server. A name whose authoritative servers are
+// down makes every forwarder time out; that does not count if the server has answered other
+// queries since.
+func (u *upstream) recordAttempt(began time.Time, took time.Duration, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if err == nil {
@@ -120,23 +120,23 @@ func (u *upstream) note(began time.Time, took time.Duration, err error) {
 	u.failures++
 	if u.failures >= failuresUntilDown && !u.down {
 		u.down = true
-		u.log.Warn("name server does not answer", "server", u.addr, "cause", err)
+		u.log.Warn("name server does not answer", "server", u.addr, "err", err)
 		u.watch.Unhealthy(u.addr)
 		go u.probe()
 	}
 }
 
-// probe asks a server that is down until it answers or is not wanted any more. While
-// nobody wants to know, it asks ever less often.
+// probe queries a down server until it answers or is no longer used. Without queries the
+// interval grows.
 func (u *upstream) probe() {
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := u.whileUsed()
 	defer cancel()
-	pause, last := firstProbe, time.Time{}
+	pause, last := lifecycle.Backoff{First: firstProbe, Last: lastProbe}, time.Time{}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		select {
-		case <-u.gone:
+		case <-u.closed:
 			return
 		case <-u.kick:
 			timer.Reset(max(0, demandProbe-time.Since(last)))
@@ -151,12 +151,25 @@ func (u *upstream) probe() {
 			u.log.Info("name server answers again", "server", u.addr)
 			return
 		}
-		timer.Reset(pause)
-		pause = min(2*pause, lastProbe)
+		timer.Reset(pause.Next())
 	}
 }
 
-// alive asks what every name server can answer.
+// whileUsed returns a context for queries of the resolver's own, which end with the use of the server. The caller calls the
+// function when it has no more queries.
+func (u *upstream) whileUsed() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		select {
+		case <-u.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
+// alive sends a query that every name server can answer.
 func (u *upstream) alive(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
@@ -166,7 +179,7 @@ func (u *upstream) alive(ctx context.Context) bool {
 	return err == nil
 }
 
-// exchange asks over UDP, and over TCP when the answer does not fit.
+// exchange sends a query over UDP, and over TCP if the answer is truncated.
 func exchange(ctx context.Context, to netip.AddrPort, m *dns.Msg) (*dns.Msg, error) {
 	answer, err := exchangeOver(ctx, "udp", to, m)
 	if err == nil && answer.Truncated {
@@ -175,8 +188,8 @@ func exchange(ctx context.Context, to netip.AddrPort, m *dns.Msg) (*dns.Msg, err
 	return answer, err
 }
 
-// exchangeOver makes one exchange on a socket of its own: the kernel gives each a
-// random port, and with a random ID and the question in it, an answer is hard to forge.
+// exchangeOver makes one exchange on a new socket: the kernel assigns a random port, which
+// together with a random ID and the question makes an answer hard to forge.
 func exchangeOver(ctx context.Context, network string, to netip.AddrPort, m *dns.Msg) (*dns.Msg, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, network, to.String())
@@ -184,10 +197,10 @@ func exchangeOver(ctx context.Context, network string, to netip.AddrPort, m *dns
 		return nil, err
 	}
 	defer conn.Close()
-	// Closing ends a read at once, whichever of deadline and cancellation comes first.
+	// The deadline ends a read at once, for the timeout as well as for a cancellation.
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	m = m.Copy() // its ID is ours to change; attempts run at the same time
+	m = m.Copy() // attempts run concurrently, each with its own ID
 	m.Id = randomID()
 	out, err := m.Pack()
 	if err != nil {
@@ -208,17 +221,17 @@ func exchangeOver(ctx context.Context, network string, to netip.AddrPort, m *dns
 		err = answer.Unpack(in)
 		switch {
 		case answers(answer, m) && (err == nil || answer.Truncated):
-			return answer, nil // what is cut off is asked for again
+			return answer, nil // a truncated answer is repeated over TCP
 		case answers(answer, m):
 			return nil, fmt.Errorf("%w: %w", errMalformed, err)
 		case network == "tcp":
 			return nil, errMalformed
 		}
-		// Not an answer to this question: it may be forged, so the right one may still come.
+		// Not an answer to this query: it may be forged, so the right one may still arrive.
 	}
 }
 
-// cause is why ctx ended, if that is what made an operation fail.
+// cause returns why ctx ended, if that made an operation fail.
 func cause(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -241,12 +254,12 @@ func receive(conn net.Conn, network string) ([]byte, error) {
 	return buf, err
 }
 
-// answers says whether a message is the answer to a question.
+// answers reports whether a is the answer to m.
 func answers(a, m *dns.Msg) bool {
 	if a.Id != m.Id || !a.Response || a.Opcode != dns.OpcodeQuery {
 		return false
 	}
-	if len(a.Question) == 0 { // servers that understood nothing do not repeat it
+	if len(a.Question) == 0 { // servers that could not parse the query do not repeat it
 		return a.Rcode == dns.RcodeFormatError || a.Rcode == dns.RcodeNotImplemented
 	}
 	q, want := a.Question[0], m.Question[0]

@@ -14,16 +14,15 @@ import (
 	"github.com/miekg/dns"
 
 	"kedge/dns/message"
-	"kedge/internal/testhost"
+	"kedge/internal/test/await"
+	"kedge/internal/test/host"
 )
 
 // The tests have a network of their own: name servers listen on port 53 of 127.0.0.0/8.
-func TestMain(m *testing.M) { testhost.Main(m) }
-
 // server is a name server that a test starts.
 type server struct {
 	addr  netip.AddrPort
-	asked atomic.Int64 // questions but probes and searches for loops
+	asked atomic.Int64 // queries except health and loop probes
 
 	mu     sync.Mutex // guards what follows
 	answer func(m *dns.Msg, tcp bool) *dns.Msg
@@ -35,7 +34,7 @@ type server struct {
 // return nil, for no answer at all.
 func newServer(t *testing.T, addr string, answer func(m *dns.Msg, tcp bool) *dns.Msg) *server {
 	t.Helper()
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	s := &server{addr: netip.AddrPortFrom(netip.MustParseAddr(addr), 53), answer: answer}
 	s.start(t)
 	t.Cleanup(s.stop)
@@ -44,14 +43,8 @@ func newServer(t *testing.T, addr string, answer func(m *dns.Msg, tcp bool) *dns
 
 func (s *server) start(t *testing.T) {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", s.addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", s.addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc := listenUDP(t, s.addr.String())
+	l := await.Listener(t, func() (net.Listener, error) { return net.Listen("tcp", s.addr.String()) })
 	handler := func(tcp bool) dns.Handler {
 		return dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
 			q := m.Question[0]
@@ -88,7 +81,7 @@ func (s *server) set(answer func(*dns.Msg, bool) *dns.Msg) {
 	s.answer = answer
 }
 
-// says answers every question with records; $ stands for the name asked for.
+// says answers every query with records; $ stands for the name in the query.
 func says(t *testing.T, rcode int, answer, authority string) func(*dns.Msg, bool) *dns.Msg {
 	t.Helper()
 	return func(m *dns.Msg, _ bool) *dns.Msg {
@@ -113,25 +106,25 @@ func says(t *testing.T, rcode int, answer, authority string) func(*dns.Msg, bool
 	}
 }
 
-// clock is a time that tests move.
+// clock is a time that tests set.
 type clock struct{ ahead atomic.Int64 }
 
 func (c *clock) now() time.Time         { return time.Now().Add(time.Duration(c.ahead.Load())) }
 func (c *clock) pass(d time.Duration)   { c.ahead.Add(int64(d)) }
 func (c *clock) set(r *Resolver) *clock { r.now = c.now; return c }
 
-// nobody watches.
-type nobody struct {
+// ignoreEvents is a Watcher that ignores all events.
+type ignoreEvents struct {
 	events [Overload + 1]atomic.Int64
 	down   atomic.Int64
 }
 
-func (n *nobody) Exchanged(netip.AddrPort, time.Duration, int) {}
-func (n *nobody) Unhealthy(netip.AddrPort)                     { n.down.Add(1) }
-func (n *nobody) Cache(e Event)                                { n.events[e].Add(1) }
+func (n *ignoreEvents) Exchanged(netip.AddrPort, time.Duration, int) {}
+func (n *ignoreEvents) Unhealthy(netip.AddrPort)                     { n.down.Add(1) }
+func (n *ignoreEvents) Cache(e Event)                                { n.events[e].Add(1) }
 
-// newResolver makes one that asks servers, in this order, for everything.
-func newResolver(t *testing.T, servers ...*server) (*Resolver, *nobody) {
+// newResolver returns a resolver that queries servers, in this order, for everything.
+func newResolver(t *testing.T, servers ...*server) (*Resolver, *ignoreEvents) {
 	t.Helper()
 	content := ""
 	for _, s := range servers {
@@ -141,12 +134,13 @@ func newResolver(t *testing.T, servers ...*server) (*Resolver, *nobody) {
 	return r, n
 }
 
-// newResolverOf makes one whose resolv.conf has the content; it is in the file returned.
-func newResolverOf(t *testing.T, content string) (*Resolver, *nobody, string) {
+// newResolverOf returns a resolver whose resolv.conf has the content, and the path of the
+// file.
+func newResolverOf(t *testing.T, content string) (*Resolver, *ignoreEvents, string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "resolv.conf")
 	write(t, file, content)
-	n := &nobody{}
+	n := &ignoreEvents{}
 	r := NewResolver(Config{ResolvConf: func() string { return file }, Own: []netip.Addr{netip.MustParseAddr("10.43.0.10")}}, n, slog.New(slog.DiscardHandler))
 	t.Cleanup(r.Close)
 	return r, n, file
@@ -159,7 +153,7 @@ func write(t *testing.T, file, content string) {
 	}
 }
 
-// ask asks as a client does.
+// ask sends a query as a client does.
 func ask(t testing.TB, r *Resolver, name string, qtype uint16) *dns.Msg {
 	t.Helper()
 	m := new(dns.Msg).SetQuestion(name, qtype)

@@ -1,6 +1,6 @@
-// Command standalone is the resolver alone, as a process of its own beside any API
-// server: for measuring it, and for comparing what it answers with what others do. It is
-// no part of the product.
+// Command standalone runs the resolver as a process of its own with any API server: to
+// measure it, and to compare its answers with those of others. It is not part of the
+// product.
 package main
 
 import (
@@ -21,7 +21,7 @@ import (
 
 	"kedge/dns"
 	"kedge/internal/footprint"
-	"kedge/internal/watched"
+	"kedge/internal/informertrim"
 )
 
 func main() {
@@ -32,7 +32,7 @@ func main() {
 }
 
 func run() error {
-	api := flag.String("api", "http://127.0.0.1:8080", "URL of the API server, which asks for no credentials")
+	api := flag.String("api", "http://127.0.0.1:8080", "URL of the API server, which must require no credentials")
 	addresses := flag.String("addresses", "10.43.0.10", "addresses to answer at, separated by commas")
 	ranges := flag.String("ranges", "10.42.0.0/16,10.43.0.0/16", "ranges of pods and services")
 	resolvConf := flag.String("resolv-conf", "", "file with the name servers for outside names")
@@ -62,14 +62,14 @@ func run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	watches := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(watched.Reduce)) // as a node has them
+	watches := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(informertrim.Transform)) // as a node has them
 	r, err := dns.New(cfg, watches, client, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
 		return err
 	}
 	watches.StartWithContext(ctx)
 	defer watches.Shutdown()
-	footprint.Boot() // as the product does, and gives back what the start needed
+	footprint.Boot() // as the product does, which then releases the memory of the start
 	return r.Run(ctx, func() {
 		time.AfterFunc(settleAfter, func() {
 			if err := footprint.Settle(); err != nil {

@@ -1,8 +1,8 @@
-// Package stats counts what the resolver does and shows it under the names that
-// dashboards for CoreDNS use.
+// Package stats counts the resolver's work and exports it under the names that dashboards
+// for CoreDNS use.
 //
-// Counting is a few atomic additions: every query does it. Labels that have one
-// value here ("server", "view") are there because dashboards ask for them.
+// Counting a query takes a few atomic additions. Labels with a single value here ("server",
+// "view") exist because dashboards query them.
 //
-// Only packages under dns may import it.
+// Only packages below dns may import it.
 package stats

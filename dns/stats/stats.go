@@ -3,7 +3,6 @@ package stats
 import (
 	"net/netip"
 	goruntime "runtime"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,7 +12,7 @@ import (
 	"kedge/dns/outside"
 )
 
-// Source is which part answered: the label "plugin".
+// Source is the part that answered: the label "plugin".
 type Source int
 
 // Sources.
@@ -22,11 +21,11 @@ const (
 	Hosts
 	Cached
 	Forwarded
-	Nobody // refused before anybody looked at it
+	NoSource // refused before a lookup
 	sources
 )
 
-// Transport is how a query came: labels "proto" and "family".
+// Transport is the transport of a query: labels "proto" and "family".
 type Transport int
 
 // Transports.
@@ -38,7 +37,7 @@ const (
 	transports
 )
 
-// Names of the labels' values.
+// Values of the labels.
 var (
 	sourceNames = [sources]string{"kubernetes", "hosts", "cache", "forward", ""}
 	protoNames  = [transports]string{"udp", "udp", "tcp", "tcp"}
@@ -51,7 +50,7 @@ const (
 	rcodes = 16
 )
 
-// typeIndex is where a type is counted.
+// typeIndex returns the index of the counter of a type.
 func typeIndex(t uint16) int {
 	switch t {
 	case dns.TypeA:
@@ -80,7 +79,7 @@ func typeIndex(t uint16) int {
 	return types - 1
 }
 
-// Bounds of the histograms, as CoreDNS has them.
+// Buckets of the histograms, the same as CoreDNS's.
 var (
 	timeBuckets = []float64{.00025, .0005, .001, .002, .004, .008, .016, .032, .064, .128, .256, .512, 1.024, 2.048, 4.096, 8.192}
 	sizeBuckets = []float64{0, 100, 200, 300, 400, 511, 1023, 2047, 4095, 8291, 16e3, 32e3, 48e3, 64e3}
@@ -94,69 +93,86 @@ type Stats struct {
 	requests  [2][transports][types]atomic.Uint64
 	responses [2][sources][rcodes]atomic.Uint64
 	dnssec    [2]atomic.Uint64
-	duration  [2]*histogram
-	askedSize [2][2]*histogram // by zone and protocol
-	sentSize  [2][2]*histogram
+	duration  [2]prometheus.Histogram
+	querySize [2][2]prometheus.Histogram // by zone and protocol
+	sentSize  [2][2]prometheus.Histogram
 	panics    atomic.Uint64
 
 	events    [outside.Overload + 1]atomic.Uint64
 	unhealthy atomic.Uint64
 	cacheSize func() (success, denial int, evicted uint64)
 
-	programming *histogram // from an endpoint's change to its name
+	programming prometheus.Histogram // time from a change of endpoints to the change of names
 
-	mu      sync.Mutex // guards what follows
-	servers map[exchange]*histogram
+	// Exchanges with upstream servers. The second is for dashboards from before CoreDNS 1.11.
+	exchanges, exchangesBefore *prometheus.HistogramVec
+	responsesOf, requestsTo    *prometheus.CounterVec
 }
 
-// exchange is what exchanges with other servers are counted by.
-type exchange struct {
-	to    netip.AddrPort
-	rcode int
-}
-
-// New makes the counters of a resolver of the domain.
+// New returns the counters of a resolver of the domain.
 func New(domain string) *Stats {
 	s := &Stats{
-		server: "dns://:53", zones: [2]string{".", domain + "."}, servers: map[exchange]*histogram{},
-		programming: newHistogram(prometheus.ExponentialBuckets(0.001, 2, 20)),
-		cacheSize:   func() (int, int, uint64) { return 0, 0, 0 },
+		server: "dns://:53", zones: [2]string{".", domain + "."},
+		programming: newHistogram("coredns_kubernetes_dns_programming_duration_seconds", "Histogram of the time (in seconds) it took to program a dns instance.",
+			prometheus.ExponentialBuckets(0.001, 2, 20), "service_kind", "headless_with_selector"),
+		exchanges: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "coredns_proxy_request_duration_seconds", Help: "Histogram of the time each request took.", Buckets: timeBuckets,
+			ConstLabels: prometheus.Labels{"proxy_name": "forward"},
+		}, []string{"to", "rcode"}),
+		exchangesBefore: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "coredns_forward_request_duration_seconds", Help: "Histogram of the time each request took.", Buckets: timeBuckets,
+		}, []string{"to", "rcode"}),
+		responsesOf: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coredns_forward_responses_total", Help: "Counter of responses received per upstream.",
+		}, []string{"to", "rcode"}),
+		requestsTo: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "coredns_forward_requests_total", Help: "Counter of requests made per upstream.",
+		}, []string{"to"}),
+		cacheSize: func() (int, int, uint64) { return 0, 0, 0 },
 	}
-	for z := range 2 {
-		s.duration[z] = newHistogram(timeBuckets)
-		for p := range 2 {
-			s.askedSize[z][p], s.sentSize[z][p] = newHistogram(sizeBuckets), newHistogram(sizeBuckets)
+	for z := range s.zones {
+		labels := s.labels(z)
+		s.duration[z] = newHistogram("coredns_dns_request_duration_seconds", "Histogram of the time (in seconds) each request took per zone.", timeBuckets, labels...)
+		for p, proto := range []string{"udp", "tcp"} {
+			with := append(labels, "proto", proto)
+			s.querySize[z][p] = newHistogram("coredns_dns_request_size_bytes", "Size of the requests in bytes per zone and protocol.", sizeBuckets, with...)
+			s.sentSize[z][p] = newHistogram("coredns_dns_response_size_bytes", "Size of the returned response in bytes.", sizeBuckets, with...)
 		}
 	}
 	return s
 }
 
-// CacheSizes says where the cache's sizes are read when somebody asks for them.
+// labels returns the names and values of the labels of a zone's metrics.
+func (s *Stats) labels(zone int) []string {
+	return []string{"server", s.server, "zone", s.zones[zone], "view", ""}
+}
+
+// CacheSizes sets the function that returns the cache's sizes.
 func (s *Stats) CacheSizes(f func() (success, denial int, evicted uint64)) { s.cacheSize = f }
 
-// Answered counts one query. Sizes are in bytes; ours says whether the name was one of
-// the cluster.
-func (s *Stats) Answered(by Source, ours bool, t Transport, qtype uint16, dnssec bool, rcode int, asked, sent int, took time.Duration) {
+// Answered counts one query. Sizes are in bytes; ours means that the name is one of the
+// cluster.
+func (s *Stats) Answered(by Source, ours bool, t Transport, qtype uint16, dnssec bool, rcode int, received, sent int, took time.Duration) {
 	z := 0
 	if ours {
 		z = 1
 	}
 	s.requests[z][t][typeIndex(qtype)].Add(1)
 	s.responses[z][by][rcode&(rcodes-1)].Add(1)
-	s.duration[z].observe(took.Seconds())
+	s.duration[z].Observe(took.Seconds())
 	p := int(t / TCP4)
-	s.askedSize[z][p].observe(float64(asked))
-	s.sentSize[z][p].observe(float64(sent))
+	s.querySize[z][p].Observe(float64(received))
+	s.sentSize[z][p].Observe(float64(sent))
 	if dnssec {
 		s.dnssec[z].Add(1)
 	}
 }
 
-// Panicked counts a query that made the resolver panic.
+// Panicked counts a query that caused a panic.
 func (s *Stats) Panicked() { s.panics.Add(1) }
 
-// Programmed tells how long it took until a change of endpoints had names.
-func (s *Stats) Programmed(took time.Duration) { s.programming.observe(took.Seconds()) }
+// Programmed records the time from a change of endpoints to the change of names.
+func (s *Stats) Programmed(took time.Duration) { s.programming.Observe(took.Seconds()) }
 
 // Cache implements outside.Watcher.
 func (s *Stats) Cache(e outside.Event) { s.events[e].Add(1) }
@@ -166,26 +182,25 @@ func (s *Stats) Unhealthy(netip.AddrPort) { s.unhealthy.Add(1) }
 
 // Exchanged implements outside.Watcher.
 func (s *Stats) Exchanged(to netip.AddrPort, took time.Duration, rcode int) {
-	k := exchange{to, rcode}
-	s.mu.Lock()
-	h := s.servers[k]
-	if h == nil {
-		h = newHistogram(timeBuckets)
-		s.servers[k] = h
+	name := "FAILED"
+	if rcode >= 0 {
+		name = dns.RcodeToString[rcode]
 	}
-	s.mu.Unlock()
-	h.observe(took.Seconds())
+	s.exchanges.WithLabelValues(to.String(), name).Observe(took.Seconds())
+	s.exchangesBefore.WithLabelValues(to.String(), name).Observe(took.Seconds())
+	s.responsesOf.WithLabelValues(to.String(), name).Inc()
+	s.requestsTo.WithLabelValues(to.String()).Inc()
 }
 
-// Describe implements prometheus.Collector. The set of metrics is not fixed, since
-// servers come and go.
+// Describe implements prometheus.Collector. The set of metrics is not constant, because
+// servers change.
 func (s *Stats) Describe(chan<- *prometheus.Desc) {}
 
 // Collect implements prometheus.Collector.
 func (s *Stats) Collect(out chan<- prometheus.Metric) {
 	c := collector{out}
-	for z, zone := range s.zones {
-		base := []string{"server", s.server, "zone", zone, "view", ""}
+	for z := range s.zones {
+		base := s.labels(z)
 		with := func(more ...string) []string { return append(base[:len(base):len(base)], more...) }
 		for t := range transports {
 			for i := range types {
@@ -204,10 +219,10 @@ func (s *Stats) Collect(out chan<- prometheus.Metric) {
 			}
 		}
 		c.counter("coredns_dns_do_requests_total", "Counter of DNS requests with DO bit set per zone.", s.dnssec[z].Load(), base...)
-		c.histogram("coredns_dns_request_duration_seconds", "Histogram of the time (in seconds) each request took per zone.", s.duration[z], base...)
-		for p, proto := range []string{"udp", "tcp"} {
-			c.histogram("coredns_dns_request_size_bytes", "Size of the requests in bytes per zone and protocol.", s.askedSize[z][p], with("proto", proto)...)
-			c.histogram("coredns_dns_response_size_bytes", "Size of the returned response in bytes.", s.sentSize[z][p], with("proto", proto)...)
+		s.duration[z].Collect(out)
+		for p := range 2 {
+			s.querySize[z][p].Collect(out)
+			s.sentSize[z][p].Collect(out)
 		}
 	}
 	c.counter("coredns_panics_total", "A metrics that counts the number of panics.", s.panics.Load())
@@ -215,7 +230,7 @@ func (s *Stats) Collect(out chan<- prometheus.Metric) {
 		"version", "kedge", "revision", "", "goversion", goruntime.Version())
 	s.collectCache(c)
 	s.collectServers(c)
-	c.histogram("coredns_kubernetes_dns_programming_duration_seconds", "Histogram of the time (in seconds) it took to program a dns instance.", s.programming, "service_kind", "headless_with_selector")
+	s.programming.Collect(out)
 }
 
 func (s *Stats) collectCache(c collector) {
@@ -237,26 +252,8 @@ func (s *Stats) collectCache(c collector) {
 }
 
 func (s *Stats) collectServers(c collector) {
-	s.mu.Lock()
-	servers := make(map[exchange]*histogram, len(s.servers))
-	asked := map[netip.AddrPort]uint64{}
-	for k, h := range s.servers {
-		servers[k] = h
-		asked[k.to] += h.count()
-	}
-	s.mu.Unlock()
-	for k, h := range servers {
-		to, rcode := k.to.String(), "FAILED"
-		if k.rcode >= 0 {
-			rcode = dns.RcodeToString[k.rcode]
-		}
-		c.histogram("coredns_proxy_request_duration_seconds", "Histogram of the time each request took.", h, "proxy_name", "forward", "to", to, "rcode", rcode)
-		// What dashboards before CoreDNS 1.11 ask for.
-		c.histogram("coredns_forward_request_duration_seconds", "Histogram of the time each request took.", h, "to", to, "rcode", rcode)
-		c.counter("coredns_forward_responses_total", "Counter of responses received per upstream.", h.count(), "to", to, "rcode", rcode)
-	}
-	for to, n := range asked {
-		c.counter("coredns_forward_requests_total", "Counter of requests made per upstream.", n, "to", to.String())
+	for _, m := range []prometheus.Collector{s.exchanges, s.exchangesBefore, s.responsesOf, s.requestsTo} {
+		m.Collect(c.out)
 	}
 	c.counter("coredns_forward_healthcheck_broken_total", "Counter of name servers found not to answer.", s.unhealthy.Load())
 	c.counter("coredns_forward_max_concurrent_rejects_total", "Counter of the number of queries rejected because the concurrent queries were at maximum.", s.events[outside.Overload].Load())

@@ -11,7 +11,7 @@ import (
 	"kedge/dns/outside"
 )
 
-// collect returns all metrics as name{label=value,...} and their values; of histograms
+// collect returns all metrics as name{label=value,...} with their values; for histograms
 // the number of observations.
 func collect(t *testing.T, s *Stats) map[string]float64 {
 	t.Helper()
@@ -88,21 +88,6 @@ func TestNamesOfDashboards(t *testing.T) {
 		if v, ok := got[name]; !ok || v != want {
 			t.Errorf("%s is %v (%v), want %v", name, v, ok, want)
 		}
-	}
-}
-
-func TestHistogram(t *testing.T) {
-	h := newHistogram([]float64{1, 2})
-	for _, v := range []float64{0.5, 1, 1.5, 3} {
-		h.observe(v)
-	}
-	for i, want := range []uint64{2, 1, 1} {
-		if got := h.buckets[i].Load(); got != want {
-			t.Errorf("bucket %d: %d, want %d", i, got, want)
-		}
-	}
-	if h.count() != 4 {
-		t.Errorf("count %d", h.count())
 	}
 }
 

@@ -1,8 +1,8 @@
-// Package addresspool describes the pools of addresses that services of type
-// LoadBalancer are given: reading them from flags, and which addresses they have.
+// Package addresspool describes the pools of addresses for services of type LoadBalancer: it
+// parses them and finds addresses in them.
 //
-// It gives no address to anybody; that is server/servicelb. It may be imported by
-// main, server and network.
+// It allocates nothing: that is server/servicelb. It may be imported by main, server and
+// network.
 package addresspool
 
 import (
@@ -15,10 +15,14 @@ import (
 // DefaultName is the name of the pool of ranges without a name.
 const DefaultName = "default"
 
-// Range is addresses of one family, both ends included.
+// LeasePrefix, before a node's name, is the name of the lease by which the node says that it
+// can announce addresses. A node's user may write the lease of its own node only.
+const LeasePrefix = "kedge-lb-"
+
+// Range is a range of addresses of one family, both ends included.
 type Range struct{ First, Last netip.Addr }
 
-// Pool is ranges under one name.
+// Pool is a named set of ranges.
 type Pool struct {
 	Name   string
 	Ranges []Range
@@ -28,9 +32,8 @@ type Pool struct {
 // dash between them, or one address. Items with the same name are one pool; pools keep the
 // order in which they are named first.
 //
-// A network's own address and its broadcast address are addresses like others: those who
-// route a range to the cluster lose none of it, and those who mean only some of a network
-// can say so with a dash.
+// A network's own address and its broadcast address are addresses like others: a range that is
+// routed to the cluster can be used in full, and the dash form is for a part of a network.
 func Parse(items []string) ([]Pool, error) {
 	var pools []Pool
 	for _, item := range items {
@@ -39,7 +42,7 @@ func Parse(items []string) ([]Pool, error) {
 			name, text = DefaultName, item
 		}
 		if name == "" || strings.ContainsAny(name, " /") {
-			return nil, fmt.Errorf("%q is not a pool's name", name)
+			return nil, fmt.Errorf("invalid pool name %q", name)
 		}
 		r, err := parseRange(text)
 		if err != nil {
@@ -48,7 +51,7 @@ func Parse(items []string) ([]Pool, error) {
 		for _, p := range pools {
 			for _, o := range p.Ranges {
 				if r.First.Is4() == o.First.Is4() && r.First.Compare(o.Last) <= 0 && o.First.Compare(r.Last) <= 0 {
-					return nil, fmt.Errorf("the ranges %s and %s have addresses in common", o, r)
+					return nil, fmt.Errorf("the ranges %s and %s overlap", o, r)
 				}
 			}
 		}
@@ -103,18 +106,18 @@ func (r Range) String() string {
 	return r.First.String() + "-" + r.Last.String()
 }
 
-// Contains says whether the range has an address.
+// Contains reports whether the range has an address.
 func (r Range) Contains(a netip.Addr) bool {
 	return a.Is4() == r.First.Is4() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
 }
 
-// Contains says whether one of the pool's ranges has an address.
+// Contains reports whether one of the pool's ranges has an address.
 func (p Pool) Contains(a netip.Addr) bool {
 	return slices.ContainsFunc(p.Ranges, func(r Range) bool { return r.Contains(a) })
 }
 
 // Find returns the first address of a family that ok accepts, or the zero Addr. It looks
-// at no more than [MaxLook] addresses of a range: nobody has that many services.
+// at no more than [MaxLook] addresses of a range: no cluster has that many services.
 func (p Pool) Find(ipv4 bool, ok func(netip.Addr) bool) netip.Addr {
 	for _, r := range p.Ranges {
 		if r.First.Is4() != ipv4 {

@@ -17,8 +17,8 @@ func TestParse(t *testing.T) {
 		{[]string{"192.0.2.9-192.0.2.1"}, `the range "192.0.2.9-192.0.2.1" ends before it begins`},
 		{[]string{"192.0.2.1-fd00::1"}, `"192.0.2.1-fd00::1" is not a range of addresses such as 192.168.1.240/28 or 192.168.1.240-192.168.1.250`},
 		{[]string{"x=nonsense"}, `"nonsense" is not a range of addresses such as 192.168.1.240/28 or 192.168.1.240-192.168.1.250`},
-		{[]string{"=192.0.2.1"}, `"" is not a pool's name`},
-		{[]string{"192.0.2.0/24", "a=192.0.2.255"}, "the ranges 192.0.2.0-192.0.2.255 and 192.0.2.255 have addresses in common"},
+		{[]string{"=192.0.2.1"}, `invalid pool name ""`},
+		{[]string{"192.0.2.0/24", "a=192.0.2.255"}, "the ranges 192.0.2.0-192.0.2.255 and 192.0.2.255 overlap"},
 	} {
 		pools, err := Parse(c.in)
 		got := fmt.Sprint(pools)

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 )
 
@@ -45,6 +46,30 @@ func TestWriteSurvivesALeftoverTemporaryFile(t *testing.T) {
 	}
 }
 
+// TestWriteDoesNotFollowLinks: what is in the temporary file's place is replaced, and not written into.
+func TestWriteDoesNotFollowLinks(t *testing.T) {
+	dir := t.TempDir()
+	path, victim, tmp := filepath.Join(dir, "f"), filepath.Join(dir, "victim"), filepath.Join(dir, ".tmp-f")
+	for name, plant := range map[string]func() error{
+		"a link":      func() error { return os.Symlink(victim, tmp) },
+		"a hard link": func() error { return os.Link(victim, tmp) },
+	} {
+		if err := os.WriteFile(victim, []byte("precious"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := plant(); err != nil {
+			t.Fatal(err)
+		}
+		if err := Write(path, []byte("secret"), 0o600); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		got, _ := os.ReadFile(victim)
+		if st, err := os.Lstat(path); err != nil || !st.Mode().IsRegular() || string(got) != "precious" {
+			t.Errorf("%s: it was written through: %q", name, got)
+		}
+	}
+}
+
 func TestWriteIntoAMissingDirectory(t *testing.T) {
 	err := Write(filepath.Join(t.TempDir(), "no", "f"), nil, 0o600)
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -63,5 +88,22 @@ func TestWriteIfChanged(t *testing.T) {
 	os.Chmod(path, 0o644)
 	if wrote, _ := WriteIfChanged(path, []byte("x"), 0o600); !wrote {
 		t.Error("a loosened mode was left as it was")
+	}
+}
+
+// TestWriteReplacesNoDevice: a pipe stands for all that is no file; /dev/null is the one that matters.
+func TestWriteReplacesNoDevice(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Write(path, []byte("x"), 0o600); err == nil {
+		t.Error("a pipe was replaced")
+	}
+	if st, err := os.Lstat(path); err != nil || st.Mode()&fs.ModeNamedPipe == 0 {
+		t.Errorf("the pipe is %v, %v", st, err)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) != 1 {
+		t.Errorf("left behind: %v, %v", entries, err)
 	}
 }

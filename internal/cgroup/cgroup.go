@@ -1,8 +1,8 @@
-// Package cgroup makes and removes control groups in cgroup v1, hybrid and v2: the
-// one below which a node's pods are, and those of whole machines.
+// Package cgroup makes and removes control groups in cgroup v1, hybrid and v2: the parent of a
+// node's pods, and those of simulated machines.
 //
-// It is not for the groups of pods and containers: kubelet and runc make those.
-// Packages agent and internal/machines import it, and the benchmarks.
+// It is not for the groups of pods and containers, which kubelet and runc make. Packages
+// agent, throwaway/machine and below internal import it, and the benchmarks.
 package cgroup
 
 import (
@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -27,9 +28,8 @@ func Unified() bool {
 	return unix.Statfs(mountPoint, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
 }
 
-// Ensure makes the cgroup below which the pods are, in every
-// hierarchy, with all controllers that its parent can delegate. root begins
-// with a slash.
+// Ensure makes the parent cgroup of the pods in every hierarchy, with all controllers that its
+// own parent can delegate. root begins with a slash.
 func Ensure(root string) error {
 	if Unified() {
 		return ensureUnified(root)
@@ -103,9 +103,9 @@ func delegate(dir string) error {
 		return fmt.Errorf("read the controllers of cgroup %s: %w", dir, err)
 	}
 	for c := range strings.FieldsSeq(string(have)) {
-		// One at a time: a controller that cannot be delegated (rdma, misc in
-		// some containers) must not keep the others back. The kubelet says
-		// which of those it needs are missing.
+		// One at a time: a controller that cannot be delegated (rdma, misc in some
+		// containers) must not prevent the others. The kubelet reports which of the
+		// controllers that it needs are missing.
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0o644); errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("delegate controller %s in cgroup %s: %w: processes live in it; start kedge in a cgroup of its own", c, dir, err)
 		}
@@ -113,8 +113,8 @@ func delegate(dir string) error {
 	return nil
 }
 
-// Remove removes what Ensure made, from the leaves up. It
-// fails while a process is left in it: see [End].
+// Remove removes the cgroup that Ensure made, from the leaves up. It fails while a process is
+// left in it: see [End].
 func Remove(root string) error {
 	groups, err := groupsOf(root)
 	errs := []error{err}
@@ -124,7 +124,7 @@ func Remove(root string) error {
 	return errors.Join(errs...)
 }
 
-// groupsOf is where root is, in each hierarchy.
+// groupsOf returns the paths of root in each hierarchy.
 func groupsOf(root string) ([]string, error) {
 	if Unified() {
 		return []string{filepath.Join(mountPoint, root)}, nil
@@ -142,12 +142,11 @@ func groupsOf(root string) ([]string, error) {
 	return groups, nil
 }
 
-// endLimit is how long killed processes may take to be gone.
+// endLimit bounds the time until killed processes are gone.
 const endLimit = 10 * time.Second
 
-// End kills every process in the control group and those below it, and returns
-// when they are gone. All of them are of containers, also those of which nobody has
-// a record any more.
+// End kills every process in the control group and below it, and returns when they are gone.
+// All of them belong to containers, also to containers without a record.
 func End(root string) error {
 	groups, err := groupsOf(root)
 	if err != nil {
@@ -173,33 +172,74 @@ func End(root string) error {
 	}
 }
 
-// kill kills what is in dir and below, and returns how many there were.
+// kill kills the processes in dir and below, and returns their number.
 func kill(dir string) (int, error) {
+	// cgroup.kill of version 2 misses no process and hits no other.
+	err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
+	byKernel := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return 0, err
+	}
 	count := 0
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		if err != nil || d.Name() != "cgroup.procs" {
 			return err
 		}
-		pids, err := os.ReadFile(path)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
+		pids, err := processesIn(path)
+		if err != nil {
 			return err
 		}
-		for text := range strings.FieldsSeq(string(pids)) {
-			pid, err := strconv.Atoi(text)
-			if err != nil || pid == 0 { // 0 is of another pid namespace
-				continue
+		count += len(pids)
+		for _, pid := range pids {
+			if byKernel {
+				break
 			}
-			count++
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			if err := killMember(path, pid); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
 	return count, err
+}
+
+// processesIn reads a file cgroup.procs.
+func processesIn(path string) ([]int, error) {
+	text, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
+		return nil, err
+	}
+	var pids []int
+	for field := range strings.FieldsSeq(string(text)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid != 0 { // 0 is of another pid namespace
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// killMember kills a process from the file cgroup.procs. Its number may belong to another
+// process by now, so the process is held by a pidfd and then looked up in the file again.
+func killMember(procs string, pid int) error {
+	handle, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open process %d: %w", pid, err)
+	}
+	defer unix.Close(handle)
+	still, err := processesIn(procs)
+	if err != nil || !slices.Contains(still, pid) {
+		return err
+	}
+	if err := unix.PidfdSendSignal(handle, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", pid, err)
+	}
+	return nil
 }
 
 func removeTree(dir string) error {

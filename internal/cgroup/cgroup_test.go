@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -48,6 +49,39 @@ func TestEndKillsWhatIsInside(t *testing.T) {
 	}
 	if err := Remove(root); err != nil {
 		t.Error(err)
+	}
+}
+
+// A number that was read from a control group may be that of another process when it is
+// to be killed.
+func TestKillMemberSparesOthers(t *testing.T) {
+	start := func() (pid int, ended chan error) {
+		cmd := exec.Command("sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Skip(err)
+		}
+		ended = make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		t.Cleanup(func() { _ = cmd.Process.Kill() })
+		return cmd.Process.Pid, ended
+	}
+	member, ended := start()
+	other, _ := start()
+	procs := filepath.Join(t.TempDir(), "cgroup.procs")
+	if err := os.WriteFile(procs, []byte(strconv.Itoa(member)+"\n0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range []int{other, member} {
+		if err := killMember(procs, pid); err != nil {
+			t.Errorf("process %d: %v", pid, err)
+		}
+	}
+	<-ended
+	if err := syscall.Kill(other, 0); err != nil {
+		t.Errorf("a process that is not in the group was killed: %v", err)
+	}
+	if err := killMember(procs, member); err != nil {
+		t.Errorf("a process that has ended: %v", err)
 	}
 }
 

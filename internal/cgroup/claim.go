@@ -12,10 +12,9 @@ import (
 // ErrClaimed is wrapped when another process has claimed the cgroup.
 var ErrClaimed = errors.New("the node's control group is in use")
 
-// Claim locks the cgroup of a node, so that no second node of the same name on this
-// machine shares it, and with it links and rules of the same names. The lock ends
-// with the process, or with release. root must exist; for systemd it is "/" and the
-// name of the slice.
+// Claim locks the cgroup of a node, so that no second node of the same name on this machine
+// shares it, or links and rules with the same names. The end of the process, or release,
+// releases the lock. root must exist; for systemd it is "/" and the name of the slice.
 func Claim(root string) (release func() error, err error) {
 	dir := filepath.Join(mountPoint, root)
 	if !Unified() {
@@ -28,7 +27,7 @@ func Claim(root string) (release func() error, err error) {
 	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		d.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%w: another kedge on this machine uses %s; give this one another name with --node-name", ErrClaimed, root)
+			return nil, fmt.Errorf("%w: another kedge on this machine uses %s; give this node another name with --node-name", ErrClaimed, root)
 		}
 		return nil, fmt.Errorf("claim cgroup %s: %w", root, err)
 	}

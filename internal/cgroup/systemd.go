@@ -10,15 +10,15 @@ import (
 	godbus "github.com/godbus/dbus/v5"
 )
 
-// Slice is the name of the systemd slice for root. The kubelet makes the same of
-// the same root (ToSystemd in its cgroup manager): a dash separates levels, so one
-// within a name becomes an underscore.
+// Slice is the name of the systemd slice for root. The kubelet derives the same name (ToSystemd
+// in its cgroup manager): a dash separates levels, so a dash within a name becomes an
+// underscore.
 func Slice(root string) string {
 	return strings.ReplaceAll(strings.Trim(root, "/"), "-", "_") + ".slice"
 }
 
-// EnsureSlice is Ensure on machines where systemd owns the tree: it asks systemd for
-// a slice, with every controller accounted.
+// EnsureSlice is Ensure on machines where systemd owns the tree: it requests a slice from
+// systemd, with accounting for every controller.
 func EnsureSlice(ctx context.Context, root string) error {
 	c, err := dbus.NewSystemConnectionContext(ctx)
 	if err != nil {
@@ -46,15 +46,15 @@ func EnsureSlice(ctx context.Context, root string) error {
 		if result != "done" {
 			return fmt.Errorf("ask systemd for slice %s: the job ended as %q", Slice(root), result)
 		}
-		// systemd delegates only the controllers that it knows; the kubelet
-		// insists on hugetlb too where the kernel has it.
+		// systemd delegates only the controllers that it knows, and the kubelet needs
+		// hugetlb too if the kernel has it.
 		return ensureUnified("/" + Slice(root))
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// RemoveSlice is Remove for what EnsureSlice made.
+// RemoveSlice removes the slice that EnsureSlice made.
 func RemoveSlice(ctx context.Context, root string) error {
 	c, err := dbus.NewSystemConnectionContext(ctx)
 	if err != nil {

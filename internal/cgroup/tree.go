@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EnsureGroup is Ensure for a control group that processes will live in: the
-// unified hierarchy allows that only where no controllers are handed down.
+// EnsureGroup is Ensure for a control group with processes: the unified hierarchy allows these
+// only in groups that delegate no controllers.
 func EnsureGroup(root string) error {
 	if !Unified() {
 		return Ensure(root)
@@ -28,7 +28,7 @@ func EnsureGroup(root string) error {
 	return nil
 }
 
-// Dirs are the folders of a control group, one for each hierarchy that has it.
+// Dirs returns the folders of a control group, one for each hierarchy that has it.
 func Dirs(root string) ([]string, error) {
 	all, err := groupsOf(root)
 	if err != nil {
@@ -43,7 +43,7 @@ func Dirs(root string) ([]string, error) {
 	return dirs, nil
 }
 
-// Processes are those in the control group itself, not below it.
+// Processes returns the processes in the control group itself, without those below it.
 func Processes(root string) ([]int, error) {
 	dir := mountPoint
 	if !Unified() {
@@ -65,8 +65,11 @@ func Processes(root string) ([]int, error) {
 	return pids, nil
 }
 
-// Freeze stops every process in the control group and below it, or lets them go on,
-// and returns when that is so.
+// freezeAgain is the number of checks, ten milliseconds apart, after which a control group of version 1 is frozen anew.
+const freezeAgain = 20
+
+// Freeze freezes or thaws every process in the control group and below it, and returns when
+// that is done.
 func Freeze(root string, frozen bool) error {
 	file, value, state := filepath.Join(mountPoint, "freezer", root, "freezer.state"), "THAWED", "THAWED"
 	if frozen {
@@ -83,7 +86,8 @@ func Freeze(root string, frozen bool) error {
 	if err := os.WriteFile(file, []byte(value), 0o644); err != nil {
 		return fmt.Errorf("freeze cgroup %s: %w", root, err)
 	}
-	for deadline := time.Now().Add(endLimit); ; time.Sleep(10 * time.Millisecond) {
+	deadline := time.Now().Add(endLimit)
+	for try := 1; ; try++ {
 		text, err := os.ReadFile(reads)
 		if err != nil {
 			return fmt.Errorf("freeze cgroup %s: %w", root, err)
@@ -94,11 +98,21 @@ func Freeze(root string, frozen bool) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("cgroup %s does not become %s", root, state)
 		}
+		time.Sleep(10 * time.Millisecond)
+		// Version 1 can stay on the way for good when a process forks at the wrong moment, and asks for another attempt
+		// (Linux, Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst).
+		if frozen && !Unified() && try%freezeAgain == 0 {
+			for _, again := range []string{"THAWED", value} {
+				if err := os.WriteFile(file, []byte(again), 0o644); err != nil {
+					return fmt.Errorf("freeze cgroup %s: %w", root, err)
+				}
+			}
+		}
 	}
 }
 
-// Clear ends every process in the control group and below it, also frozen ones and
-// such as enter it meanwhile, and removes it. What is gone already is no error.
+// Clear ends every process in the control group and below it, also frozen processes and those
+// that enter it meanwhile, and removes the group. A missing group is not an error.
 func Clear(root string) error {
 	if err := thaw(root); err != nil {
 		return err
@@ -116,7 +130,7 @@ func Clear(root string) error {
 	}
 }
 
-// thaw lets everything in the tree go on: in v1 a frozen process does not even die.
+// thaw thaws everything in the tree: in v1 a frozen process cannot even die.
 func thaw(root string) error {
 	if Unified() {
 		return nil

@@ -1,35 +1,35 @@
-// Package componentflags merges the flags that kedge gives to an upstream
-// Kubernetes component with those that the user gives with --kubelet-arg and
-// its siblings, and refuses those that users cannot give.
+// Package componentflags merges kedge's own flags for an upstream Kubernetes component with the
+// user's, from --kubelet-arg and its siblings, and refuses flags that users cannot set.
 //
-// It knows no component, and of flags those that all have; it may be imported by main,
-// server and agent, and what is below them.
+// It knows no component, and only flags that all components have. It may be imported by main,
+// server, agent, and packages below them.
 package componentflags
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
+
+	"kedge/internal/errorkind"
 )
 
-// Split takes an entry of user apart, which is as in [Merge].
+// Split splits an entry of user, as in [Merge].
 func Split(arg string) (name, value string, hasValue bool) {
 	return strings.Cut(strings.TrimLeft(arg, "-"), "=")
 }
 
-// Merge returns command line flags: the defaults, each replaced by what user
-// says for the same name, and then the rest of user in its order. An entry of
+// Merge returns command line flags: the defaults, each replaced by user's value for the same
+// name, and then the rest of user in its order. An entry of
 // user is "name=value", with or without leading dashes, or just "name" for a
 // flag that needs no value. A name can occur several times in user.
-// from is the name of the kedge flag that user comes from, for error messages.
+// from is the setting that user comes from, for error messages.
 func Merge(defaults map[string]string, user []string, from string) ([]string, error) {
 	given := map[string]bool{}
 	var own []string
 	for _, arg := range user {
 		name, value, hasValue := Split(arg)
 		if name == "" {
-			return nil, fmt.Errorf("%s %q: want NAME=VALUE", from, arg)
+			return nil, errorkind.BadItem(from, arg, " %q: want NAME=VALUE", arg)
 		}
 		given[name] = true
 		if hasValue {

@@ -2,17 +2,18 @@ package componentflags
 
 import (
 	"errors"
-	"fmt"
 	"strings"
+
+	"kedge/internal/errorkind"
 )
 
-// Decided are flags of a component that users cannot give, because kedge has decided
-// them or because they would do nothing, each with what to do instead. A name that ends
-// in a star stands for all that begin like it.
+// Decided has the flags of a component that users cannot set, because kedge sets them or
+// because they would have no effect, each with its alternative. A name that ends in a star is a
+// prefix.
 type Decided map[string]string
 
-// Logging are those about the form of the log, which all components have: the process
-// has one log.
+// Logging has the flags of the log's format, which all components have: the process has only
+// one log.
 var Logging = Decided{
 	"logging-format":      "the log has one form for all parts; use --log-format",
 	"log-json-*":          "the log has one form for all parts; use --log-format",
@@ -20,22 +21,21 @@ var Logging = Decided{
 	"log-flush-frequency": "the log is written at once; leave it out",
 }
 
-// Clients are those about how a component calls the API server, which all that do have.
+// Clients has the flags of a component's client of the API server.
 var Clients = Decided{
 	"kubeconfig": "kedge connects its components itself; leave it out",
 	"master":     "kedge connects its components itself; leave it out",
 	"kube-api-*": "kedge's own components call the API without limits of their own; leave it out",
 }
 
-// Check says which of user's flags are among d, each in one sentence. from is as in
-// [Merge].
+// Check returns an error for each of user's flags that is among d. from is as in [Merge].
 func Check(user []string, from string, d ...Decided) error {
 	var errs []error
 	for _, arg := range user {
 		name, _, _ := Split(arg)
 		for _, some := range d {
 			if instead, ok := some.find(name); ok {
-				errs = append(errs, fmt.Errorf("%s: %s cannot be set: %s", from, name, instead))
+				errs = append(errs, errorkind.BadSetting(from, ": %s cannot be set: %s", name, instead))
 			}
 		}
 	}
@@ -43,7 +43,7 @@ func Check(user []string, from string, d ...Decided) error {
 }
 
 func (d Decided) find(name string) (instead string, ok bool) {
-	name = strings.ReplaceAll(name, "_", "-") // the kubelet takes both
+	name = strings.ReplaceAll(name, "_", "-") // the kubelet accepts both
 	if instead, ok := d[name]; ok {
 		return instead, true
 	}

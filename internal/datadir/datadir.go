@@ -1,14 +1,14 @@
-// Package datadir guards the data directory: one running kedge at a time, of
-// the same node, and not of an older version than the one that wrote it. It also
-// keeps the latest time that was ever seen, so that a clock that is years behind
-// is noticed. The run directory it guards too, for two nodes with one would remove each
-// other's sockets.
+// Package datadir guards the data directory: only one kedge at a time uses it, of the same
+// node, and of a version that is not older than the version that wrote it. The package also
+// records the latest time that was ever seen, so that a clock that is years behind is noticed.
+// It guards the run directory too, because two nodes in one would remove each other's sockets.
 //
-// It is not for what is in the directories: each part has a folder of its own.
-// Only package main and the launcher import it.
+// The content of the directories belongs to the components, each of which has a folder of its
+// own. Packages assembly, appliance and the launcher import the package.
 package datadir
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,14 +22,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/internal/atomicfile"
+	"kedge/internal/fswatch"
 )
 
-// Format is the version of the directory's layout. It grows when an older kedge
-// could not work with what a newer one wrote.
+// Format is the version of the directory's layout. It grows when older versions of kedge could
+// not work with the new layout.
 const Format = 1
 
-// What can be wrong with a data directory. Each is wrapped with a sentence that
-// says what to do.
+// Errors of a data directory. Each is wrapped with its remedy.
 var (
 	ErrInUse     = errors.New("the data directory is in use")
 	ErrRunInUse  = errors.New("the run directory is in use")
@@ -39,20 +39,29 @@ var (
 	ErrDamaged   = errors.New("the data directory's description cannot be read")
 )
 
-// Description is kept in the file kedge.json of the directory.
+// Description is the content of the directory's file kedge.json.
 type Description struct {
 	Format   int       `json:"format"`
-	Version  string    `json:"version"`  // of the kedge that wrote last
-	NodeName string    `json:"nodeName"` // whose directory it is
+	Version  string    `json:"version"`  // of the last kedge
+	NodeName string    `json:"nodeName"` // owner of the directory
 	LastSeen time.Time `json:"lastSeen"` // the latest time that was seen
+	// Store says that the directory had a datastore in use: a missing datastore is lost then, and must not be
+	// replaced by an empty one.
+	Store bool `json:"store,omitempty"`
+	// Joined says that the directory's server has joined other servers, and so has their settings in a file: without
+	// the file it must not go on with settings of its own.
+	Joined bool `json:"joined,omitempty"`
 }
 
-// Dir is an open data directory with the run directory that goes with it. Close it when
-// everything that uses them has stopped.
+// Dir is an open data directory with its run directory. Close it when all users of both have
+// stopped.
 type Dir struct {
 	path  string
+	run   string // the run directory; empty if it is the data directory
 	locks []*os.File
 	desc  Description
+
+	existed bool
 }
 
 const (
@@ -60,8 +69,8 @@ const (
 	lockFile        = "kedge.lock"
 )
 
-// Open makes the directories if need be, takes their locks and checks that the data
-// directory is ours, which is not written before. version is this kedge's own, for the
+// Open makes the directories if necessary, takes their locks, and checks that the data
+// directory belongs to this node before it writes to it. version is this kedge's, for the
 // description.
 func Open(path, runDir, nodeName, version string, now time.Time) (*Dir, error) {
 	d := &Dir{path: path}
@@ -80,9 +89,10 @@ func (d *Dir) open(runDir, nodeName, version string, now time.Time) error {
 	case err != nil:
 		return Unwritable(d.path, err)
 	}
-	if filepath.Clean(runDir) == filepath.Clean(d.path) { // which a server without a node may have
+	if filepath.Clean(runDir) == filepath.Clean(d.path) { // possible for a server without a node
 		return d.claim(nodeName, version, now)
 	}
+	d.run = runDir
 	holder, err = d.take(runDir)
 	switch {
 	case errors.Is(err, unix.EWOULDBLOCK):
@@ -93,7 +103,45 @@ func (d *Dir) open(runDir, nodeName, version string, now time.Time) error {
 	return d.claim(nodeName, version, now)
 }
 
-// Unwritable is the error of a directory in which err kept us from writing.
+// TryLock takes the lock of an existing data directory without opening it. The caller closes the file to release the lock.
+// The error wraps [ErrInUse] while a kedge runs with the directory.
+func TryLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(path, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder := holderIn(f)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("%w: another kedge (process %s) runs with %s", ErrInUse, holder, path)
+		}
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// Guard watches the run directory until ctx ends. It cannot prevent the directory's removal.
+// After a removal it calls removed and takes the lock of the new directory, so that no other
+// kedge does.
+func (d *Dir) Guard(ctx context.Context, removed func(dir string)) error {
+	if d.run == "" {
+		<-ctx.Done()
+		return nil
+	}
+	for {
+		if fswatch.Removed(ctx, filepath.Join(d.run, lockFile)) == "" {
+			return nil
+		}
+		removed(d.run)
+		if holder, err := d.take(d.run); errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("%w: the run directory %s was removed, and another kedge (process %s) uses it now; stop that kedge", ErrRunInUse, d.run, holder)
+		} else if err != nil {
+			return fmt.Errorf("lock the run directory again after its removal: %w", err)
+		}
+	}
+}
+
+// Unwritable returns the error of a directory in which a write failed with err.
 func Unwritable(path string, err error) error {
 	if errors.Is(err, unix.ENOSPC) {
 		return fmt.Errorf("%w: %s: the disk is full; free some space", ErrReadOnly, path)
@@ -101,8 +149,8 @@ func Unwritable(path string, err error) error {
 	return fmt.Errorf("%w: %w; make it writable, or choose another with --data-dir", ErrReadOnly, err)
 }
 
-// take makes a directory and takes its lock, which d holds from then on. Where another
-// process has it, the error is EWOULDBLOCK, and holder that process.
+// take makes a directory and takes its lock, which d holds from then on. If another process
+// holds the lock, the error is EWOULDBLOCK and holder is that process.
 func (d *Dir) take(dir string) (holder string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -115,15 +163,17 @@ func (d *Dir) take(dir string) (holder string, err error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return holderIn(f), fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	// Only for the message that names us.
+	// Only for the message that names the process, for which a full disk has no room.
 	if err := f.Truncate(0); err != nil {
 		return "", err
 	}
-	_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0)
+	if _, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0); errors.Is(err, unix.ENOSPC) {
+		err = nil
+	}
 	return "", err
 }
 
-// holderIn is the process that has the lock, as far as it is known.
+// holderIn returns the process that holds the lock, if known.
 func holderIn(lock *os.File) string {
 	b := make([]byte, 20)
 	n, _ := lock.ReadAt(b, 0)
@@ -141,10 +191,18 @@ func (d *Dir) claim(nodeName, version string, now time.Time) error {
 	case d.desc.Format > Format:
 		return fmt.Errorf("%w: %s was written by %s; run that version or a later one, or choose another with --data-dir", ErrNewer, d.path, d.desc.Version)
 	case d.desc.NodeName != "" && d.desc.NodeName != nodeName:
-		return fmt.Errorf("%w: %s is of node %q and this is %q; use --node-name %s, or choose another with --data-dir", ErrOtherNode, d.path, d.desc.NodeName, nodeName, d.desc.NodeName)
+		return fmt.Errorf("%w: %s belongs to node %q, and this node is %q; use --node-name %s, or choose another with --data-dir", ErrOtherNode, d.path, d.desc.NodeName, nodeName, d.desc.NodeName)
 	}
+	d.existed = d.desc.NodeName != ""
 	d.desc.Format, d.desc.Version, d.desc.NodeName = Format, version, nodeName
-	return d.Saw(now)
+	err := d.saw(now)
+	if d.existed && errors.Is(err, unix.ENOSPC) {
+		return nil // an existing node starts on a full disk, without the update of the file
+	}
+	if err != nil {
+		return Unwritable(d.path, err)
+	}
+	return nil
 }
 
 func (d *Dir) read() error {
@@ -155,38 +213,77 @@ func (d *Dir) read() error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	if err := json.Unmarshal(data, &d.desc); err != nil {
-		return fmt.Errorf("%w: %s: %w; remove that file if the directory is of this node", ErrDamaged, filepath.Join(d.path, descriptionFile), err)
+	err = json.Unmarshal(data, &d.desc)
+	if err == nil && d.desc.NodeName == "" {
+		err = errors.New("it does not name a node")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %s: %w; remove the file if the directory belongs to this node", ErrDamaged, filepath.Join(d.path, descriptionFile), err)
 	}
 	return nil
 }
 
-// NodeName is the node whose data directory path is; empty where none has been yet.
+// NodeName returns the node that a data directory belongs to; empty for none yet.
 func NodeName(path string) (string, error) {
 	d := &Dir{path: path}
 	err := d.read()
 	return d.desc.NodeName, err
 }
 
-// LastSeen is the latest time that was ever seen on this node; zero at first boot.
+// LastSeen returns the latest time that was ever seen on this node; zero at first boot.
 func (d *Dir) LastSeen() time.Time { return d.desc.LastSeen }
 
-// Saw notes that it is now at least this late, if that is news.
-func (d *Dir) Saw(now time.Time) error {
-	if now.After(d.desc.LastSeen) {
-		d.desc.LastSeen = now.UTC().Truncate(time.Second)
+// Existed reports whether the directory belonged to a node before it was opened.
+func (d *Dir) Existed() bool { return d.existed }
+
+// HadStore reports whether the directory had a datastore in use.
+func (d *Dir) HadStore() bool { return d.desc.Store }
+
+// NoteStore records that the directory has a datastore in use.
+func (d *Dir) NoteStore() error { return d.setStore(true) }
+
+// ForgetStore records that the directory has no datastore any more, and gets a new one.
+func (d *Dir) ForgetStore() error { return d.setStore(false) }
+
+func (d *Dir) setStore(has bool) error { return d.set(&d.desc.Store, has) }
+
+// HasJoined reports whether the directory's server has joined other servers.
+func (d *Dir) HasJoined() bool { return d.desc.Joined }
+
+// NoteJoined records that the directory's server has joined other servers.
+func (d *Dir) NoteJoined() error { return d.set(&d.desc.Joined, true) }
+
+// set changes a field of the description and writes it.
+func (d *Dir) set(field *bool, to bool) error {
+	if *field == to {
+		return nil
 	}
-	data, err := json.Marshal(d.desc)
-	if err != nil {
-		return err
-	}
-	if _, err := atomicfile.WriteIfChanged(filepath.Join(d.path, descriptionFile), append(data, '\n'), 0o644); err != nil {
+	*field = to
+	if err := d.save(); err != nil {
+		*field = !to
 		return Unwritable(d.path, err)
 	}
 	return nil
 }
 
-// Close gives the locks back.
+// saw records that the time is at least now.
+func (d *Dir) saw(now time.Time) error {
+	if now.After(d.desc.LastSeen) {
+		d.desc.LastSeen = now.UTC().Truncate(time.Second)
+	}
+	return d.save()
+}
+
+func (d *Dir) save() error {
+	data, err := json.Marshal(d.desc)
+	if err != nil {
+		return err
+	}
+	_, err = atomicfile.WriteIfChanged(filepath.Join(d.path, descriptionFile), append(data, '\n'), 0o644)
+	return err
+}
+
+// Close releases the locks.
 func (d *Dir) Close() error {
 	var errs []error
 	for _, f := range d.locks {

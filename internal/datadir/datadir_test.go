@@ -107,3 +107,62 @@ func TestRunDirectory(t *testing.T) {
 	}
 	d.Close()
 }
+
+// TestStoreIsRemembered: that there was a datastore is known to the next start, until it is forgotten on purpose.
+func TestStoreIsRemembered(t *testing.T) {
+	path := t.TempDir()
+	var has bool
+	reopen := func(change func(*Dir) error) {
+		t.Helper()
+		d, err := Open(path, path, "n", "v1", now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if d.HadStore() != has {
+			t.Errorf("there was a store: %v, want %v", d.HadStore(), has)
+		}
+		if err := change(d); err != nil {
+			t.Fatal(err)
+		}
+		has = d.HadStore()
+	}
+	// What an earlier kedge wrote does not say.
+	os.WriteFile(filepath.Join(path, descriptionFile), []byte(`{"format":1,"version":"v0","nodeName":"n"}`), 0o644)
+	reopen((*Dir).NoteStore)
+	if !has {
+		t.Error("not noted")
+	}
+	reopen((*Dir).NoteStore)
+	reopen((*Dir).ForgetStore)
+	reopen(func(*Dir) error { return nil })
+}
+
+// TestJoiningIsRemembered: that the server joined others is known to the next start.
+func TestJoiningIsRemembered(t *testing.T) {
+	path := t.TempDir()
+	for _, joined := range []bool{false, true, true} {
+		d, err := Open(path, path, "n", "v1", now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.HasJoined() != joined {
+			t.Errorf("it has joined: %v, want %v", d.HasJoined(), joined)
+		}
+		if err := d.NoteJoined(); err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+	}
+}
+
+// TestDescriptionOfNobody: a description without content is damaged, not one of a first boot.
+func TestDescriptionOfNobody(t *testing.T) {
+	for _, content := range []string{"", "{}", "null", `{"format":1}`} {
+		path := t.TempDir()
+		os.WriteFile(filepath.Join(path, descriptionFile), []byte(content), 0o644)
+		if _, err := Open(path, path, "n", "v1", now); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), filepath.Join(path, descriptionFile)) {
+			t.Errorf("%q: %v", content, err)
+		}
+	}
+}

@@ -9,19 +9,18 @@ import (
 )
 
 const (
-	// busyGC is for a node that has much to do: at settledGC every fourth part of its
-	// processor time would be the collector's. The memory limit holds all the same.
+	// busyGC is for a busy node: at settledGC the collector would take a quarter of its
+	// processor time. The memory limit still holds.
 	busyGC = 100
-	// Where the collector runs busyCycles times within settledPeriod there is much to
-	// do, and where it runs, at busyGC, quietCycles times or less within busyPeriod
-	// that is over.
+	// A node is busy from busyCycles collections within settledPeriod on, and until there
+	// are quietCycles collections or fewer within busyPeriod at busyGC.
 	busyCycles, settledPeriod = 3, 2 * time.Second
 	quietCycles, busyPeriod   = 2, 10 * time.Second
 )
 
-// Tend makes the collector spend memory while there is much to do, and processor time
-// while there is not, from Settle on until ctx ends. Users' GOGC wins, and where memory
-// is tight it stays as it is.
+// Tend makes the collector spend memory while the node is busy, and processor time while it is
+// idle, from Settle on until ctx ends. It does nothing if the user has set GOGC or memory is
+// tight.
 func Tend(ctx context.Context) {
 	if memory, known := available(); os.Getenv("GOGC") != "" || !known || memory < tight {
 		return
@@ -51,8 +50,8 @@ func Tend(ctx context.Context) {
 	}
 }
 
-// pace is how the collector should go on that has run so many times since it was last
-// asked for, and when to ask again.
+// pace returns the next percentage of the collector after a number of collections, and the time
+// until the next call.
 func pace(percent int, cycles uint64) (int, time.Duration) {
 	if percent == settledGC && cycles < busyCycles || percent == busyGC && cycles <= quietCycles {
 		return settledGC, settledPeriod

@@ -22,45 +22,84 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/crypto/argon2"
+
 	"kedge/internal/pki"
-	"kedge/internal/token"
 )
 
-// ErrWrongCA is wrapped when a server shows an authority that the token does not
-// name. Nothing was sent to it.
+// ErrWrongCA is wrapped when a server shows an authority that the token does not name. Nothing
+// secret was sent to it.
 var ErrWrongCA = errors.New("the server is not of the cluster that the token is for")
 
-// Refused is a server's answer that asking again will not change.
+// Refused is a refusal of a server that a retry will not change.
 type Refused struct {
-	Status  int    // of HTTP
-	Message string // the server's
+	Status  int    // HTTP status code
+	Message string // from the server
 }
 
 // Error implements error.
 func (r *Refused) Error() string { return r.Message }
 
-// answerWithin is how long a server may take for one answer, and connectWithin to take
-// the connection: where it was before it moved, nobody may answer at all.
+// answerWithin bounds the time of a server's answer, and connectWithin that of the connection:
+// at the old address of a server that has moved, nothing may answer at all.
 const (
 	answerWithin  = 15 * time.Second
 	connectWithin = 3 * time.Second
 )
 
-// Proof shows that whoever made it knows the secret, and binds it to one authority.
-// It can be tried against guesses, which is why a secret must not be short.
-func Proof(secret token.Secret, authority *x509.Certificate) string {
+// AdmitWithin bounds the time that a server takes to admit another server's store: it waits for other changes of the
+// stores' membership.
+const AdmitWithin = 40 * time.Second
+
+// within is the time that the client waits for an answer. It is longer than the server may take; otherwise the server's
+// work would be wasted, and undone when the client asks again.
+func within(path string) time.Duration {
+	if path == PathServer {
+		return AdmitWithin + answerWithin
+	}
+	return answerWithin
+}
+
+// Proof proves that its maker knows the secret, and binds it to an authority. Guesses can be
+// tested against it at the speed of SHA-256, so a server gives it for random secrets only.
+func Proof(secret Secret, authority *x509.Certificate) string {
 	m := hmac.New(sha256.New, []byte(secret))
 	m.Write([]byte("kedge authority\x00"))
 	m.Write(authority.Raw)
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// FetchCA asks the server at base, a URL, for its authority and returns it if the
-// token names it. What the server's certificate says is not looked at: the
-// authority is believed for its hash alone.
-func FetchCA(ctx context.Context, base string, t token.Token) (*x509.Certificate, error) {
+// Costs of [SlowProof] for each guess: the minimum of OWASP's password storage cheat sheet.
+// RFC 9106 recommends more memory, which small agents do not have.
+const (
+	slowPasses = 2
+	slowKiB    = 19 << 10
+	slowPrefix = "argon2id:"
+)
+
+// SlowProof proves the same as [Proof], but each guess at the secret takes some 30 ms and
+// 19 MiB (Argon2id, RFC 9106; the authority is the salt).
+func SlowProof(secret Secret, authority *x509.Certificate) string {
+	salt := sha256.Sum256(append([]byte("kedge authority\x00"), authority.Raw...))
+	return slowPrefix + hex.EncodeToString(argon2.IDKey([]byte(secret), salt[:], slowPasses, slowKiB, 1, sha256.Size))
+}
+
+// proves reports whether one of the proofs is for the secret and the authority. Older servers
+// give a Proof only.
+func proves(proofs []string, secret Secret, ca *x509.Certificate) bool {
+	has := func(want string) bool {
+		return slices.ContainsFunc(proofs, func(p string) bool { return hmac.Equal([]byte(want), []byte(p)) })
+	}
+	return has(Proof(secret, ca)) || has(SlowProof(secret, ca))
+}
+
+// FetchCA requests the authority of the server at the URL base and returns it if the token
+// names it. The server's certificate is not verified: the authority is trusted for its hash
+// alone.
+func FetchCA(ctx context.Context, base string, t Token) (*x509.Certificate, error) {
 	var got CA
-	// The one request that trusts nobody, carries nothing and believes nothing.
+	// This is the only request without verification. It carries nothing, and its answer is
+	// verified against the token.
 	anyone := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}
 	if _, err := ask(ctx, anyone, http.MethodGet, base, PathCA, nil, &got); err != nil {
 		return nil, fmt.Errorf("ask %s for the cluster's authority: %w", base, err)
@@ -70,27 +109,26 @@ func FetchCA(ctx context.Context, base string, t token.Token) (*x509.Certificate
 		return nil, err
 	}
 	if t.CAHash == "" {
-		want := []byte(Proof(t.Secret, ca))
-		if !slices.ContainsFunc(got.Proofs, func(p string) bool { return hmac.Equal(want, []byte(p)) }) {
+		if !proves(got.Proofs, t.Secret, ca) {
 			return nil, fmt.Errorf("%w: %s does not know the secret of --token; give both the same, or use a token that \"kedge token create\" has made", ErrWrongCA, base)
 		}
 		return ca, nil
 	}
 	if subtle.ConstantTimeCompare([]byte(pki.Hash(ca)), []byte(t.CAHash)) != 1 {
-		return nil, fmt.Errorf("%w: %s has the authority %s, and the token names %s; check --server, and that nobody answers in its place", ErrWrongCA, base, pki.Hash(ca), t.CAHash)
+		return nil, fmt.Errorf("%w: %s has the authority %s, and the token names %s; check --server, and that no other machine answers in its place", ErrWrongCA, base, pki.Hash(ca), t.CAHash)
 	}
 	return ca, nil
 }
 
-// Join asks to be let in under a name, and returns the answer and the address that
-// this machine has towards the server.
+// Join requests to join under a name, and returns the answer and this machine's address on the
+// connection to the server.
 func Join(ctx context.Context, base string, ca *x509.Certificate, r Request) (Answer, netip.Addr, error) {
 	var a Answer
 	local, err := ask(ctx, trusting(ca), http.MethodPost, base, PathJoin, r, &a)
 	return a, local, err
 }
 
-// JoinServer asks to be let in as a server, and opens what was sealed for key.
+// JoinServer requests to join as a server, and opens the credentials that were sealed for key.
 func JoinServer(ctx context.Context, base string, ca *x509.Certificate, key *ecdsa.PrivateKey, r ServerRequest) (ServerAnswer, Credentials, error) {
 	var a ServerAnswer
 	if _, err := ask(ctx, trusting(ca), http.MethodPost, base, PathServer, r, &a); err != nil {
@@ -107,13 +145,12 @@ func JoinServer(ctx context.Context, base string, ca *x509.Certificate, key *ecd
 	return a, c, nil
 }
 
-// Renew asks for new certificates with the key of the old one, which may have
-// expired.
+// Renew requests new certificates by the key of the old certificate, which may have expired.
 func Renew(ctx context.Context, base string, ca *x509.Certificate, old tls.Certificate) (Answer, netip.Addr, error) {
 	var a Answer
 	c := trusting(ca)
-	// Not Certificates: of those Go sends none that the server's list of
-	// authorities does not name, and the key is what counts.
+	// Not Certificates: Go would send none whose authority is missing in the server's list,
+	// and only the key counts here.
 	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &old, nil }
 	local, err := ask(ctx, c, http.MethodPost, base, PathRenew, struct{}{}, &a)
 	return a, local, err
@@ -125,9 +162,9 @@ func trusting(ca *x509.Certificate) *tls.Config {
 	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 }
 
-// ask makes one request on a connection of its own.
+// ask makes a request on a connection of its own.
 func ask(ctx context.Context, c *tls.Config, method, base, path string, body, into any) (local netip.Addr, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	ctx, cancel := context.WithTimeout(ctx, within(path))
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		if a, ok := i.Conn.LocalAddr().(*net.TCPAddr); ok {
@@ -151,7 +188,7 @@ func ask(ctx context.Context, c *tls.Config, method, base, path string, body, in
 		return local, err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	// No proxy: what the environment names is for the internet.
+	// No proxy: the environment's is for the internet.
 	dialer := &net.Dialer{Timeout: connectWithin}
 	transport := &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true, DialContext: dialer.DialContext}
 	defer transport.CloseIdleConnections()
@@ -174,12 +211,12 @@ func ask(ctx context.Context, c *tls.Config, method, base, path string, body, in
 	return local, nil
 }
 
-// refusal makes an error of an answer without success: Refused when the request
-// itself was the reason, and one that is worth a second try otherwise.
+// refusal makes an error of an unsuccessful answer: Refused if the request itself was the
+// reason, and otherwise an error that is worth a retry.
 func refusal(base string, status int, body []byte) error {
 	var p Problem
 	if json.Unmarshal(body, &p) != nil || p.Error == "" {
-		p.Error = fmt.Sprintf("%s answers %d %s, which no kedge server does; check --server", base, status, http.StatusText(status))
+		p.Error = fmt.Sprintf("%s answered %d %s, so it is not a kedge server; check --server", base, status, http.StatusText(status))
 	}
 	if status >= 400 && status < 500 && status != http.StatusTooManyRequests {
 		return &Refused{Status: status, Message: p.Error}
@@ -187,11 +224,11 @@ func refusal(base string, status int, body []byte) error {
 	return errors.New(p.Error)
 }
 
-// explainTLS adds what to do about a certificate that does not fit.
+// explainTLS adds the remedy to an error of the server's certificate.
 func explainTLS(err error) error {
 	var name x509.HostnameError
 	if errors.As(err, &name) {
-		return &Refused{Message: fmt.Sprintf("the server's certificate does not name %s; use an address that it names, or start the server with --tls-san=%s", name.Host, name.Host)}
+		return &Refused{Message: fmt.Sprintf("the server's certificate is not valid for %s; use an address that it has, or start the server with --tls-san=%s", name.Host, name.Host)}
 	}
 	var unknown x509.UnknownAuthorityError
 	if errors.As(err, &unknown) {

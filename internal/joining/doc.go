@@ -1,11 +1,13 @@
-// Package joining is what a machine that joins a cluster and the server that lets
-// it in say to each other, and the machine's half of it: the client, the files that
-// it keeps, and the renewal of its certificates.
+// Package joining is the protocol between a machine that joins a cluster and the server that
+// admits it, and the machine's half of it: join tokens, the client, its files, and the renewal
+// of its certificates. Agents and servers join by the same [Client], with the role as a field,
+// and mark themselves as joined by the same [State]. A [Member] is an agent that has joined, and
+// renews its certificates; package membership of server is its counterpart.
 //
-// A machine's key is its identity. It is made once, never leaves the machine, and
-// everything that a server signs is signed for it. Nothing that is secret is sent
-// before the server has shown the certificate authority that the token names.
+// A machine's key is its identity. It is made once, never leaves the machine, and servers sign
+// everything for it. The machine sends no secret before the server has shown the certificate
+// authority that the token names.
 //
-// It does not decide who may join: that is server/join. It may be imported by
-// server/join and main.
+// The package does not decide who may join, and stores no tokens: that is server/join. It may be
+// imported by packages of server, settings and assembly.
 package joining

@@ -7,61 +7,47 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"math/big"
 	"net/netip"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"kedge/internal/atomicfile"
+	"kedge/internal/errorkind"
+	"kedge/internal/lifecycle"
 	"kedge/internal/pki"
 	"kedge/internal/servers"
-	"kedge/internal/token"
 )
 
-// What can be wrong with a machine that is to be a member of a cluster.
-var (
-	ErrNotJoined    = errors.New("this machine has not joined a cluster yet")
-	ErrOtherCluster = errors.New("this machine is a member of another cluster")
-)
-
-// Config is what a machine is told about joining.
+// Config is the configuration of a member.
 type Config struct {
 	Dir      string // for the key, the certificates and the cluster's settings
 	Server   string // URL of a server
-	Token    string // the text of one; empty where the machine has joined before
+	Token    string // join token; may be empty if the machine has joined before
 	NodeName string
-	// Servers are further ones, that were heard of since the machine has joined.
+	// Servers are further servers, known since the machine has joined.
 	Servers *servers.List
 }
 
-// Validate reports everything that is wrong with c, joined.
+// Validate returns all mistakes in the configuration, joined.
 func (c Config) Validate() error {
 	var errs []error
 	if !filepath.IsAbs(c.Dir) {
 		errs = append(errs, fmt.Errorf("agent directory %q is not an absolute path", c.Dir))
 	}
-	switch u, err := url.Parse(c.Server); {
-	case c.Server == "":
-		errs = append(errs, errors.New("no server to join; name one with --server https://HOST:6443"))
-	case err != nil || u.Scheme != "https" || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil:
-		errs = append(errs, fmt.Errorf("--server %q is not like https://HOST:6443", c.Server))
-	}
-	if c.Token != "" {
-		if _, err := token.Parse(c.Token); err != nil {
-			errs = append(errs, fmt.Errorf("--token: %w", err))
-		}
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.client().Validate())...)
+}
+
+// client is the client by which the machine joins.
+func (c Config) client() Client {
+	return Client{Role: Agent, Server: c.Server, Token: c.Token, NodeName: c.NodeName, KeyFile: filepath.Join(c.Dir, keyFile)}
 }
 
 // Member is a machine of a cluster: its key, its certificates on disk, and the
@@ -74,23 +60,18 @@ type Member struct {
 	ca  *x509.Certificate // the API's authority
 	now func() time.Time
 	// soon asks for a renewal; it holds one request.
-	soon chan struct{}
+	soon lifecycle.Wakeup
 
-	mu     sync.Mutex // guards what follows
-	state  state
-	signed time.Time // when the certificates came; zero: by an earlier process
-	end    time.Time // when the first of them expires
+	renewing sync.Mutex // held while certificates are requested and stored
+
+	mu     sync.Mutex // guards the fields below
+	state  State
+	signed time.Time // when this process received the certificates; zero before that, and after the machine has moved
+	end    time.Time // earliest expiry of the certificates
 	err    error     // of the last renewal
 }
 
-// state is what is kept in cluster.json.
-type state struct {
-	Server  string     `json:"server"`  // that answered last
-	Address netip.Addr `json:"address"` // the machine's own towards it
-	Cluster Cluster    `json:"cluster"`
-}
-
-// Files of a member, below its directory.
+// Files of a member, below its directory, besides its state.
 const (
 	keyFile     = "node.key"
 	clientFile  = "node.crt"
@@ -98,8 +79,13 @@ const (
 	servingFile = "kubelet.crt"
 	serverCA    = "server-ca.crt"
 	clientCA    = "client-ca.crt"
-	stateFile   = "cluster.json"
 )
+
+// ClientFiles returns the paths of an agent's certificate as a client, of its key, and of the API's authority, in the agent's
+// directory.
+func ClientFiles(dir string) (cert, key, ca string) {
+	return filepath.Join(dir, clientFile), filepath.Join(dir, keyFile), filepath.Join(dir, serverCA)
+}
 
 func (m *Member) path(name string) string { return filepath.Join(m.cfg.Dir, name) }
 
@@ -121,7 +107,7 @@ func (m *Member) ServerCAFile() string { return m.path(serverCA) }
 // ServerCA is the certificate of the API's authority, as DER.
 func (m *Member) ServerCA() []byte { return m.ca.Raw }
 
-// ClientCAFile is the path of the authority of those who may call the kubelet.
+// ClientCAFile is the path of the authority of the kubelet's clients.
 func (m *Member) ClientCAFile() string { return m.path(clientCA) }
 
 // Cluster is the cluster's settings as a server last told them.
@@ -145,56 +131,21 @@ func (m *Member) Address() netip.Addr {
 	return m.state.Address
 }
 
-// Known returns the cluster's settings that are kept in dir, and false where no
-// machine has joined with it.
-func Known(dir string) (c Cluster, address netip.Addr, ok bool, err error) {
-	s, err := readState(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Cluster{}, netip.Addr{}, false, nil
-	}
-	return s.Cluster, s.Address, err == nil, err
-}
-
-func readState(dir string) (s state, err error) {
-	path := filepath.Join(dir, stateFile)
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return s, err
-	}
-	if err := json.Unmarshal(data, &s); err != nil {
-		return s, fmt.Errorf("read %s: %w; remove it and start kedge with a token", path, err)
-	}
-	return s, nil
-}
-
 // Prepare makes this machine a member: it makes the key, joins with the token if it
-// has not joined before, and otherwise renews its certificates, which needs none.
-// A server that cannot be reached is waited for, unless the machine has joined
-// before: it then goes on with what it has. It is idempotent, and safe to run again
-// after a crash at any point.
+// has not joined before, and otherwise renews its certificates, which needs no token.
+// It waits for a server that cannot be reached, unless the machine has joined before: then it
+// goes on with the files that it has. It is idempotent, and can be repeated after a crash at
+// any point.
 func Prepare(ctx context.Context, cfg Config, log *slog.Logger) (*Member, error) {
 	if err := atomicfile.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("prepare the agent's directory: %w", err)
 	}
-	m := &Member{cfg: cfg, log: log, now: time.Now, soon: make(chan struct{}, 1)}
-	var err error
-	if m.key, err = pki.EnsureKey(m.KeyFile()); err != nil {
-		return nil, err
-	}
-	switch m.state, err = readState(cfg.Dir); {
-	case errors.Is(err, fs.ErrNotExist): // it is written last: there may be certificates, which count for nothing
-		return m, m.joinUntilDone(ctx)
+	m, joined, err := open(cfg, log)
+	switch {
 	case err != nil:
 		return nil, err
-	}
-	if m.ca, err = readCert(m.ServerCAFile()); err != nil {
-		return nil, fmt.Errorf("%w; restore it, or remove %s and join with a token", err, m.path(stateFile))
-	}
-	if t, err := token.Parse(cfg.Token); err == nil && t.CAHash != "" && t.CAHash != pki.Hash(m.ca) {
-		return nil, fmt.Errorf("%w: its authority is %s, and the token is for %s; leave --token out, or choose another --data-dir", ErrOtherCluster, pki.Hash(m.ca), t.CAHash)
-	}
-	if m.end, err = m.earliestEnd(); err != nil {
-		log.Warn("a certificate of this node cannot be read; a server signs another", "err", err)
+	case !joined: // certificates do not count without it
+		return m, m.join(ctx)
 	}
 	err = m.renew(ctx)
 	var refused *Refused
@@ -202,12 +153,59 @@ func Prepare(ctx context.Context, cfg Config, log *slog.Logger) (*Member, error)
 	case err == nil:
 		return m, nil
 	case errors.As(err, &refused):
-		return nil, fmt.Errorf("renew this node's certificates: %w", err)
+		return nil, m.refused(err)
 	case m.end.IsZero():
-		return nil, fmt.Errorf("renew this node's certificates, of which one cannot be read: %w", err)
+		return nil, markRefusal(fmt.Errorf("renew this node's certificates, of which one cannot be read: %w", err))
 	}
-	log.Warn("no server answers; going on with what is known of the cluster", "err", err)
+	log.Warn("no server answers; going on with the last known settings of the cluster", "err", err)
 	return m, nil
+}
+
+// refused is the error of a renewal that a server has refused.
+func (m *Member) refused(err error) error {
+	return markRefusal(fmt.Errorf("renew this node's certificates with the key %s: %w", m.KeyFile(), err))
+}
+
+// open reads the files of a machine, if it has joined before.
+func open(cfg Config, log *slog.Logger) (m *Member, joined bool, err error) {
+	m = &Member{cfg: cfg, log: log, now: time.Now, soon: lifecycle.NewWakeup()}
+	if m.state, joined, err = ReadState(Agent, cfg.Dir); err != nil || !joined {
+		return m, false, err
+	}
+	if m.key, err = pki.LoadKey(m.KeyFile()); err != nil {
+		return nil, true, m.damaged(err, fmt.Sprintf("run \"kedge node allow %s\" on a server, remove %s and %s, and join with a token", cfg.NodeName, m.KeyFile(), StateFile(Agent, cfg.Dir)))
+	}
+	if m.ca, err = readAuthority(m.ServerCAFile()); err != nil {
+		return nil, true, m.damaged(err, fmt.Sprintf("remove %s and join with a token", StateFile(Agent, cfg.Dir)))
+	}
+	if err := cfg.client().CheckCluster(m.ca); err != nil {
+		return nil, true, err
+	}
+	if m.end, err = m.earliestEnd(); err != nil {
+		log.Warn("cannot read a certificate of this node; requesting a new one", "err", err)
+	}
+	return m, true, nil
+}
+
+// damaged is the error of a machine that has joined and lacks a file that it cannot make again. err is the error of the
+// file, and remedy is for the case that there is no backup.
+func (m *Member) damaged(err error, remedy string) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w, and this machine has joined with it; restore it from a backup", err)
+	}
+	return errorkind.Permanent(fmt.Errorf("%w, or %s", err, remedy))
+}
+
+// readAuthority reads the self-signed certificate of an authority.
+func readAuthority(path string) (*x509.Certificate, error) {
+	c, err := readCert(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.CheckSignatureFrom(c); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w; restore it from a backup", pki.ErrDamaged, path, err)
+	}
+	return c, nil
 }
 
 func readCert(path string) (*x509.Certificate, error) {
@@ -218,7 +216,7 @@ func readCert(path string) (*x509.Certificate, error) {
 	return pki.ParseCertificate(path, data)
 }
 
-// earliestEnd is when the first of the certificates on disk expires.
+// earliestEnd returns the earliest expiry of the certificates on disk.
 func (m *Member) earliestEnd() (end time.Time, err error) {
 	for _, name := range []string{clientFile, networkFile, servingFile} {
 		c, err := readCert(m.path(name))
@@ -232,55 +230,25 @@ func (m *Member) earliestEnd() (end time.Time, err error) {
 	return end, nil
 }
 
-// joinUntilDone joins, and tries again while no server can be reached.
-func (m *Member) joinUntilDone(ctx context.Context) error {
-	if m.cfg.Token == "" {
-		return fmt.Errorf("%w: make a token with \"kedge token create\" on a server, and give it with --token", ErrNotJoined)
+// join makes the machine's key and joins.
+func (m *Member) join(ctx context.Context) error {
+	c, hint := m.cfg.client(), ""
+	if _, err := os.Stat(c.KeyFile); err == nil { // an interrupted join, or a lost file
+		hint = fmt.Sprintf(", or %s is missing, which you can restore from a backup", StateFile(Agent, m.cfg.Dir))
 	}
-	t, err := token.Parse(m.cfg.Token)
-	if err != nil {
-		return fmt.Errorf("--token: %w", err)
-	}
-	for wait := firstRetry; ; wait = min(2*wait, lastJoinRetry) {
-		err := m.join(ctx, t)
-		var refused *Refused
-		if err == nil || errors.As(err, &refused) || errors.Is(err, ErrWrongCA) || ctx.Err() != nil {
-			return err
-		}
-		m.log.Warn("the cluster cannot be joined yet", "err", err, "again", wait)
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(jitter(wait)):
-		}
-	}
-}
-
-const (
-	firstRetry    = 500 * time.Millisecond
-	lastJoinRetry = 10 * time.Second
-	lastRetry     = 5 * time.Minute // of a renewal
-)
-
-func (m *Member) join(ctx context.Context, t token.Token) error {
-	ca, err := FetchCA(ctx, m.cfg.Server, t)
-	if err != nil {
+	if _, err := c.ParseToken(hint); err != nil {
 		return err
 	}
-	csr, err := pki.Request(m.key)
-	if err != nil {
-		return err
-	}
-	a, local, err := Join(ctx, m.cfg.Server, ca, Request{TokenID: t.ID, Secret: string(t.Secret), NodeName: m.cfg.NodeName, CSR: string(csr)})
-	if err != nil {
-		return fmt.Errorf("join the cluster: %w", err)
-	}
-	m.ca = ca
-	return m.take(a, m.cfg.Server, local)
+	return c.Join(ctx, m.log, func(a Admission) error {
+		m.key, m.ca = a.Key, a.CA
+		return m.keep(a.Certificates, a.State)
+	})
 }
 
-// renew asks the servers for new certificates, the one that was named first.
+// renew requests new certificates from the servers, beginning with the configured server.
 func (m *Member) renew(ctx context.Context) error {
+	m.renewing.Lock()
+	defer m.renewing.Unlock()
 	old, err := m.proof()
 	if err != nil {
 		return err
@@ -298,16 +266,16 @@ func (m *Member) renew(ctx context.Context) error {
 		}
 		a, local, err := Renew(ctx, server, m.ca, old)
 		if err == nil {
-			return m.take(a, server, local)
+			return m.keep(a, State{Server: server, Address: local, Cluster: a.Cluster})
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", server, err))
 	}
 	return errors.Join(errs...)
 }
 
-// proof is a certificate for the machine's key and name, signed by the key itself:
-// the server knows the key, and what anybody has signed adds nothing to that. So
-// certificates that have expired or are lost need no token.
+// proof is a certificate for the machine's key and name, signed by the key itself. The server
+// knows the key, and another signature would add nothing. So expired or lost certificates are
+// renewed without a token.
 func (m *Member) proof() (tls.Certificate, error) {
 	now := m.now()
 	t := &x509.Certificate{
@@ -321,14 +289,13 @@ func (m *Member) proof() (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: m.key}, nil
 }
 
-// NodeUser is the API's user that a node's kubelet is.
+// NodeUser is the name of a kubelet's user in the API.
 func NodeUser(name string) string { return "system:node:" + name }
 
-// take writes what a server has answered: the settings last, since they are what
-// says that the machine has joined.
-func (m *Member) take(a Answer, server string, local netip.Addr) error {
-	if err := m.check(a); err != nil {
-		return fmt.Errorf("the answer of %s cannot be used: %w", server, err)
+// keep stores a server's answer, the state last.
+func (m *Member) keep(a Answer, s State) error {
+	if err := errors.Join(m.check(a), s.check(Agent)); err != nil {
+		return fmt.Errorf("cannot use the answer of %s: %w", s.Server, err)
 	}
 	for _, f := range []struct{ name, data string }{
 		{serverCA, string(pki.PEM(m.ca))}, {clientCA, a.Clients},
@@ -338,12 +305,7 @@ func (m *Member) take(a Answer, server string, local netip.Addr) error {
 			return err
 		}
 	}
-	s := state{Server: server, Address: local, Cluster: a.Cluster}
-	data, err := json.MarshalIndent(s, "", "  ")
-	if err != nil {
-		return err
-	}
-	if _, err := atomicfile.WriteIfChanged(m.path(stateFile), append(data, '\n'), 0o644); err != nil {
+	if err := s.Write(Agent, m.cfg.Dir); err != nil {
 		return err
 	}
 	end, err := m.earliestEnd()
@@ -367,11 +329,6 @@ func (m *Member) check(a Answer) error {
 			return fmt.Errorf("the %s certificate is not for this node's key", name)
 		}
 	}
-	if _, err := pki.ParseCertificate("clientCA", []byte(a.Clients)); err != nil {
-		return err
-	}
-	if len(a.Cluster.ClusterCIDRs) == 0 || len(a.Cluster.ServiceCIDRs) == 0 || a.Cluster.ClusterDomain == "" {
-		return errors.New("the cluster's settings are not whole")
-	}
-	return nil
+	_, err := pki.ParseCertificate("clientCA", []byte(a.Clients))
+	return err
 }

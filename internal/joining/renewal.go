@@ -5,16 +5,18 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"kedge/internal/lifecycle"
 )
 
 // Name implements lifecycle.Component.
 func (m *Member) Name() string { return "certificates" }
 
-// Run implements lifecycle.Component: it renews the certificates before they
-// expire. Whoever uses them reads the files again. It is ready at once.
+// Run implements lifecycle.Component: it renews the certificates before they expire. Their
+// users read the files again. It is ready at once.
 func (m *Member) Run(ctx context.Context, ready func()) error {
 	ready()
-	wait := firstRetry
+	wait := lifecycle.Backoff{First: firstRetry, Last: lastRetry, Spread: 0.5}
 	for {
 		m.mu.Lock()
 		next, failed := time.Duration(0), m.err != nil || m.signed.IsZero()
@@ -23,15 +25,15 @@ func (m *Member) Run(ctx context.Context, ready func()) error {
 		}
 		m.mu.Unlock()
 		if failed {
-			next, wait = jitter(wait), min(2*wait, lastRetry)
+			next = wait.Next()
 		} else {
-			wait = firstRetry
+			wait.Reset()
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.soon:
-			wait = firstRetry
+			wait.Reset()
 		case <-time.After(max(next, firstRetry)):
 		}
 		err := m.renew(ctx)
@@ -39,7 +41,7 @@ func (m *Member) Run(ctx context.Context, ready func()) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			m.log.Warn("this node's certificates were not renewed", "err", err, "end", m.end)
+			m.log.Warn("cannot renew this node's certificates", "err", err, "end", m.end)
 			m.mu.Lock()
 			m.err = err
 			m.mu.Unlock()
@@ -49,15 +51,12 @@ func (m *Member) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// Moved renews the certificates now: the addresses in them are not the machine's any more.
+// Moved renews the certificates now: the machine has lost the addresses in them.
 func (m *Member) Moved() {
 	m.mu.Lock()
-	m.signed = time.Time{} // it is tried until it has worked
+	m.signed = time.Time{} // retried until it succeeds
 	m.mu.Unlock()
-	select {
-	case m.soon <- struct{}{}:
-	default:
-	}
+	m.soon.Wake()
 }
 
 // Check implements lifecycle.Checker.
@@ -70,12 +69,12 @@ func (m *Member) Check(context.Context) error {
 	return nil
 }
 
-// renewAfter is how long after they were signed certificates are renewed: between
-// half and four fifths of their life, so that the machines of a fleet that was
-// started at once do not come back at once. random is of [0, 1).
+// renewAfter returns the age at which certificates are renewed: between half and four fifths
+// of their life, so that machines that were started together do not renew together. random is
+// from [0, 1).
 func renewAfter(signed, end time.Time, random float64) time.Duration {
 	return time.Duration((0.5 + 0.3*random) * float64(end.Sub(signed)))
 }
 
-// jitter makes a wait up to half longer.
-func jitter(d time.Duration) time.Duration { return d + rand.N(d/2+1) }
+// lastRetry is the longest wait before a renewal is tried again.
+const lastRetry = 5 * time.Minute

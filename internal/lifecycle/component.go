@@ -11,12 +11,13 @@ type Component interface {
 	// in `kedge status` and in metrics.
 	Name() string
 
-	// Run works until ctx is cancelled, cleans up after itself, and returns.
-	// It calls ready once, when a dependent's first call can succeed; further
-	// calls, and calls after Run has returned, have no effect.
-	// Returning before ctx is cancelled, with or without an error, is a failure. So is an
-	// error after that, unless it is context.Canceled or Run had not called ready yet: its
-	// start was cut off, which is what the error is about.
+	// Run works until ctx is cancelled, cleans up after itself, and returns. It calls ready
+	// once, when the first call of a dependent can succeed; further calls, and calls after
+	// Run has returned, have no effect.
+	// A return before ctx is cancelled, with or without an error, is a failure. Its
+	// consequences depend on how the component was added to its group. An error after ctx
+	// is cancelled is a failure too, unless it is context.Canceled, or Run had not called
+	// ready yet: then the stop interrupted its start, which the error is about.
 	Run(ctx context.Context, ready func()) error
 }
 
@@ -26,30 +27,31 @@ type Checker interface {
 	Check(ctx context.Context) error
 }
 
-// Describer is implemented by components of which there is something to say that is
-// no problem, in a few words. It must return at once.
+// Describer is implemented by components that have something to report besides problems, in a
+// few words. Describe must return at once.
 type Describer interface {
 	Describe() string
 }
 
-// StopTimeouter is implemented by components that need another time to stop
-// than the group's default.
+// StopTimeouter is implemented by components that need another stop timeout than the group's
+// default.
 type StopTimeouter interface {
 	StopTimeout() time.Duration
 }
 
-// State is where a component stands in its life; the package comment draws how
-// the states follow each other.
+// State is the state of a component. The package comment has the transitions.
 type State string
 
 // The states of a component.
 const (
-	Waiting  State = "waiting"  // for the components it comes after
+	Waiting  State = "waiting"  // for its dependencies
 	Starting State = "starting" // Run was called, ready was not
 	Ready    State = "ready"    // ready was called
 	Stopping State = "stopping" // its context is cancelled, Run has not returned
-	Stopped  State = "stopped"  // Run has returned because it was asked to
-	Failed   State = "failed"   // Run returned unasked, panicked, or did not stop in time
+	Stopped  State = "stopped"  // Run has returned on request
+	Failed   State = "failed"   // Run returned without a request, panicked, or did not stop in time
+
+	Restarting State = "restarting" // Run has failed, and is called again after a pause
 )
 
 // Func makes a component of a name and a function.

@@ -347,7 +347,7 @@ func TestSecondSignalCutsTheWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var j journal
 		hurry := make(chan struct{})
-		g := New(quiet(), WithHurry(hurry))
+		g := New(quiet(), WithFastStop(hurry))
 		g.Add(steady(&j, "a", 0, 4*time.Second))
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)

@@ -9,23 +9,22 @@ import (
 	"time"
 )
 
-// Condition is something that comes and goes while the process runs: that this
-// server leads the cluster, for instance.
+// Condition is a condition that changes while the process runs, such as the leadership of this
+// server.
 type Condition interface {
-	// Holds reports whether it holds, and a channel that is closed when that may have
-	// changed.
+	// Holds reports whether the condition holds, and returns a channel that is closed when
+	// that may have changed.
 	Holds() (bool, <-chan struct{})
 }
 
-// While makes a component of parts that run only while a condition holds. Every
-// time that it does, build makes the part anew, so that nothing of an earlier term
-// is left in it. The component is ready when its first part is, or at once where the
-// condition does not hold.
+// While makes a component whose part runs only while a condition holds. Each time the condition
+// begins to hold, build makes a new part, so that no state of an earlier term is left. The
+// component is ready when its first part is ready, or at once if the condition does not hold.
 //
-// A part that does not stop within stop after the condition has ceased is a failure:
-// another machine may do its work by then, and only the end of the process is sure
-// to end it here. So is a part that fails, unless the condition has ceased by then: what
-// a part does may well be possible only while it holds.
+// The component fails if the part does not stop within stop after the condition has ceased:
+// another machine may do the part's work by then, and only the end of the process surely ends
+// it here. It also fails if the part fails, unless the condition has ceased by then: the part's
+// work may be possible only while the condition holds.
 func While(name string, when Condition, stop time.Duration, build func() (Component, error)) Component {
 	return &while{name: name, when: when, stop: stop, build: build}
 }
@@ -37,17 +36,16 @@ type while struct {
 	build func() (Component, error)
 
 	mu   sync.Mutex
-	part Component // that runs; nil while none does
+	part Component // running part, or nil
 }
 
 // Name implements Component.
 func (w *while) Name() string { return w.name }
 
-// StopTimeout implements StopTimeouter: the part gets all of stop, and the group
-// must not give up first.
+// StopTimeout implements StopTimeouter. The part gets all of stop before the group gives up.
 func (w *while) StopTimeout() time.Duration { return w.stop + time.Second }
 
-// Check implements Checker: it is the part's, and nil while none runs.
+// Check implements Checker. It is the part's check, and nil without a part.
 func (w *while) Check(ctx context.Context) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -57,7 +55,7 @@ func (w *while) Check(ctx context.Context) error {
 	return nil
 }
 
-// Describe implements Describer: it is the part's, and says so where none runs.
+// Describe implements Describer. It is the part's description, or says that there is no part.
 func (w *while) Describe() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -113,7 +111,7 @@ func (w *while) term(ctx context.Context, changed <-chan struct{}, ready func())
 		select {
 		case err := <-returned:
 			if holds, _ := w.when.Holds(); !holds && !errors.Is(err, errPanic) {
-				return nil // it has met the end of the term before we have
+				return nil // the part has noticed the end of the term first
 			}
 			if err == nil && ctx.Err() == nil {
 				err = ErrUnexpectedReturn

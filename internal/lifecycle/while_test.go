@@ -111,7 +111,12 @@ func TestWhileIsReadyWithItsFirstPart(t *testing.T) {
 
 func TestWhileFails(t *testing.T) {
 	broken := errors.New("broken")
-	hang := func(context.Context, func()) error { select {} }
+	over := make(chan struct{})
+	t.Cleanup(func() { close(over) })
+	hang := func(context.Context, func()) error {
+		<-over
+		return nil
+	}
 	for name, tc := range map[string]struct {
 		part  func(context.Context, func()) error
 		build error

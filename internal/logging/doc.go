@@ -2,14 +2,14 @@
 // klog (Kubernetes), logrus (containerd), zap (etcd) and the standard library's log are
 // bridged, each line with the component it comes from.
 //
-// An idle, healthy node is nearly silent at the default level: what the
-// embedded components call "info" is mostly progress of their own internals and
-// becomes debug here; their warnings and errors keep their level, but for those that
-// are no news: on a healthy node, during a stop, and while a server has no leader.
+// An idle, healthy node is nearly silent at the default level. The "info" lines of embedded
+// components are mostly progress of their internals and become debug here. Their warnings and
+// errors keep their level, except those that are expected: on a healthy node, during a stop,
+// and while a server has no leader.
 //
-// Users can have more of Kubernetes' lines shown than the level lets through: [Verbose].
+// Users can see more of Kubernetes' lines than the level lets through: [Verbose].
 //
-// It is not for metrics or events. Only package main calls [Setup], and says what is
-// no news; any package may use the key constants and [Zap], and those that hold
-// Kubernetes' components [Verbose].
+// The package is not for metrics or events. Only package main calls [Setup], and reports the
+// states in which lines are expected. Any package may use the key constants and [Zap], and
+// those with Kubernetes' components may use [Verbose].
 package logging

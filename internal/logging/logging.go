@@ -7,21 +7,23 @@ import (
 	stdlog "log"
 	"log/slog"
 	goruntime "runtime"
+	"slices"
 	"strings"
+	"sync"
 
 	"k8s.io/klog/v2"
 )
 
-// Component is the key under which every line names the part it comes from.
+// Component is the key of the name of the component that a line comes from.
 const Component = "component"
 
-// Config says what the log looks like.
+// Config is the configuration of the log.
 type Config struct {
 	Level  slog.Level
 	Format Format
 }
 
-// Format is how a line is written.
+// Format is the format of a line.
 type Format string
 
 // The formats of a line.
@@ -44,7 +46,7 @@ func ParseLevel(s string) (slog.Level, error) {
 	case "error":
 		return slog.LevelError, nil
 	}
-	return 0, fmt.Errorf("log level %q is none of trace, debug, info, warn, error", s)
+	return 0, fmt.Errorf("invalid log level %q; use trace, debug, info, warn or error", s)
 }
 
 // LevelTrace is below debug: the verbose lines of the embedded components.
@@ -64,33 +66,92 @@ func New(w io.Writer, cfg Config) *slog.Logger {
 // once in a process.
 func Setup(log *slog.Logger) {
 	slog.SetDefault(log)
-	// What a server of net/http has to say of its clients comes this way, for one.
+	// For one, servers of net/http log the errors of their clients this way.
 	library := log.With(Component, "library").Handler()
 	stdlog.SetOutput(slog.NewLogLogger(library, slog.LevelInfo).Writer())
 	setupKlog(log)
 	setupLogrus(log)
 }
 
-// OnFatal keeps klog's fatal messages from ending the process at once, with its
-// datastore open: f is called and must begin an orderly stop, and the goroutine that
-// logged the message ends. The API server does so when a part of its start is cut
-// short by a stop, too.
+// OnFatal keeps klog's fatal messages from ending the process at once, with its datastore open:
+// f is called and must begin an orderly stop, and the goroutine that logged the message ends.
+// The API server logs such messages also when a stop interrupts its start.
+//
+// Fatal messages of components with a handler of their own go there: see [FatalOf].
 func OnFatal(f func()) {
 	klog.OsExit = func(int) {
-		f()
+		if own := fatalOwner(callers()); own != nil {
+			own()
+		} else {
+			f()
+		}
 		goruntime.Goexit()
 	}
 }
 
-// setupKlog gives klog our handler. How klog exits is not changed: see [OnFatal].
+// FatalOf registers f for the fatal messages of goroutines that run code of one of the
+// packages, or of packages below them, in place of OnFatal's function.
+func FatalOf(f func(), packages ...string) (release func()) {
+	o := &owner{f, packages}
+	owners.Lock()
+	defer owners.Unlock()
+	owners.list = append(owners.list, o)
+	return func() {
+		owners.Lock()
+		defer owners.Unlock()
+		owners.list = slices.DeleteFunc(owners.list, func(other *owner) bool { return other == o })
+	}
+}
+
+type owner struct {
+	f        func()
+	packages []string
+}
+
+var owners struct {
+	sync.Mutex
+	list []*owner
+}
+
+// callers returns the names of the functions that the goroutine is in.
+func callers() []string {
+	pcs := make([]uintptr, 100)
+	frames := goruntime.CallersFrames(pcs[:goruntime.Callers(2, pcs)])
+	var names []string
+	for {
+		frame, more := frames.Next()
+		names = append(names, frame.Function)
+		if !more {
+			return names
+		}
+	}
+}
+
+// fatalOwner returns the owner of a message that was logged in functions of these names.
+func fatalOwner(functions []string) func() {
+	owners.Lock()
+	defer owners.Unlock()
+	for _, name := range functions {
+		for _, o := range owners.list {
+			for _, p := range o.packages {
+				if rest, ok := strings.CutPrefix(name, p); ok && (strings.HasPrefix(rest, ".") || strings.HasPrefix(rest, "/")) {
+					return o.f
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// setupKlog gives klog our handler. It does not change how klog exits: see [OnFatal].
 func setupKlog(log *slog.Logger) {
 	h := &quieter{next: log.Handler(), component: "kubernetes", verbose: true}
 	klog.SetSlogLogger(slog.New(h))
 }
 
-// quieter lowers what an embedded component calls info to debug, and its
-// verbose lines to trace, so that an idle node is silent at our info level.
-// It also names the component on lines that do not do so themselves.
+// quieter lowers the info lines of an embedded component to debug, and its verbose lines to
+// trace, so that an idle node is silent at our info level. It adds the component's name to
+// lines without one.
 type quieter struct {
 	next      slog.Handler
 	component string

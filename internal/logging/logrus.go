@@ -18,8 +18,7 @@ func setupLogrus(log *slog.Logger) {
 	l.ReplaceHooks(logrus.LevelHooks{})
 	h := &quieter{next: log.Handler(), component: "containerd"}
 	l.AddHook(&logrusHook{h: h})
-	// The hook sees only what logrus lets through, and formatting below that
-	// costs nothing: ask for no more than our handler would print.
+	// logrus formats only lines of its level, so its level is that of our handler.
 	switch {
 	case h.Enabled(context.Background(), slog.LevelDebug):
 		l.SetLevel(logrus.DebugLevel)
@@ -30,7 +29,7 @@ func setupLogrus(log *slog.Logger) {
 	}
 }
 
-// discard formats to nothing: the hook has already passed the entry on.
+// discard formats nothing: the hook has already passed the entry on.
 type discard struct{}
 
 func (discard) Format(*logrus.Entry) ([]byte, error) { return nil, nil }

@@ -5,8 +5,7 @@ import (
 	"log/slog"
 )
 
-// named puts our own name on lines that do not name a component, so that every line has
-// one: those of package main, which is none.
+// named adds kedge's own name to lines without a component, which are those of package main.
 type named struct {
 	next slog.Handler
 	has  bool // an attribute already names the component

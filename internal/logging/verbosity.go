@@ -16,21 +16,21 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// verbosity is which verbose lines of Kubernetes' components are shown whatever the
-// level of the log is: what they call -v and --vmodule.
+// verbosity selects verbose lines of Kubernetes' components that are shown at any level of the
+// log, as their flags -v and --vmodule do.
 type verbosity struct {
-	all   int            // lines up to this one; zero, which is what nobody has asked for, shows none
-	files map[string]int // likewise of source files, by patterns of their names
+	all   int            // lines up to this verbosity; zero, the default, shows none
+	files map[string]int // verbosity of source files, by patterns of their names
 }
 
 var (
-	raising sync.Mutex // guards that one changes verbose at a time
+	raising sync.Mutex // serializes changes of verbose
 	verbose atomic.Pointer[verbosity]
 )
 
-// Verbose shows lines of Kubernetes' components up to the verbosity all, and those of
-// source files up to that of a pattern that their names without ".go" match. The process
-// has one log, so what several components ask for adds up: the highest wins.
+// Verbose shows lines of Kubernetes' components up to the verbosity all, and lines of source
+// files up to the verbosity of a pattern that matches their names without ".go". The process
+// has one log, so the highest of several components' verbosities wins.
 func Verbose(all int, files map[string]int) error {
 	raising.Lock()
 	defer raising.Unlock()
@@ -40,15 +40,15 @@ func Verbose(all int, files map[string]int) error {
 	}
 	for pattern, n := range files {
 		if _, err := path.Match(pattern, ""); err != nil {
-			return fmt.Errorf("vmodule: %q is no pattern of file names: %w", pattern, err)
+			return fmt.Errorf("vmodule: invalid file pattern %q: %w", pattern, err)
 		}
 		next.files[pattern] = max(n, next.files[pattern])
 	}
-	// klog asks itself before it asks our handler; loggers that come with a context do not.
+	// klog checks its own verbosity before it calls our handler; contextual loggers do not.
 	own := flag.NewFlagSet("klog", flag.ContinueOnError)
 	klog.InitFlags(own)
 	var modules []string
-	highest := func(a, b string) int { return next.files[b] - next.files[a] } // of several that match, klog takes the first
+	highest := func(a, b string) int { return next.files[b] - next.files[a] } // klog takes the first match
 	for _, pattern := range slices.SortedFunc(maps.Keys(next.files), highest) {
 		modules = append(modules, fmt.Sprint(pattern, "=", next.files[pattern]))
 	}
@@ -62,10 +62,10 @@ func Verbose(all int, files map[string]int) error {
 	return nil
 }
 
-// of is the verbosity of a line.
+// of returns the verbosity of a level.
 func of(l slog.Level) int { return max(0, int(slog.LevelInfo-l)) }
 
-// may reports whether some line of level l is shown.
+// may reports whether any line of level l is shown.
 func (v *verbosity) may(l slog.Level) bool {
 	if v == nil || l >= slog.LevelWarn {
 		return false

@@ -8,15 +8,15 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// levelTrace is one step below slog's debug: for what an embedded library calls debug.
+// levelTrace is one step below slog's debug, for debug lines of an embedded library.
 const levelTrace = slog.LevelDebug - 4
 
 // Zap returns a zap logger that writes to l, for libraries that insist on zap.
 //
-// What such a library calls info is the story of its own internals, so it arrives as debug, and its debug
-// one step lower still; warnings and errors keep their level. Fatal and panic arrive as errors and then do
-// what zap does by default (end the process, panic): an owner that wants to fail in order replaces that with
-// zap.WithFatalHook and zap.WithPanicHook.
+// The info lines of such a library are about its internals, so they become debug, and its debug lines trace;
+// warnings and errors keep their level. Fatal and panic are logged as errors and then do what zap does by default
+// (end the process, panic). Owners that need an orderly stop replace that with zap.WithFatalHook and
+// zap.WithPanicHook.
 func Zap(l *slog.Logger) *zap.Logger {
 	return zap.New(&zapCore{handler: l.Handler()})
 }
@@ -39,7 +39,7 @@ func slogLevel(l zapcore.Level) slog.Level {
 	}
 }
 
-// Enabled is asked before a message is formatted, so a library that logs much costs little when unheard.
+// Enabled is called before a message is formatted, so that lines below the level cost little.
 func (c *zapCore) Enabled(l zapcore.Level) bool {
 	return c.handler.Enabled(context.Background(), slogLevel(l))
 }
@@ -69,8 +69,8 @@ func (c *zapCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 
 func (c *zapCore) Sync() error { return nil }
 
-// slogAttrs keeps the order of the fields. One encoder per field, because an encoder is a map and a later
-// field of the same key would hide an earlier one.
+// slogAttrs keeps the order of the fields. It uses an encoder for each field, because an encoder is a map and a
+// later field of the same key would hide an earlier field.
 func slogAttrs(fields []zapcore.Field) []slog.Attr {
 	attrs := make([]slog.Attr, 0, len(fields))
 	for _, field := range fields {

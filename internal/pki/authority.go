@@ -42,23 +42,41 @@ type Authority struct {
 }
 
 // EnsureAuthority loads the authority in <dir>/<name>.crt and .key, or makes
-// it. The directory must exist. An existing certificate is never replaced.
+// it. The directory must exist. An existing certificate is never replaced, and
+// no key is made for one.
 func EnsureAuthority(dir, name string, now time.Time) (*Authority, error) {
+	a, err := LoadAuthority(dir, name, now)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return a, err
+	}
 	base := filepath.Join(dir, name)
+	if _, err := os.Stat(base + ".crt"); err == nil {
+		return nil, fmt.Errorf("%s.key is missing, and %s.crt is there; restore both files from a backup", base, base)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	// First boot, or a crash between key and certificate. Nothing can have
+	// been signed yet, since this function had not returned.
 	key, err := EnsureKey(base + ".key")
 	if err != nil {
 		return nil, err
 	}
+	if _, err = selfSign(base+".crt", name, key, now); err != nil {
+		return nil, err
+	}
+	return LoadAuthority(dir, name, now)
+}
+
+// LoadAuthority loads the authority in <dir>/<name>.crt and .key, and writes
+// nothing. Where a file is missing the error is fs.ErrNotExist.
+func LoadAuthority(dir, name string, now time.Time) (*Authority, error) {
+	base := filepath.Join(dir, name)
+	key, err := LoadKey(base + ".key")
+	if err != nil {
+		return nil, err
+	}
 	a := &Authority{key: key, path: base}
-	a.Cert, err = readCert(base + ".crt")
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		// First boot, or a crash between key and certificate. Nothing can have
-		// been signed yet, since this function had not returned.
-		if a.Cert, err = selfSign(base+".crt", name, key, now); err != nil {
-			return nil, err
-		}
-	case err != nil:
+	if a.Cert, err = readCert(base + ".crt"); err != nil {
 		return nil, err
 	}
 	if pub, ok := a.Cert.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&key.PublicKey) {

@@ -4,9 +4,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -122,11 +124,65 @@ func TestBrokenAuthorities(t *testing.T) {
 		t.Errorf("got %v, want ErrExpired", err)
 	}
 	os.Remove(filepath.Join(dir, "ca.key"))
+	if _, err := EnsureAuthority(dir, "ca", now); err == nil || !strings.Contains(err.Error(), "ca.key is missing") {
+		t.Errorf("without its key: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "ca.key")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a key was made for a certificate that has another: %v", err)
+	}
+	if _, err := EnsureKey(filepath.Join(dir, "ca.key")); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := EnsureAuthority(dir, "ca", now); !errors.Is(err, ErrMismatch) {
 		t.Errorf("got %v, want ErrMismatch", err)
 	}
 	os.WriteFile(filepath.Join(dir, "ca.key"), []byte("rubbish"), 0o600)
 	if _, err := EnsureAuthority(dir, "ca", now); err == nil {
 		t.Error("a damaged key was accepted")
+	}
+}
+
+// TestLeafOfAnotherAuthority: an authority that was made anew with the old key signs the same, and is another.
+func TestLeafOfAnotherAuthority(t *testing.T) {
+	dir := t.TempDir()
+	ensure(t, dir, leaf, now)
+	if err := os.Remove(filepath.Join(dir, "ca.crt")); err != nil {
+		t.Fatal(err)
+	}
+	ca, p := ensure(t, dir, leaf, now.Add(day))
+	if !p.Renewed {
+		t.Error("the certificate of the authority before was kept")
+	}
+	pair, err := tls.LoadX509KeyPair(p.CertFile, p.KeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _ := x509.ParseCertificate(pair.Certificate[0])
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.Cert)
+	if _, err := c.Verify(x509.VerifyOptions{DNSName: "a", Roots: roots, CurrentTime: now.Add(day)}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDamagedLeaf: a leaf's certificate and key are made anew, and so is the rest of the chain.
+func TestDamagedLeaf(t *testing.T) {
+	for name, damage := range map[string]func(p Pair) error{
+		"no key":             func(p Pair) error { return os.Remove(p.KeyFile) },
+		"a key of nothing":   func(p Pair) error { return os.WriteFile(p.KeyFile, nil, 0o600) },
+		"a certificate of x": func(p Pair) error { return os.WriteFile(p.CertFile, []byte("x"), 0o600) },
+		"half a chain":       func(p Pair) error { return os.Truncate(p.CertFile, 700) },
+	} {
+		dir := t.TempDir()
+		ca, p := ensure(t, dir, leaf, now)
+		if err := damage(p); err != nil {
+			t.Fatal(err)
+		}
+		if p, err := ca.EnsureLeaf(dir, "leaf", leaf, now); err != nil || !p.Renewed {
+			t.Errorf("%s: %+v, %v", name, p, err)
+		}
+		if pair, err := tls.LoadX509KeyPair(p.CertFile, p.KeyFile); err != nil || len(pair.Certificate) != 2 {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

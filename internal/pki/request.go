@@ -15,8 +15,8 @@ import (
 // ErrRequest is wrapped when a certificate signing request cannot be used.
 var ErrRequest = errors.New("the certificate signing request is not valid")
 
-// Request makes a certificate signing request in PEM, signed by key. It names
-// nobody: who the key's owner is, is for the signer to decide.
+// Request makes a certificate signing request in PEM, signed by key. Its subject is empty: the
+// signer decides whose key it is.
 func Request(key *ecdsa.PrivateKey) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
@@ -25,8 +25,8 @@ func Request(key *ecdsa.PrivateKey) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
 }
 
-// ParseRequest returns the public key of a request in PEM, whose owner has signed
-// it. Whatever else the request asks for is left out on purpose.
+// ParseRequest returns the public key of a request in PEM, after it has verified the request's
+// signature. Everything else in the request is ignored on purpose.
 func ParseRequest(data []byte) (*ecdsa.PublicKey, error) {
 	block, rest := pem.Decode(data)
 	if block == nil || block.Type != "CERTIFICATE REQUEST" || len(rest) > 0 {
@@ -54,6 +54,15 @@ func Fingerprint(key *ecdsa.PublicKey) (string, error) {
 	}
 	h := sha256.Sum256(der)
 	return hex.EncodeToString(h[:]), nil
+}
+
+// FingerprintOf is the [Fingerprint] of the key in a certificate. A key that is no ECDSA key is an error.
+func FingerprintOf(c *x509.Certificate) (string, error) {
+	key, ok := c.PublicKey.(*ecdsa.PublicKey)
+	if !ok {
+		return "", fmt.Errorf("the certificate has a %T; kedge uses ECDSA keys", c.PublicKey)
+	}
+	return Fingerprint(key)
 }
 
 // ParseCertificate reads the first certificate of data in PEM; name is for errors.

@@ -7,12 +7,12 @@ import (
 	"fmt"
 )
 
-// ErrSealed is wrapped when what was sealed cannot be opened: it was for another
-// key or another purpose, or was changed on the way.
+// ErrSealed is wrapped when a sealed message cannot be opened: it is for another key or another
+// purpose, or was changed on the way.
 var ErrSealed = errors.New("the sealed message is not for this key")
 
 // Seal encrypts a message so that only the holder of the private key can read it
-// (HPKE, RFC 9180, in its base mode: it does not say who sealed). purpose must be the
+// (HPKE, RFC 9180, in base mode: the sender is not authenticated). purpose must be the
 // same at [Open].
 func Seal(to *ecdsa.PublicKey, purpose string, message []byte) ([]byte, error) {
 	pub, err := to.ECDH()
@@ -26,7 +26,7 @@ func Seal(to *ecdsa.PublicKey, purpose string, message []byte) ([]byte, error) {
 	return hpke.Seal(recipient, hpke.HKDFSHA256(), hpke.AES256GCM(), []byte(purpose), message)
 }
 
-// Open decrypts what was sealed for the key.
+// Open decrypts a message that was sealed for the key.
 func Open(with *ecdsa.PrivateKey, purpose string, sealed []byte) ([]byte, error) {
 	key, err := with.ECDH()
 	if err != nil {

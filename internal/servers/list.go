@@ -1,10 +1,10 @@
-// Package servers is which servers of the cluster's API this machine knows, and the
-// way to one of them that works: a list that outlives restarts, probes of the
-// servers' health, and a transport for clients that moves to another server when the
-// one in use fails. Clients see a connection that ends, and make a new one.
+// Package servers connects a node to the servers of the cluster's API. It has a list of
+// servers that survives restarts, probes of their health, and a transport that fails over to
+// another server when the current server fails. Clients see that a connection ends, and make
+// a new one.
 //
-// It knows nothing of what is asked of the API, and finds no servers by itself:
-// agent tells it. It may be imported by internal/joining, agent and main.
+// The package knows nothing of the requests, and discovers no servers by itself: its callers
+// update the list. It may be imported by internal/joining, server/directory, agent and assembly.
 package servers
 
 import (
@@ -22,38 +22,51 @@ import (
 	"kedge/internal/atomicfile"
 )
 
-// List is the servers of the cluster, as last heard from the API. It is kept in a
-// file. All methods may be called at any time.
+// List is the list of the cluster's servers, as last read from the API. It is kept in a file.
+// Its methods may be called from several goroutines.
 type List struct {
 	path     string
 	fallback []string
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	urls    []string
-	hints   []string // where servers may be, the latest last
+	hints   []string // URLs of possible servers, the latest last
 	changed chan struct{}
 }
 
-// maxHints is how many hints are kept: anybody may give them.
+// maxHints bounds the hints: they are not authenticated.
 const maxHints = 4
 
-// Load reads the list that is kept at path, which need not exist. fallback are the
-// URLs with which the administrator has named servers: the last resort, which may
-// lead to any of them, and whose names are resolved anew each time.
-func Load(path string, fallback ...string) (*List, error) {
+// Load reads the list in the file path, which need not exist. fallback are the servers' URLs
+// from the administrator. They are the last resort, may lead to any server, and their names
+// are resolved anew each time.
+//
+// A damaged file is treated as missing and reported by damaged: the first server that is
+// reached sends a new list.
+func Load(path string, fallback ...string) (list *List, damaged, err error) {
+	list, err = load(path, fallback...)
+	if !errors.Is(err, errDamaged) {
+		return list, nil, err
+	}
+	return &List{path: path, fallback: fallback, changed: make(chan struct{})}, err, nil
+}
+
+var errDamaged = errors.New("the list of servers is damaged")
+
+func load(path string, fallback ...string) (*List, error) {
 	l := &List{path: path, fallback: fallback, changed: make(chan struct{})}
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return l, nil
 	}
-	if err == nil {
-		err = json.Unmarshal(data, &l.urls)
+	if err != nil {
+		return nil, err
 	}
-	if err == nil {
+	if err = json.Unmarshal(data, &l.urls); err == nil {
 		err = valid(l.urls)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the list of servers: %w; remove %s, --server is enough to start with", err, path)
+		return nil, fmt.Errorf("%w: %s: %w", errDamaged, path, err)
 	}
 	return l, nil
 }
@@ -67,7 +80,7 @@ func valid(urls []string) error {
 	return nil
 }
 
-// hostPort is where to connect for a URL.
+// hostPort returns the address to connect to for a URL.
 func hostPort(server string) (string, error) {
 	u, err := url.Parse(server)
 	if err != nil || u.Scheme != "https" || u.Hostname() == "" {
@@ -80,8 +93,8 @@ func hostPort(server string) (string, error) {
 	return net.JoinHostPort(u.Hostname(), port), nil
 }
 
-// Set replaces the servers by those that the API names, if they are others, and
-// writes them down. None at all are no news: somebody must have said so.
+// Set replaces the servers by those from the API, if they differ, and saves them. An empty
+// list is ignored: some server must have sent it.
 func (l *List) Set(urls []string) error {
 	urls = slices.Compact(slices.Sorted(slices.Values(urls)))
 	if len(urls) == 0 {
@@ -103,21 +116,21 @@ func (l *List) Set(urls []string) error {
 		_, err = atomicfile.WriteIfChanged(l.path, append(data, '\n'), 0o644)
 	}
 	if err != nil {
-		return fmt.Errorf("keep the list of servers: %w", err)
+		return fmt.Errorf("save the list of servers: %w", err)
 	}
 	return nil
 }
 
-// Known are the servers that the API has named, and a channel that is closed when
-// there are others, or another hint.
+// Known returns the servers from the API, and a channel that is closed when the servers or the
+// hints change.
 func (l *List) Known() (urls []string, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.urls), l.changed
 }
 
-// Hint says that there may be a server at a URL. It is tried when no other works, and
-// forgotten when the API names others than before.
+// Hint adds the URL of a possible server. It is tried when no other server works, and dropped
+// when the servers from the API change.
 func (l *List) Hint(server string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -130,13 +143,13 @@ func (l *List) Hint(server string) {
 	l.changed = make(chan struct{})
 }
 
-// Ports are those that the servers are known to listen on.
+// Ports returns the known ports of the servers.
 func (l *List) Ports() []uint16 {
 	var out []uint16
 	for _, u := range l.All() {
 		address, err := hostPort(u)
 		if err != nil {
-			continue // it was refused when it came
+			continue // cannot happen: URLs are checked when they are added
 		}
 		_, text, err := net.SplitHostPort(address)
 		if n, bad := strconv.ParseUint(text, 10, 16); err == nil && bad == nil && !slices.Contains(out, uint16(n)) {
@@ -146,14 +159,14 @@ func (l *List) Ports() []uint16 {
 	return out
 }
 
-// Fallback are the servers that the administrator has named, and then the hints.
+// Fallback returns the administrator's servers, and then the hints.
 func (l *List) Fallback() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Concat(l.fallback, l.hints)
 }
 
-// All are the known servers and then the last resort, each once.
+// All returns the known servers and then those of Fallback, each once.
 func (l *List) All() []string {
 	all, _ := l.Known()
 	for _, u := range l.Fallback() {

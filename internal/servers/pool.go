@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -16,59 +15,58 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
-// Host is the name by which all servers are called in URLs and in TLS, whichever it
-// is: each server's certificate has it, and nobody else's is of their authority.
+// Host is the name of every server in URLs and in TLS. The certificate of each server has it,
+// and the servers' authority signs it for no other machine.
 const Host = "kubernetes.default.svc"
 
-// ErrNoServer is wrapped when there is no server to connect to.
+// ErrNoServer is wrapped when no server can be connected to.
 var ErrNoServer = errors.New("no server of the cluster answers")
 
-// Times are how a pool finds out which servers work.
+// Times are the intervals and limits of a pool's probes.
 type Times struct {
-	Probe  time.Duration // between two questions to the server in use
-	Others time.Duration // and to the others, while that one works
-	Answer time.Duration // an answer that takes longer is none
-	Dial   time.Duration // likewise a connection
+	Probe  time.Duration // interval of probes of the current server
+	Others time.Duration // interval of probes of other servers, while the current server works
+	Answer time.Duration // limit for an answer
+	Dial   time.Duration // limit for a connection
 }
 
-// DefaultTimes find a server that is silent within Probe and two times Answer.
+// DefaultTimes detect a silent server within Probe and twice Answer.
 func DefaultTimes() Times {
 	return Times{Probe: time.Second, Others: 5 * time.Second, Answer: time.Second, Dial: 3 * time.Second}
 }
 
-// Pool connects to a server that works. It is the component that finds out which do.
+// Pool connects to a working server. It is the component that probes the servers.
 type Pool struct {
 	list  *List
 	roots *x509.CertPool
 	times Times
 	log   *slog.Logger
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	servers map[string]*server
-	current string // the URL of the one in use; empty at first
+	current string // URL of the current server; empty at first
 
 	open opened
 }
 
-// opened are the connections that are open. It has a lock of its own: connections are
-// closed by whoever holds the pool's, too.
+// opened is the set of open connections. It has a lock of its own, because connections are
+// also closed with the pool's lock held.
 type opened struct {
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards conns
 	conns map[*tracked]struct{}
 }
 
-// server is what is known of one.
+// server is the state of a server.
 type server struct {
 	url     string
 	client  *http.Client // for probes
 	probed  time.Time
 	probing bool
-	tried   bool  // it was asked, and err is what came of it
-	err     error // why it does not work; nil: it does, or nobody has asked
+	tried   bool  // a probe or connection has finished; err is its result
+	err     error // nil if the server works, or was not tried yet
 	conns   map[*conn]struct{}
 }
 
@@ -81,12 +79,12 @@ func New(list *List, caFile string, times Times, log *slog.Logger) (*Pool, error
 	}
 	p := &Pool{list: list, roots: x509.NewCertPool(), times: times, log: log, servers: map[string]*server{}, open: opened{conns: map[*tracked]struct{}{}}}
 	if !p.roots.AppendCertsFromPEM(ca) {
-		return nil, fmt.Errorf("read the authority of the servers: there is no certificate in %s", caFile)
+		return nil, fmt.Errorf("read the authority of the servers: no certificate in %s", caFile)
 	}
 	return p, nil
 }
 
-// get returns what is known of a server. Caller holds mu.
+// get returns the state of a server. Caller holds mu.
 func (p *Pool) get(url string) *server {
 	s := p.servers[url]
 	if s == nil {
@@ -107,8 +105,7 @@ func (p *Pool) get(url string) *server {
 // Name implements lifecycle.Component.
 func (p *Pool) Name() string { return "servers" }
 
-// Run implements lifecycle.Component. It is ready at once: a server need not be up
-// for the node to start.
+// Run implements lifecycle.Component. It is ready at once: a node starts without a server too.
 func (p *Pool) Run(ctx context.Context, ready func()) error {
 	ready()
 	tick := time.NewTicker(p.times.Probe)
@@ -133,8 +130,8 @@ func (p *Pool) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// due are the servers that are to be asked. One that is alone is asked as seldom as
-// the others: there is nowhere to go from it.
+// due returns the servers that are to be probed. A single server is probed at the interval of
+// the others, since there is no server to fail over to.
 func (p *Pool) due() []*server {
 	all := p.list.All()
 	p.mu.Lock()
@@ -143,7 +140,7 @@ func (p *Pool) due() []*server {
 		if slices.Contains(all, url) || s.probing {
 			continue
 		}
-		s.err = errLeft // it is asked no more
+		s.err = errLeft // it is not probed any more
 		if len(s.conns) == 0 && url != p.current {
 			s.client.CloseIdleConnections()
 			delete(p.servers, url)
@@ -165,59 +162,37 @@ func (p *Pool) due() []*server {
 	return out
 }
 
-var errLeft = errors.New("it is no server of the cluster any more")
+var errLeft = errors.New("no longer a server of the cluster")
 
-// probe asks a server whether it is ready, and once more before its silence counts:
-// one packet can be lost.
+// probe asks a server whether it is ready, and repeats an unanswered request once, because one
+// packet can be lost.
 func (p *Pool) probe(ctx context.Context, s *server) {
-	err := p.ask(ctx, s)
+	err := p.request(ctx, s)
 	if err != nil && ctx.Err() == nil && !definite(err) {
-		err = p.ask(ctx, s)
+		err = p.request(ctx, s)
 	}
 	if ctx.Err() == nil {
-		p.learn(s, err)
+		p.record(s, err)
 	}
 	p.mu.Lock()
 	s.probing, s.probed = false, time.Now()
 	p.mu.Unlock()
 }
 
-// notReady is a server's own word that it is not.
-type notReady struct{ status string }
-
-func (e notReady) Error() string { return "/readyz answers " + e.status }
-
-// definite tells an answer, if only the machine's, from none.
-func definite(err error) bool {
-	return errors.As(err, &notReady{}) || errors.Is(err, syscall.ECONNREFUSED)
-}
-
-func (p *Pool) ask(ctx context.Context, s *server) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+Host+"/readyz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := s.client.Do(req)
-	if err != nil {
+func (p *Pool) request(ctx context.Context, s *server) error {
+	err := ProbeReady(ctx, s.client, Host)
+	if err != nil && !errors.As(err, &notReady{}) {
 		s.client.CloseIdleConnections()
-		return err
 	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)); err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return notReady{resp.Status}
-	}
-	return nil
+	return err
 }
 
-// learn notes how a probe went. Connections to servers that do not work are closed
-// when there is one that does, or watches would stay where nothing comes any more.
-func (p *Pool) learn(s *server, err error) {
+// record records the result of a probe. Connections to failed servers are closed when another
+// server works; otherwise watches would stay on connections that carry nothing any more.
+func (p *Pool) record(s *server, err error) {
 	p.mu.Lock()
 	if !s.tried || (err == nil) != (s.err == nil) {
-		p.log.Debug("a server was asked", "server", s.url, "err", err)
+		p.log.Debug("a server was probed", "server", s.url, "err", err)
 	}
 	s.tried, s.err = true, err
 	var moved []*conn
@@ -239,7 +214,7 @@ func (p *Pool) learn(s *server, err error) {
 	}
 }
 
-// use goes on with another server. Caller holds mu.
+// use makes another server the current one. Caller holds mu.
 func (p *Pool) use(next string) {
 	if cur := p.servers[p.current]; cur != nil {
 		p.log.Warn("a server does not work; going on with another", "server", cur.url, "err", cur.err, "next", next)
@@ -279,21 +254,21 @@ func (p *Pool) Check(context.Context) error {
 	cur := p.servers[p.current]
 	switch {
 	case cur == nil || !cur.tried && cur.err == nil:
-		return ErrNoServer // not one has said yet that it is ready
+		return ErrNoServer // no server has answered yet that it is ready
 	case cur.err != nil:
 		return fmt.Errorf("%w; %s: %w", ErrNoServer, cur.url, cur.err)
 	}
 	return nil
 }
 
-// Current is the URL of the server in use, and empty before one was found.
+// Current returns the URL of the current server, and "" before the first.
 func (p *Pool) Current() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.current
 }
 
-// order is the servers in the order in which they are to be tried.
+// order returns the servers in the order in which connections are tried.
 func (p *Pool) order() []string {
 	all := p.list.All()
 	known, _ := p.list.Known()
@@ -311,7 +286,7 @@ func (p *Pool) order() []string {
 		}
 		return 3
 	}
-	// The list is sorted, and without this all agents would begin with one server.
+	// The list is sorted, and without this all agents would start with the same server.
 	rand.Shuffle(min(len(known), len(all)), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	slices.SortStableFunc(all, func(a, b string) int { return rank(a) - rank(b) })
 	return all
@@ -323,7 +298,7 @@ type conn struct {
 	pool *Pool
 	to   *server
 	cert *Certificate
-	as   time.Time // what the certificate's file was of when the connection was made
+	as   version // of the certificate's file at the time of the connection
 }
 
 // Close implements net.Conn.
@@ -334,7 +309,7 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// failures are why no server of several took a connection, in one line.
+// failures are the errors of connections to several servers, in one line.
 type failures []error
 
 // Error implements error.
@@ -349,9 +324,9 @@ func (f failures) Error() string {
 // Unwrap implements errors.Is.
 func (f failures) Unwrap() []error { return f }
 
-// dial connects to the first server that takes a connection.
+// dial connects to the first server that accepts a connection.
 func (p *Pool) dial(ctx context.Context, cert *Certificate) (net.Conn, error) {
-	as := cert.changed()
+	as := cert.version()
 	var errs failures
 	for _, url := range p.order() {
 		inner, err := p.dialTCP(ctx, url)
@@ -362,7 +337,7 @@ func (p *Pool) dial(ctx context.Context, cert *Certificate) (net.Conn, error) {
 			}
 			p.mu.Lock()
 			s := p.get(url)
-			s.tried, s.err = true, err // a probe may find otherwise
+			s.tried, s.err = true, err // a probe may find the opposite
 			p.mu.Unlock()
 			continue
 		}
@@ -395,8 +370,8 @@ func (p *Pool) dialTCP(ctx context.Context, url string) (net.Conn, error) {
 	return c, nil
 }
 
-// tracked is a connection that is closed when this machine loses the address that it was
-// made from.
+// tracked is a connection that is closed when this machine loses the connection's local
+// address.
 type tracked struct {
 	net.Conn
 	in *opened
@@ -410,9 +385,8 @@ func (c *tracked) Close() error {
 	return c.Conn.Close()
 }
 
-// Moved closes the connections from addresses that this machine does not have any more,
-// and asks all servers anew. Nothing would come over these connections, and nobody would
-// say so.
+// Moved closes the connections from addresses that this machine does not have any more, and
+// probes all servers anew. Such connections carry nothing any more and report no error.
 func (p *Pool) Moved(has func(netip.Addr) bool) {
 	var dead []*tracked
 	p.open.mu.Lock()
@@ -432,8 +406,8 @@ func (p *Pool) Moved(has func(netip.Addr) bool) {
 	}
 }
 
-// DialTLS connects to the server at a URL and no other. cert is who this machine is;
-// nil: nobody. What is spoken is HTTP/1.1.
+// DialTLS connects to the server at a URL and to no other, for HTTP/1.1. cert identifies this
+// machine; nil is for an anonymous connection.
 func (p *Pool) DialTLS(ctx context.Context, url string, cert *Certificate) (net.Conn, error) {
 	inner, err := p.dialTCP(ctx, url)
 	if err != nil {
@@ -449,7 +423,7 @@ func (p *Pool) DialTLS(ctx context.Context, url string, cert *Certificate) (net.
 	return c, nil
 }
 
-// config is for clients; protocols are for ALPN.
+// config returns the TLS configuration of a client; protocols are for ALPN.
 func (p *Pool) config(cert *Certificate, protocols ...string) *tls.Config {
 	c := &tls.Config{RootCAs: p.roots, ServerName: Host, MinVersion: tls.VersionTLS12, NextProtos: protocols}
 	if cert != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -127,7 +128,7 @@ func (c *cluster) cert(name string) *Certificate {
 
 func (c *cluster) list(urls []string, fallback ...string) *List {
 	c.t.Helper()
-	l, err := Load(filepath.Join(c.t.TempDir(), "servers.json"), fallback...)
+	l, _, err := Load(filepath.Join(c.t.TempDir(), "servers.json"), fallback...)
 	if err == nil {
 		err = l.Set(urls)
 	}
@@ -310,7 +311,7 @@ func TestStrangersAreRefused(t *testing.T) {
 
 func TestList(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "servers.json")
-	l, err := Load(path, "https://b:6443", "https://named")
+	l, _, err := Load(path, "https://b:6443", "https://named")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -325,7 +326,7 @@ func TestList(t *testing.T) {
 	default:
 		t.Error("nobody was told")
 	}
-	if l, err = Load(path, "https://b:6443", "https://named"); err != nil {
+	if l, _, err = Load(path, "https://b:6443", "https://named"); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := l.All(), []string{"https://a:6443", "https://b:6443", "https://named"}; !slices.Equal(got, want) {
@@ -338,8 +339,12 @@ func TestList(t *testing.T) {
 		if err := os.WriteFile(path, []byte(damage), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Load(path); err == nil {
-			t.Errorf("%q is read as a list", damage)
+		l, damaged, err := Load(path, "https://named")
+		if err != nil || damaged == nil || !strings.Contains(damaged.Error(), path) {
+			t.Fatalf("%q is read as a list: %v, %v", damage, damaged, err)
+		}
+		if got := l.All(); !slices.Equal(got, []string{"https://named"}) {
+			t.Errorf("%q: %v", damage, got)
 		}
 	}
 	for url, want := range map[string]string{"https://a": "a:443", "https://[2001:db8::1]:6443": "[2001:db8::1]:6443"} {

@@ -1,12 +1,10 @@
-// Package tunnel is the connection that a node makes to a server and over which the
-// server then calls the node: what both ends say to each other, and nothing of
-// Kubernetes.
+// Package tunnel is the protocol of the connection that a node makes to a server, and through
+// which the server then connects to the node. It knows nothing of Kubernetes.
 //
-// The node connects over TLS and asks for an upgrade of the connection ([Upgrade],
-// [Accept]). From then on it carries streams of yamux, each with flow control of its
-// own, and only the server opens them. A stream begins with one small frame that
-// says where it is to go ([Destination]) and one that says whether it got there;
-// then it is a connection.
+// The node connects over TLS and requests an upgrade of the connection ([Upgrade], [Accept]).
+// From then on the connection carries yamux streams with flow control, which only the server
+// opens. A stream begins with a request frame that has its [Destination] and an answer frame
+// with the result; then it is a connection.
 //
 //	node                                server
 //	 │ GET /kedge/v1/tunnel, Upgrade ───▶│ who is it: the certificate of the connection
@@ -14,6 +12,6 @@
 //	 │◀─ stream: kubelet ────────────────│
 //	 │── done ──────────────────────────▶│ bytes, both ways
 //
-// Who the node is, and what it may be asked to reach, is decided by those who use
-// this package: server/tunnel and agent. Besides them only main may import it.
+// The users of the package, server/tunnels and agent/uplink, authenticate the node and decide
+// which destinations are allowed. Besides them only server, agent and main may import it.
 package tunnel

@@ -8,16 +8,17 @@ import (
 	"strings"
 )
 
-// Kind is what a stream's destination is.
+// Kind is the kind of a stream's destination.
 type Kind byte
 
 // The kinds of destination.
 const (
-	Kubelet Kind = 1 // the node's own, wherever it listens: there is no address to name
+	Kubelet Kind = 1 // the node's own kubelet, whatever its address
 	Egress  Kind = 2 // TCP to an address of the cluster's networks
+	Node    Kind = 3 // the node's own kedge; nodes of before do not know it, and end the session
 )
 
-// Destination is where a stream goes.
+// Destination is the destination of a stream.
 type Destination struct {
 	Kind Kind
 	Addr netip.AddrPort // of Egress; the zero value otherwise
@@ -25,21 +26,24 @@ type Destination struct {
 
 // String names the destination in messages.
 func (d Destination) String() string {
-	if d.Kind == Kubelet {
+	switch d.Kind {
+	case Kubelet:
 		return "the kubelet"
+	case Node:
+		return "kedge"
 	}
 	return d.Addr.String()
 }
 
-// Why a stream was not opened. A [*Refusal] is one of them.
+// Reasons why a stream was not opened. A [*Refusal] wraps one of the last three.
 var (
-	ErrFrame       = errors.New("the other end of the tunnel does not speak as it should")
+	ErrFrame       = errors.New("the other end of the tunnel violates the protocol")
 	ErrForbidden   = errors.New("the node does not connect to that")
 	ErrUnreachable = errors.New("the node could not connect")
 	ErrBusy        = errors.New("the node has too many connections open for the server")
 )
 
-// Refusal is a node's answer that there is no connection, with its reason.
+// Refusal is a node's refusal to connect, with its reason.
 type Refusal struct {
 	kind error // ErrForbidden, ErrUnreachable or ErrBusy
 	text string
@@ -56,8 +60,8 @@ func (r *Refusal) Error() string {
 // Unwrap implements errors.Is.
 func (r *Refusal) Unwrap() error { return r.kind }
 
-// A request is version, kind, the length of the address and the address in text; an
-// answer is a code, the length of a text and the text.
+// A request has a version, a kind, the length of the address and the address as text. An answer
+// has a code, the length of a text and the text.
 const (
 	frameVersion = 1
 	maxAddress   = len("[ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255]:65535")
@@ -80,7 +84,7 @@ func writeRequest(w io.Writer, d Destination) error {
 	return err
 }
 
-// readRequest reads exactly one request. What follows in r is the caller's.
+// readRequest reads exactly one request, and no byte more.
 func readRequest(r io.Reader) (Destination, error) {
 	var head [3]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -97,9 +101,12 @@ func readRequest(r io.Reader) (Destination, error) {
 	switch kind := Kind(head[1]); {
 	case kind == Kubelet && length == 0:
 		return Destination{Kind: Kubelet}, nil
+	case kind == Node && length == 0:
+		return Destination{Kind: Node}, nil
 	case kind == Egress:
 		a, err := netip.ParseAddrPort(string(text))
-		// One spelling only, so that what is compared is what is connected to.
+		// Only the canonical form, so that the address that is checked is the address that
+		// is connected to.
 		if err != nil || a.String() != string(text) || a.Port() == 0 || a.Addr().Zone() != "" || a.Addr().Is4In6() {
 			return Destination{}, ErrFrame
 		}
@@ -108,7 +115,7 @@ func readRequest(r io.Reader) (Destination, error) {
 	return Destination{}, ErrFrame
 }
 
-// writeAnswer tells whether there is a connection: err is nil, or why there is none.
+// writeAnswer sends the result of connecting: err is nil, or the reason of the refusal.
 func writeAnswer(w io.Writer, err error) error {
 	if err == nil {
 		_, err := w.Write([]byte{codeDone, 0})
@@ -127,8 +134,8 @@ func writeAnswer(w io.Writer, err error) error {
 	return err
 }
 
-// readAnswer returns nil when there is a connection, and a [*Refusal] otherwise. The
-// node's text is cut to what can be printed: it goes into messages and logs.
+// readAnswer returns nil when there is a connection, and a [*Refusal] otherwise. Unprintable
+// characters are removed from the node's text, because it goes into messages and logs.
 func readAnswer(r io.Reader) error {
 	var head [2]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {

@@ -10,20 +10,20 @@ import (
 	"time"
 )
 
-// DialFunc connects to a destination, or wraps [ErrForbidden] where the node does not.
-// It is the node's own judgement: the server may ask for anything.
+// DialFunc connects to a destination, or returns an error that wraps [ErrForbidden]. It is the
+// node's own decision: the server may request every destination.
 type DialFunc func(ctx context.Context, d Destination) (net.Conn, error)
 
-// requestWithin is how long a server may take to say where a stream goes, and
-// dialWithin a node to get there.
+// requestWithin bounds the time of a server's request on a new stream, and dialWithin the time
+// of the node's connection.
 const (
 	requestWithin = 10 * time.Second
 	dialWithin    = 10 * time.Second
 )
 
-// Serve is the node's end of a session: it answers the server's streams until ctx
-// ends, which is no error, or the session does. It owns conn, and has ended all
-// connections when it returns.
+// Serve is the node's end of a session: it serves the server's streams until ctx ends, which is
+// not an error, or the session ends. It owns conn, and has ended all connections when it
+// returns.
 func Serve(ctx context.Context, conn net.Conn, dial DialFunc, opts Options, log *slog.Logger) error {
 	s, err := newSession(conn, opts, log, false)
 	if err != nil {
@@ -58,7 +58,7 @@ func Serve(ctx context.Context, conn net.Conn, dial DialFunc, opts Options, log 
 	}
 }
 
-// refuse answers without having read what was asked: that would need a slot.
+// refuse answers without reading the request, which would need a slot.
 func refuse(c *stream) {
 	_ = writeAnswer(c, ErrBusy)
 	c.Close()
@@ -69,7 +69,7 @@ func serveStream(ctx context.Context, c *stream, dial DialFunc) {
 	_ = c.SetReadDeadline(time.Now().Add(requestWithin)) // never fails
 	d, err := readRequest(c)
 	if err != nil {
-		return // who does not follow the protocol gets no answer in it
+		return // a violation of the protocol gets no answer
 	}
 	_ = c.SetReadDeadline(time.Time{})
 	dialling, cancel := context.WithTimeout(ctx, dialWithin)
@@ -85,15 +85,15 @@ func serveStream(ctx context.Context, c *stream, dial DialFunc) {
 	}
 }
 
-// halfCloser is a connection of which one direction can end.
+// halfCloser is a connection with half-close.
 type halfCloser interface {
 	net.Conn
 	CloseWrite() error
 }
 
-// join passes bytes both ways until both directions have ended, or one has failed.
-// The end of one direction is passed on. Nothing of Kubernetes needs that the other
-// then goes on for long, and a stream in which it does is cut after Options.Drain.
+// join copies bytes both ways until both directions have ended, or one has failed. The end of a
+// direction is passed on. Nothing in Kubernetes needs the other direction for long after that,
+// and a stream that goes on is cut after Options.Drain.
 func join(ctx context.Context, a *stream, b net.Conn) {
 	end := func() {
 		a.Close()
@@ -110,13 +110,13 @@ func join(ctx context.Context, a *stream, b net.Conn) {
 	<-back
 }
 
-// pass copies until from ends, and then says so to to. After an error both ends are
-// closed, so that the other direction does not wait for ever.
+// pass copies until from ends, and then ends that direction of to. After an error it closes
+// both, so that the other direction does not wait for ever.
 func pass(to, from net.Conn) error {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	// Not the methods ReaderFrom and WriterTo of a TCP connection: with anything but
-	// sockets they make a buffer of their own.
+	// Without the methods ReaderFrom and WriterTo of a TCP connection, which allocate a
+	// buffer of their own unless both ends are sockets.
 	_, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, *buf)
 	if err == nil {
 		if h, ok := to.(halfCloser); ok {
@@ -132,9 +132,8 @@ func pass(to, from net.Conn) error {
 	return err
 }
 
-// buffers are of the size in which bytes are passed on: large enough that headers and
-// wake-ups cost little, and small enough that a stream with much to send lets others
-// come in between.
+// buffers have the size in which bytes are copied: large enough that headers and wake-ups cost
+// little, and small enough that a busy stream lets others in between.
 var buffers = sync.Pool{New: func() any {
 	b := make([]byte, 64<<10)
 	return &b

@@ -13,31 +13,32 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// Why a session ended.
+// Reasons for the end of a session.
 var (
 	ErrDead  = errors.New("the other end of the tunnel is silent")
 	ErrEnded = errors.New("the connection of the tunnel has ended")
 )
 
-// Options are the times and sizes of a session. Both ends need not have the same.
+// Options are the times and sizes of a session. The two ends may differ.
 type Options struct {
-	// Window is how many bytes of one stream this end takes before they are read:
-	// so much memory a stream whose reader dawdles can hold, and so much can be under
-	// way at a time. At least 256 KiB.
+	// Window is the receive window of a stream in bytes: the memory that a stream with a
+	// slow reader can hold, and the bytes that can be under way. At least 256 KiB.
 	Window uint32
-	// Ping is how often this end sends something. Silent is how long it waits for
-	// the other end to before it takes it for dead; several times Ping of the other.
+	// Ping is the interval at which this end sends something. Silent is the time without a
+	// byte from the other end after which the session is dead: several times the other
+	// end's Ping.
 	Ping, Silent time.Duration
-	// Drain is how long a stream may go on in one direction after the other has
-	// ended. Then it is cut.
+	// Drain bounds the time that a stream goes on in one direction after the other has
+	// ended. Then it is cut, and unread bytes are lost: a slow reader needs a while for a
+	// window.
 	Drain time.Duration
-	// Streams is how many streams a node serves at a time.
+	// Streams bounds the streams that a node serves at a time.
 	Streams int
 }
 
-// DefaultOptions are those of every kedge.
+// DefaultOptions returns the options of every kedge.
 func DefaultOptions() Options {
-	return Options{Window: 1 << 20, Ping: 2 * time.Second, Silent: 7 * time.Second, Drain: 30 * time.Second, Streams: 1024}
+	return Options{Window: 1 << 20, Ping: 2 * time.Second, Silent: 7 * time.Second, Drain: 10 * time.Minute, Streams: 1024}
 }
 
 // session is one tunnel, at either end.
@@ -49,23 +50,23 @@ type session struct {
 
 	ending sync.Once
 	mu     sync.Mutex
-	err    error // why it ended
+	err    error // reason for the end
 }
 
-// newSession makes streams of a connection. opener is the end that opens them.
+// newSession begins a session on a connection. opener is true at the end that opens streams.
 func newSession(conn net.Conn, opts Options, log *slog.Logger, opener bool) (*session, error) {
 	c := yamux.DefaultConfig()
 	c.LogOutput, c.Logger = nil, quiet{log}
 	c.MaxStreamWindowSize = opts.Window
 	c.EnableKeepAlive = false // see watch
-	// A writer waits for its turn on the connection, which on a slow one with many
-	// writers takes long. Whether anybody is there is not decided by that.
+	// A writer waits for its turn, which takes long on a slow connection with many writers.
+	// That does not mean that the other end is dead.
 	c.ConnectionWriteTimeout = time.Minute
 	c.StreamCloseTimeout = opts.Drain
 	c.AcceptBacklog = 256
 	if opener {
-		// Streams under way that the node has not acknowledged, and, since a node
-		// opens none, how many it can make us hold.
+		// Streams that the node has not acknowledged yet; also a bound for streams that
+		// a node opens against the protocol.
 		c.AcceptBacklog = 64
 	}
 	s := &session{conn: newWatched(conn), opts: opts, done: make(chan struct{})}
@@ -89,23 +90,22 @@ func (s *session) close(cause error) {
 		s.mu.Lock()
 		s.err = cause
 		s.mu.Unlock()
-		close(s.done)  // before streams end, whose readers look why
-		s.conn.Close() // before yamux, which would wait for a writer that is stuck
+		close(s.done)  // before streams end, whose readers then look up the cause
+		s.conn.Close() // before yamux, which would wait for a stuck writer
 		s.mux.Close()
 	})
 }
 
-// cause is why the session ended; valid after done.
+// cause returns the reason for the end; valid after done.
 func (s *session) cause() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.err
 }
 
-// watch makes sure that there is something to be heard at the other end, and ends
-// the session when nothing is heard from there. Both ends do, so that it does not
-// matter how long what is sent has to wait behind other things: on a link whose one
-// direction is full, the other one still tells.
+// watch sends pings, and ends the session when nothing is received. Both ends do so
+// independently, so that a ping may wait behind other data for long: on a link with one full
+// direction, the other direction still shows that the other end lives.
 func (s *session) watch() {
 	tick := time.NewTicker(s.opts.Ping)
 	defer tick.Stop()
@@ -119,8 +119,8 @@ func (s *session) watch() {
 			return
 		case <-tick.C:
 		}
-		// A process that was stopped for a while has heard nothing, and there may be
-		// much to hear.
+		// A process that was stopped for a while has received nothing, but data may be
+		// waiting.
 		late := time.Since(last) > 2*s.opts.Ping
 		last = time.Now()
 		if !late && s.conn.silence() > s.opts.Silent {
@@ -130,13 +130,13 @@ func (s *session) watch() {
 		if pinging.CompareAndSwap(false, true) {
 			go func() {
 				defer pinging.Store(false)
-				_, _ = s.mux.Ping() // what counts is what is heard
+				_, _ = s.mux.Ping() // any received byte counts, not the answer
 			}()
 		}
 	}
 }
 
-// watched is a connection that knows when something last came.
+// watched is a connection that records when it last received a byte.
 type watched struct {
 	net.Conn
 	begun time.Time
@@ -185,7 +185,7 @@ func (w *watched) Write(b []byte) (int, error) {
 	return max(0, n-frameHeader), err
 }
 
-// quiet is what yamux says, for those who look for it: ends of connections, mostly.
+// quiet logs yamux's messages, mostly ends of connections, at debug level.
 type quiet struct{ log *slog.Logger }
 
 func (q quiet) Print(v ...any)            { q.log.Debug("tunnel", "yamux", fmt.Sprint(v...)) }
@@ -198,19 +198,18 @@ type stream struct {
 	closed atomic.Bool
 }
 
-// Close implements net.Conn: nothing more is sent or received. The other end is told
-// at once that nothing more comes, and after Options.Drain that nothing more is taken.
+// Close implements net.Conn: nothing more is sent or received. The other end learns at once
+// that nothing more comes, and after Options.Drain that nothing more is read.
 func (s *stream) Close() error {
 	if s.closed.Swap(true) {
 		return net.ErrClosed
 	}
 	err := s.Stream.Close()
-	_ = s.Stream.SetReadDeadline(time.Unix(1, 0)) // wakes who waits; never fails
+	_ = s.Stream.SetReadDeadline(time.Unix(1, 0)) // wakes readers; never fails
 	return err
 }
 
-// CloseWrite ends what this end sends. The other direction may go on for
-// Options.Drain.
+// CloseWrite ends the sending direction. The other direction may go on for Options.Drain.
 func (s *stream) CloseWrite() error { return s.Stream.Close() }
 
 // Read implements net.Conn.
@@ -228,7 +227,7 @@ func (s *stream) Read(b []byte) (int, error) {
 // Opener is the server's end of a session.
 type Opener struct{ s *session }
 
-// NewOpener begins a session on what [Accept] has returned. It owns conn.
+// NewOpener begins a session on the connection from [Accept]. It owns conn.
 func NewOpener(conn net.Conn, opts Options, log *slog.Logger) (*Opener, error) {
 	s, err := newSession(conn, opts, log, true)
 	if err != nil {
@@ -242,18 +241,18 @@ func NewOpener(conn net.Conn, opts Options, log *slog.Logger) (*Opener, error) {
 	return &Opener{s}, nil
 }
 
-// Done is closed when the session has ended; Err then says why.
+// Done is closed when the session has ended; Err then returns the reason.
 func (o *Opener) Done() <-chan struct{} { return o.s.done }
 
-// Err is why the session ended; valid after Done.
+// Err returns the reason for the end; valid after Done.
 func (o *Opener) Err() error { return o.s.cause() }
 
 // Close ends the session and all its connections. Only the first cause counts.
 func (o *Opener) Close(cause error) { o.s.close(cause) }
 
-// Dial opens a connection through the node. The error wraps ErrForbidden,
-// ErrUnreachable or ErrBusy where the node has refused, ErrFrame where it does not
-// follow the protocol, and the session's end where that came first.
+// Dial opens a connection through the node. The error wraps ErrForbidden, ErrUnreachable or
+// ErrBusy if the node has refused, ErrFrame if it violates the protocol, and otherwise the
+// reason for the end of the session.
 func (o *Opener) Dial(ctx context.Context, d Destination) (net.Conn, error) {
 	type result struct {
 		conn *stream

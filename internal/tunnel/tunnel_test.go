@@ -16,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"kedge/internal/test/await"
 )
 
 // pair is a session and both of its ends. Streams go to what dial connects to.
@@ -213,9 +215,7 @@ func TestCloseWhileTheOtherEndSends(t *testing.T) {
 	if err := <-ended; err == nil {
 		t.Error("the sender came to an end without an error")
 	}
-	for o.s.mux.NumStreams() > 0 {
-		time.Sleep(time.Millisecond)
-	}
+	await.True(t, "the other end has closed the stream", func() bool { return o.s.mux.NumStreams() == 0 })
 }
 
 func TestRefusals(t *testing.T) {
@@ -245,16 +245,15 @@ func TestStreamsAreBounded(t *testing.T) {
 		t.Errorf("one too many: %v", err)
 	}
 	open[0].Close()
-	for {
+	await.True(t, "there is room again", func() bool {
 		c, err := o.Dial(t.Context(), Destination{Kind: Kubelet})
 		if err == nil {
 			c.Close()
-			break
-		}
-		if !errors.Is(err, ErrBusy) {
+		} else if !errors.Is(err, ErrBusy) {
 			t.Fatal(err)
 		}
-	}
+		return err == nil
+	})
 }
 
 // Streams that a node opens end its session: it has nothing to open them for.
@@ -402,24 +401,8 @@ func TestUpgradeIsRefused(t *testing.T) {
 	}
 }
 
-func TestBackoff(t *testing.T) {
-	b := Backoff{First: time.Second, Last: 5 * time.Second}
-	for i, want := range []time.Duration{1, 2, 4, 5, 5} {
-		if got := b.next(1); got != want*time.Second {
-			t.Errorf("wait %d is at most %s, want %s", i, got, want*time.Second)
-		}
-	}
-	if got := b.next(0); got != 0 {
-		t.Errorf("it is at least %s", got)
-	}
-	b.Reset()
-	if got := b.next(0.5); got != 500*time.Millisecond {
-		t.Errorf("after an attempt that succeeded it is %s", got)
-	}
-}
-
 func FuzzRequest(f *testing.F) {
-	for _, d := range []Destination{{Kind: Kubelet}, {Kind: Egress, Addr: netip.MustParseAddrPort("10.42.0.7:8443")}, {Kind: Egress, Addr: netip.MustParseAddrPort("[fd00:42::7]:1")}} {
+	for _, d := range []Destination{{Kind: Kubelet}, {Kind: Node}, {Kind: Egress, Addr: netip.MustParseAddrPort("10.42.0.7:8443")}, {Kind: Egress, Addr: netip.MustParseAddrPort("[fd00:42::7]:1")}} {
 		var b bytes.Buffer
 		if err := writeRequest(&b, d); err != nil {
 			f.Fatal(err)

@@ -13,24 +13,23 @@ import (
 	"time"
 )
 
-// Path is where a server takes tunnels, on the API's port.
+// Path is the path of tunnels on the API's port.
 const Path = "/kedge/v1/tunnel"
 
-// protocol is the name in the Upgrade header. A change of the frames or of what
-// carries them needs another one.
+// protocol is the name in the Upgrade header. A change of the frames or of the streams needs
+// another name.
 const protocol = "kedge-tunnel/1"
 
-// ErrNoUpgrade is wrapped when a server does not make a tunnel of the connection.
-var ErrNoUpgrade = errors.New("the server makes no tunnel")
+// ErrNoUpgrade is wrapped when a server does not upgrade the connection to a tunnel.
+var ErrNoUpgrade = errors.New("the server refuses the tunnel")
 
 const (
 	upgradeWithin = 10 * time.Second
 	maxHeader     = 8 << 10 // bytes of the server's answer
 )
 
-// Upgrade asks the server at the other end of conn to make a tunnel of it, and
-// returns the tunnel. It owns conn from then on, also when it fails. host is what
-// the request says the server is called.
+// Upgrade requests an upgrade of conn to a tunnel, and returns the tunnel. It owns conn, also
+// when it fails. host is for the request's Host header.
 func Upgrade(ctx context.Context, conn net.Conn, host string) (_ net.Conn, err error) {
 	defer func() {
 		if err != nil {
@@ -43,7 +42,7 @@ func Upgrade(ctx context.Context, conn net.Conn, host string) (_ net.Conn, err e
 		return nil, err
 	}
 	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", Path, host, protocol); err != nil {
-		return nil, fmt.Errorf("ask for a tunnel: %w", err)
+		return nil, fmt.Errorf("request a tunnel: %w", err)
 	}
 	rest, err := readUpgrade(conn)
 	if err != nil {
@@ -55,7 +54,7 @@ func Upgrade(ctx context.Context, conn net.Conn, host string) (_ net.Conn, err e
 	return &prefixed{Conn: conn, rest: rest}, conn.SetDeadline(time.Time{})
 }
 
-// readUpgrade reads a server's answer, and returns what came after it.
+// readUpgrade reads a server's answer, and returns the bytes after it.
 func readUpgrade(r io.Reader) (rest []byte, err error) {
 	limited := &io.LimitedReader{R: r, N: maxHeader}
 	buffered := bufio.NewReader(limited)
@@ -64,11 +63,11 @@ func readUpgrade(r io.Reader) (rest []byte, err error) {
 		return nil, fmt.Errorf("read the answer to the request for a tunnel: %w", err)
 	}
 	if resp.StatusCode != http.StatusSwitchingProtocols {
-		said, _ := io.ReadAll(io.LimitReader(resp.Body, 500)) // a reason is welcome, and none is needed
-		return nil, fmt.Errorf("%w: it answers %.60q: %q", ErrNoUpgrade, resp.Status, bytes.TrimSpace(said))
+		reason, _ := io.ReadAll(io.LimitReader(resp.Body, 500)) // optional
+		return nil, fmt.Errorf("%w: it answered %.60q: %q", ErrNoUpgrade, resp.Status, bytes.TrimSpace(reason))
 	}
 	if !asksFor(resp.Header) {
-		return nil, fmt.Errorf("%w: it offers %.60q in place of %q", ErrNoUpgrade, resp.Header.Get("Upgrade"), protocol)
+		return nil, fmt.Errorf("%w: it offers %.60q instead of %q", ErrNoUpgrade, resp.Header.Get("Upgrade"), protocol)
 	}
 	rest = make([]byte, buffered.Buffered())
 	_, err = io.ReadFull(buffered, rest)
@@ -79,8 +78,8 @@ func asksFor(h http.Header) bool {
 	return strings.EqualFold(h.Get("Connection"), "Upgrade") && h.Get("Upgrade") == protocol
 }
 
-// CheckRequest returns why a request is none for a tunnel, and nil if it is one. A
-// browser that was sent here says where from, which no node does.
+// CheckRequest returns an error if a request is not for a tunnel. A browser that another site
+// has sent here is refused: it has an Origin header, which nodes do not send.
 func CheckRequest(r *http.Request) error {
 	switch {
 	case r.Method != http.MethodGet, r.ProtoMajor != 1, r.ContentLength != 0, !asksFor(r.Header):
@@ -91,8 +90,8 @@ func CheckRequest(r *http.Request) error {
 	return nil
 }
 
-// Accept makes a tunnel of the connection of a request that [CheckRequest] has
-// passed. The caller has made sure who asks.
+// Accept upgrades the connection of a request that [CheckRequest] has accepted to a tunnel. The
+// caller has authenticated the node.
 func Accept(w http.ResponseWriter) (net.Conn, error) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -115,7 +114,7 @@ func Accept(w http.ResponseWriter) (net.Conn, error) {
 	return &prefixed{Conn: conn, rest: bytes.Clone(rest)}, nil
 }
 
-// prefixed is a connection of which something was read before.
+// prefixed is a connection whose first bytes were read before.
 type prefixed struct {
 	net.Conn
 	rest []byte // read by one goroutine only, as a connection's reader is

@@ -18,24 +18,26 @@ import (
 const (
 	// benchPort is where the second place is called.
 	benchPort = 5201
-	// piece is how much of a stream the sender hands to the kernel at once, in bytes.
+	// piece is the number of bytes of a stream that the sender passes to the kernel at
+	// once.
 	piece = 1 << 20
-	// udpHeaders are what a packet is larger than the datagram in it, in bytes.
+	// udpHeaders is the number of bytes by which a packet is larger than its datagram.
 	udpHeaders = 20 + 8
-	// receiveBuffer is what may wait for the receiver of datagrams, in bytes: with the
-	// kernel's own 200 kB it is the receiver's waiting for a processor that is measured.
+	// receiveBuffer is the size of the receive buffer for datagrams, in bytes: with the
+	// kernel's default of 200 kB the benchmark would measure the receiver's wait for a
+	// processor.
 	receiveBuffer = 4 << 20
-	// stragglers is how long datagrams are waited for after the last one was sent.
+	// stragglers is the wait for datagrams after the last one was sent.
 	stragglers = 500 * time.Millisecond
-	// answerWithin is how long answers are waited for, beside a millisecond for each.
+	// answerWithin is the time limit for answers, in addition to a millisecond for each.
 	answerWithin = 5 * time.Second
 )
 
-// BenchmarkWays measures each way on its own: what a stream and datagrams carry, and how
-// long a byte takes there and back. Of datagrams, which are sent as fast as one thread can
-// and are as large as is not divided, MB/s are those that arrive, and lost-% the others.
+// BenchmarkWays measures each path on its own: the throughput of a stream and of datagrams,
+// and the round trip time of a byte. Datagrams are sent as fast as one thread can, in the
+// largest size without fragmentation; MB/s counts the received ones, and lost-% the others.
 func BenchmarkWays(b *testing.B) {
-	for _, w := range ways() {
+	for _, w := range paths() {
 		b.Run(w.name, func(b *testing.B) {
 			e := w.open(b)
 			b.Run("tcp", func(b *testing.B) {
@@ -64,27 +66,27 @@ func BenchmarkWays(b *testing.B) {
 	}
 }
 
-// turn is what each way does in a round of BenchmarkBesidePlain.
+// turn is the measurement of one path in a round of BenchmarkBesidePlain.
 type turn struct {
 	name, unit string
-	take       func(ends) (rate float64, err error)
+	take       func(parseAddrs) (rate float64, err error)
 }
 
 func turns() []turn {
 	roundTrips := func(network string) turn {
-		return turn{network + "-round-trip", "/s", func(e ends) (float64, error) {
+		return turn{network + "-round-trip", "/s", func(e parseAddrs) (float64, error) {
 			const count = 5000
 			took, err := e.roundTrips(network, count)
 			return count / took.Seconds(), err
 		}}
 	}
 	return []turn{
-		{"tcp", "MB/s", func(e ends) (float64, error) {
+		{"tcp", "MB/s", func(e parseAddrs) (float64, error) {
 			const pieces = 256
 			took, err := e.stream(pieces)
 			return pieces * piece / 1e6 / took.Seconds(), err
 		}},
-		{"udp", "MB/s", func(e ends) (float64, error) {
+		{"udp", "MB/s", func(e parseAddrs) (float64, error) {
 			arrived, took, err := e.datagrams(100_000)
 			return e.megabytes(arrived) / took.Seconds(), err
 		}},
@@ -93,18 +95,18 @@ func turns() []turn {
 	}
 }
 
-// BenchmarkBesidePlain compares tunnels with routing without one, at the same MTU. All are
-// there at once and take turns, so that what else the machine does slows all of them. Of
-// each it reports the median rate of its turns, and of tunnels the median of what that is
-// of plain routing's in the same round.
+// BenchmarkBesidePlain compares tunnels with routing without one, at the same MTU. All
+// exist at the same time and take turns, so that other load on the machine slows all of
+// them. It reports the median rate of each path, and for tunnels the median ratio to plain
+// routing in the same round.
 func BenchmarkBesidePlain(b *testing.B) {
-	compared := []way{plain(), kedge("vxlan", backend.VXLAN, vxlanMTU)}
+	compared := []path{plain(), kedge("vxlan", backend.VXLAN, vxlanMTU)}
 	if err := flannelBuilt(); err != nil {
 		b.Log(err)
 	} else {
 		compared = append(compared, flannel("vxlan", vxlanMTU))
 	}
-	var open []ends
+	var open []parseAddrs
 	for _, w := range compared {
 		open = append(open, w.open(b))
 	}
@@ -113,7 +115,7 @@ func BenchmarkBesidePlain(b *testing.B) {
 			rates := make([][]float64, len(open))
 			for round := range b.N {
 				for i := range open {
-					i = (i + round) % len(open) // nobody is always the first
+					i = (i + round) % len(open) // no path is always the first
 					rate, err := turn.take(open[i])
 					if err != nil {
 						b.Fatalf("%s: %v", compared[i].name, err)
@@ -142,14 +144,14 @@ func median(values []float64) float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
-// megabytes are what is in so many datagrams of the largest size.
-func (e ends) megabytes(datagrams int) float64 {
+// megabytes is the content of a number of datagrams of the largest size.
+func (e parseAddrs) megabytes(datagrams int) float64 {
 	return float64(datagrams) * float64(e.mtu-udpHeaders) / 1e6
 }
 
 // stream sends pieces in one TCP connection, and returns how long it took until all had
 // arrived.
-func (e ends) stream(pieces int) (time.Duration, error) {
+func (e parseAddrs) stream(pieces int) (time.Duration, error) {
 	client, server, err := e.dialTCP()
 	if err != nil {
 		return 0, err
@@ -177,9 +179,9 @@ func (e ends) stream(pieces int) (time.Duration, error) {
 	return time.Since(begin), nil
 }
 
-// datagrams sends so many of the largest size that fits the way, as fast as one thread
-// can. It returns how many arrived, and how long it took until the last of them did.
-func (e ends) datagrams(count int) (arrived int, took time.Duration, err error) {
+// datagrams sends a number of datagrams of the largest size that fits the path, as fast as
+// one thread can. It returns how many arrived, and the time until the last one did.
+func (e parseAddrs) datagrams(count int) (arrived int, took time.Duration, err error) {
 	client, server, err := e.dialUDP()
 	if err != nil {
 		return 0, 0, err
@@ -191,7 +193,7 @@ func (e ends) datagrams(count int) (arrived int, took time.Duration, err error) 
 	go func() { received <- receive(server, count, e.mtu-udpHeaders) }()
 	datagram := make([]byte, e.mtu-udpHeaders)
 	for range count {
-		// A queue on the way that is full loses datagrams; the first one may say so.
+		// A full queue on the path loses datagrams; the first queue may return an error.
 		if _, err := client.Write(datagram); err != nil && !errors.Is(err, unix.ENOBUFS) {
 			return 0, 0, err
 		}
@@ -236,7 +238,7 @@ func receive(conn net.Conn, all, size int) (got arrivals) {
 }
 
 // roundTrips sends a byte there and back so many times, one after the other.
-func (e ends) roundTrips(network string, count int) (time.Duration, error) {
+func (e parseAddrs) roundTrips(network string, count int) (time.Duration, error) {
 	dial := map[string]func() (client, server net.Conn, err error){"tcp": e.dialTCP, "udp": e.dialUDP}[network]
 	client, server, err := dial()
 	if err != nil {
@@ -275,7 +277,7 @@ func answer(conn net.Conn) {
 }
 
 // dialTCP makes a connection, and returns both ends of it.
-func (e ends) dialTCP() (client, server net.Conn, err error) {
+func (e parseAddrs) dialTCP() (client, server net.Conn, err error) {
 	var l net.Listener
 	if err := e.to(func() (err error) { l, err = net.Listen("tcp", fmt.Sprintf(":%d", benchPort)); return err }); err != nil {
 		return nil, nil, err
@@ -294,8 +296,8 @@ func (e ends) dialTCP() (client, server net.Conn, err error) {
 	return client, server, nil
 }
 
-// dialUDP makes two sockets that send to each other and to nobody else.
-func (e ends) dialUDP() (client, server net.Conn, err error) {
+// dialUDP returns two sockets that are connected to each other.
+func (e parseAddrs) dialUDP() (client, server net.Conn, err error) {
 	if err := e.from(func() (err error) {
 		client, err = net.DialUDP("udp", nil, &net.UDPAddr{IP: e.addr.AsSlice(), Port: benchPort})
 		return err

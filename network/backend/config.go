@@ -10,26 +10,26 @@ import (
 	"time"
 )
 
-// Mode is a way in which packets travel between the pods of two nodes. The names
-// are flannel's.
+// Mode is the backend: the way in which packets travel between the pods of two nodes. The
+// names are flannel's.
 type Mode string
 
-// The ways. All nodes of a cluster must have the same.
+// The backends. All nodes of a cluster must use the same.
 const (
-	VXLAN  Mode = "vxlan"   // in UDP, by the kernel; any network that carries UDP will do
-	HostGW Mode = "host-gw" // as they are; the nodes must be on one link
+	VXLAN  Mode = "vxlan"   // in UDP, by the kernel; works on any network that carries UDP
+	HostGW Mode = "host-gw" // without encapsulation; the nodes must be on one link
 	UDP    Mode = "udp"     // in UDP, by kedge; slow, for kernels without VXLAN
-	None   Mode = "none"    // somebody else's business
+	None   Mode = "none"    // by another network plugin
 
 	WireGuard Mode = "wireguard" // encrypted in UDP, by the kernel, or by kedge where it cannot
 )
 
-// nativeWireGuard is what WireGuard is called by k3s.
+// nativeWireGuard is k3s's name for WireGuard.
 const nativeWireGuard = "wireguard-native"
 
 var modes = []Mode{VXLAN, HostGW, WireGuard, UDP, None}
 
-// ParseMode reads a mode as users write it.
+// ParseMode parses the name of a backend.
 func ParseMode(s string) (Mode, error) {
 	if s == nativeWireGuard {
 		return WireGuard, nil
@@ -44,7 +44,7 @@ func ParseMode(s string) (Mode, error) {
 	return "", fmt.Errorf("%q is not one of %s", s, strings.Join(names, ", "))
 }
 
-// What flannel uses, so that firewalls that let it pass let kedge pass.
+// The defaults are flannel's, so that firewalls that allow flannel allow kedge.
 const (
 	defaultVNI       = 1
 	defaultVXLANPort = 8472
@@ -54,22 +54,22 @@ const (
 	defaultKeyLife       = 24 * time.Hour
 )
 
-// Config is what the backend of a node is told once.
+// Config is the configuration of the backend of a node.
 type Config struct {
 	NodeName string
 	Mode     Mode
 
-	// NodeIPs are the node's addresses until its Node object says which they are.
+	// NodeIPs are the node's addresses until its Node object has them.
 	NodeIPs []netip.Addr
-	// Ranges are those of all pods of the cluster. What is sent to an address of theirs that
-	// no node has is refused at once, and does not leave by the default route.
+	// Ranges are the ranges of all pods of the cluster. Packets to addresses without a node
+	// are refused at once, and do not leave through the default route.
 	Ranges []netip.Prefix
-	// Interface is the one whose addresses other nodes should send to; empty for that
-	// of the node's addresses.
+	// Interface is the interface whose addresses other nodes should use; empty for the
+	// interface with the node's addresses.
 	Interface string
 
-	// External are the addresses that other nodes should send to where they are none of the
-	// machine's own; empty for those of the above.
+	// External are the addresses that other nodes should use if the machine itself does not
+	// have them; empty otherwise.
 	External []netip.Addr
 
 	VNI       int // VXLAN network identifier
@@ -77,9 +77,10 @@ type Config struct {
 	UDPPort   int // of mode UDP
 
 	WireGuardPort int    // UDP port of WireGuard
-	KeyFile       string // where this node's key for WireGuard is; it need not survive a reboot
-	// KeyLife is how long a node has the same key for WireGuard. Sessions have keys of their
-	// own, which WireGuard changes every two minutes: this is about the one that proves the node.
+	KeyFile       string // file of this node's WireGuard key; it need not survive a reboot
+	// KeyLife is the lifetime of a node's WireGuard key. Sessions have keys of their own,
+	// which WireGuard changes every two minutes: this is the key that authenticates the
+	// node.
 	KeyLife time.Duration
 }
 
@@ -88,7 +89,7 @@ func DefaultConfig() Config {
 	return Config{Mode: VXLAN, VNI: defaultVNI, VXLANPort: defaultVXLANPort, UDPPort: defaultUDPPort, WireGuardPort: defaultWireGuardPort, KeyLife: defaultKeyLife}
 }
 
-// Validate reports everything that is wrong with c.
+// Validate reports all errors of the configuration.
 func (c Config) Validate() error {
 	var errs []error
 	if c.NodeName == "" {
@@ -111,9 +112,8 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
-// Overhead is how many bytes of each packet between nodes are not the pods'. It is
-// that of IPv4 between the nodes where the node has such an address: nodes that both
-// have one use it.
+// Overhead is the number of bytes that the backend adds to each packet between nodes. It is
+// the overhead over IPv4 if the node has an IPv4 address: nodes that both have one use it.
 func (c Config) Overhead() int {
 	return c.overhead(!slices.ContainsFunc(c.NodeIPs, netip.Addr.Is4))
 }
@@ -121,8 +121,8 @@ func (c Config) Overhead() int {
 func (c Config) overhead(ipv6 bool) int {
 	const (
 		ipv4Header, ipv6Header, udpHeader = 20, 40, 8
-		vxlanHeaders                      = 8 + 14  // its own and the pods' Ethernet
-		wireGuardHeaders                  = 16 + 16 // its own and what proves the packet
+		vxlanHeaders                      = 8 + 14  // VXLAN and the inner Ethernet header
+		wireGuardHeaders                  = 16 + 16 // WireGuard and the authentication tag
 	)
 	outer := ipv4Header
 	if ipv6 {

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// onLink returns the interface on whose link an address is, or an error that says
-// through which router it is reached.
+// onLink returns the interface on whose link an address is, or an error with the router
+// through which it is reached.
 func onLink(a netip.Addr) (string, error) {
 	routes, err := netlink.RouteGet(a.AsSlice())
 	if err != nil {
@@ -22,15 +22,15 @@ func onLink(a netip.Addr) (string, error) {
 		}
 		link, err := netlink.LinkByIndex(r.LinkIndex)
 		if err != nil {
-			return "", fmt.Errorf("look at the interface towards %s: %w", a, err)
+			return "", fmt.Errorf("read the interface towards %s: %w", a, err)
 		}
 		return link.Attrs().Name, nil
 	}
 	return "", fmt.Errorf("there is no route to %s", a)
 }
 
-// planHostGW is a route for each range of each peer, with the peer as the next hop.
-// find says on which interface an address is.
+// planHostGW returns a route for each range of each peer, with the peer as the next hop.
+// find returns the interface of an address.
 func planHostGW(own node, peers []node, find func(netip.Addr) (string, error)) (plan, error) {
 	var p plan
 	var errs []error

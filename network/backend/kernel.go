@@ -10,21 +10,23 @@ import (
 	"path/filepath"
 	"slices"
 
+	"kedge/internal/kernelnet"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 const (
 	// routeProtocol marks routes and rules: `ip route` prints it. Numbers above 192 are
-	// for anybody. Whose of several nodes they are, the metric or the table says.
+	// unassigned. Metric and table identify the node, if a machine has several.
 	routeProtocol = 213
 
-	// rulePriority puts the node's own table before the main one (32766).
+	// rulePriority places the node's own table before the main one (32766).
 	rulePriority = 30213
 )
 
-// apply makes the kernel hold p and nothing else of the node's. What is right already
-// is not touched. It does as much as it can and returns what went wrong.
+// apply makes the kernel have exactly the content of p for this node. Correct objects are
+// not touched. It continues after errors and returns all of them.
 func apply(m names, p plan) error {
 	var errs []error
 	index := map[string]int{}
@@ -44,13 +46,13 @@ func apply(m names, p plan) error {
 	return errors.Join(append(errs, syncRules(m, p.rules), syncRoutes(m, p.routes, index))...)
 }
 
-// ensureDevice makes an interface what it should be and returns its index.
+// ensureDevice creates or corrects an interface and returns its index.
 func ensureDevice(d device) (int, error) {
 	link, err := netlink.LinkByName(d.name)
-	if err = missing(err); err != nil {
+	if err = ignoreNotFound(err); err != nil {
 		return 0, fmt.Errorf("look for interface %s: %w", d.name, err)
 	}
-	if link != nil && !d.is(link) {
+	if link != nil && !d.matches(link) {
 		if err := removeDevice(d.name); err != nil {
 			return 0, err
 		}
@@ -68,8 +70,8 @@ func ensureDevice(d device) (int, error) {
 		}
 	}
 	if link.Attrs().Flags&net.FlagUp == 0 {
-		// Nobody on the tunnel may make itself our router. Without IPv6 there is
-		// no such parameter.
+		// No machine on the tunnel may make itself the router of this node. Without IPv6
+		// the parameter does not exist.
 		err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", d.name, "accept_ra"), []byte("0"), 0)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return 0, wrap(err)
@@ -84,9 +86,8 @@ func ensureDevice(d device) (int, error) {
 	return link.Attrs().Index, nil
 }
 
-// is says whether an interface is what the plan asks for, as far as that cannot be
-// changed.
-func (d device) is(link netlink.Link) bool {
+// matches reports whether the immutable properties of an interface are those of the plan.
+func (d device) matches(link netlink.Link) bool {
 	if d.vxlan == nil {
 		return link.Type() == "tuntap" || link.Type() == "tun" || d.wireguard && link.Type() == wireGuardType
 	}
@@ -114,8 +115,8 @@ func (d device) create() (netlink.Link, error) {
 		attrs.HardwareAddr = mac
 		v := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: d.vxlan.vni, Port: d.vxlan.port, Learning: false}
 		if d.vxlan.ipv6 {
-			// Any address of ours, but IPv6. For IPv4 the kernel needs no hint. The
-			// source is chosen by route: it follows when the node gets another address.
+			// Any IPv6 address of the node. For IPv4 the kernel needs no hint. The source
+			// is chosen by route: it follows when the node gets another address.
 			v.SrcAddr = net.IPv6zero
 		}
 		link = v
@@ -123,9 +124,9 @@ func (d device) create() (netlink.Link, error) {
 	err := netlink.LinkAdd(link)
 	switch {
 	case errors.Is(err, unix.EEXIST) && d.vxlan != nil:
-		return nil, fmt.Errorf("another VXLAN interface of this machine has network identifier %d and port %d: remove it (`ip -d link show type vxlan`), for example another cluster's", d.vxlan.vni, d.vxlan.port)
+		return nil, fmt.Errorf("another VXLAN interface of this machine, for example of another cluster, has network identifier %d and port %d: remove it (`ip -d link show type vxlan` lists them)", d.vxlan.vni, d.vxlan.port)
 	case errors.Is(err, unix.EOPNOTSUPP) && d.vxlan != nil:
-		return nil, fmt.Errorf("this kernel has no VXLAN: load the module vxlan, or choose another way for all nodes with --flannel-backend: %w", err)
+		return nil, fmt.Errorf("this kernel has no VXLAN: load the module vxlan, or choose another backend for all nodes with --flannel-backend: %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("add interface %s: %w", d.name, err)
 	}
@@ -137,7 +138,7 @@ func tunDevice(attrs netlink.LinkAttrs) netlink.Link {
 }
 
 func (d device) syncAddrs(link netlink.Link) error {
-	have, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	have, err := kernelnet.List(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
@@ -166,14 +167,14 @@ func (d device) syncAddrs(link netlink.Link) error {
 	return errors.Join(errs...)
 }
 
-// syncForward keeps the table of a VXLAN interface: which hardware address is behind
-// which node address.
+// syncForward updates the forwarding table of a VXLAN interface: the node address behind
+// each hardware address.
 func (d device) syncForward(link netlink.Link) error {
 	if d.vxlan == nil {
 		return nil
 	}
 	index := link.Attrs().Index
-	have, err := netlink.NeighList(index, unix.AF_BRIDGE)
+	have, err := kernelnet.List(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, unix.AF_BRIDGE) })
 	if err != nil {
 		return fmt.Errorf("list forwarding entries: %w", err)
 	}
@@ -217,7 +218,7 @@ func (d device) syncNeighbours(link netlink.Link) error {
 	right := map[netip.Addr]bool{}
 	var errs []error
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		have, err := netlink.NeighList(index, family)
+		have, err := kernelnet.List(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
 		if err != nil {
 			errs = append(errs, fmt.Errorf("list neighbours: %w", err))
 			continue
@@ -255,11 +256,12 @@ func (d device) syncNeighbours(link netlink.Link) error {
 	return errors.Join(errs...)
 }
 
-// ourRoutes lists the node's routes in all tables, each with how to remove it.
+// ourRoutes returns the node's routes in all tables, each with the library's form for
+// removal.
 func ourRoutes(m names) (map[route]netlink.Route, error) {
 	out := map[route]netlink.Route{}
 	linkNames := map[int]string{}
-	links, err := netlink.LinkList()
+	links, err := kernelnet.List(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
@@ -267,8 +269,9 @@ func ourRoutes(m names) (map[route]netlink.Route, error) {
 		linkNames[l.Attrs().Index] = l.Attrs().Name
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		list, err := netlink.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_UNSPEC},
-			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		list, err := kernelnet.List(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
@@ -280,7 +283,7 @@ func ourRoutes(m names) (map[route]netlink.Route, error) {
 			bits, _ := r.Dst.Mask.Size()
 			k := route{dst: netip.PrefixFrom(dst.Unmap(), bits), link: linkNames[r.LinkIndex], table: r.Table, tos: r.Tos}
 			if r.Type == unix.RTN_UNREACHABLE {
-				k.link, k.nowhere = "", true // for IPv6 the kernel says that it is lo
+				k.link, k.unreachable = "", true // for IPv6 the kernel reports lo
 			}
 			if via, ok := netip.AddrFromSlice(r.Gw); ok {
 				k.via = via.Unmap()
@@ -294,8 +297,8 @@ func ourRoutes(m names) (map[route]netlink.Route, error) {
 	return out, nil
 }
 
-// syncRoutes writes the routes that differ. index has the interfaces of the plan that
-// are there; routes through others of the plan have to wait for them.
+// syncRoutes writes the routes that differ. index has the existing interfaces of the plan;
+// routes through missing ones have to wait.
 func syncRoutes(m names, want []route, index map[string]int) error {
 	have, err := ourRoutes(m)
 	if err != nil {
@@ -306,15 +309,15 @@ func syncRoutes(m names, want []route, index map[string]int) error {
 	for _, r := range want {
 		wanted[r] = true
 	}
-	// New ones first, so that a route that moves is replaced and never missing.
+	// New routes first, so that a route that moves is replaced and never missing.
 	for r := range wanted {
 		if _, ok := have[r]; ok {
 			continue
 		}
-		if r.nowhere {
+		if r.unreachable {
 			n := &netlink.Route{Type: unix.RTN_UNREACHABLE, Dst: ipNet(r.dst), Table: r.table, Protocol: routeProtocol, Priority: m.number}
 			if err := netlink.RouteReplace(n); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
-				errs = append(errs, fmt.Errorf("route of all pods %s: %w", r.dst, err))
+				errs = append(errs, fmt.Errorf("unreachable route for the pod range %s: %w", r.dst, err))
 			}
 			continue
 		}
@@ -322,7 +325,7 @@ func syncRoutes(m names, want []route, index map[string]int) error {
 		if !ok {
 			link, err := netlink.LinkByName(r.link)
 			if err != nil {
-				if missing(err) != nil {
+				if ignoreNotFound(err) != nil {
 					errs = append(errs, fmt.Errorf("route to %s: %w", r.dst, err))
 				}
 				continue // the interface's own error says why
@@ -342,7 +345,7 @@ func syncRoutes(m names, want []route, index map[string]int) error {
 			errs = append(errs, fmt.Errorf("route to %s: %w", r.dst, err))
 		}
 	}
-	if have, err = ourRoutes(m); err != nil { // some were replaced
+	if have, err = ourRoutes(m); err != nil { // some routes were replaced
 		return errors.Join(append(errs, err)...)
 	}
 	for r, n := range have {
@@ -361,7 +364,9 @@ func syncRules(m names, want []netip.Prefix) error {
 	missing := slices.Clone(want)
 	var errs []error
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		have, err := netlink.RuleListFiltered(family, &netlink.Rule{Table: m.number}, netlink.RT_FILTER_TABLE)
+		have, err := kernelnet.List(func() ([]netlink.Rule, error) {
+			return netlink.RuleListFiltered(family, &netlink.Rule{Table: m.number}, netlink.RT_FILTER_TABLE)
+		})
 		if errors.Is(err, unix.EAFNOSUPPORT) {
 			continue // a kernel without IPv6
 		}
@@ -394,11 +399,11 @@ func syncRules(m names, want []netip.Prefix) error {
 	return errors.Join(errs...)
 }
 
-// Cleanup removes everything that the backend of a node has left in the kernel. The
-// node's processes must have ended.
+// Cleanup removes all that the backend of a node has left in the kernel. The node's
+// processes must have ended.
 func Cleanup(nodeName string) error {
-	if err := apply(marks(nodeName), plan{}); err != nil {
-		return fmt.Errorf("remove the ways to other nodes: %w", err)
+	if err := apply(namesOf(nodeName), plan{}); err != nil {
+		return fmt.Errorf("remove the routes to other nodes: %w", err)
 	}
 	return nil
 }
@@ -408,14 +413,14 @@ func removeDevice(name string) error {
 	if err == nil {
 		err = netlink.LinkDel(link)
 	}
-	if err = missing(err); err != nil {
+	if err = ignoreNotFound(err); err != nil {
 		return fmt.Errorf("remove interface %s: %w", name, err)
 	}
 	return nil
 }
 
-// missing turns the error for an interface that does not exist into none.
-func missing(err error) error {
+// ignoreNotFound returns nil for the error about an interface that does not exist.
+func ignoreNotFound(err error) error {
 	var notFound netlink.LinkNotFoundError
 	if errors.As(err, &notFound) || errors.Is(err, unix.ENODEV) {
 		return nil
@@ -423,9 +428,9 @@ func missing(err error) error {
 	return err
 }
 
-// holder returns the interface that has one of the addresses.
-func holder(addrs []netip.Addr) (netlink.Link, error) {
-	have, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+// interfaceOf returns the interface with one of the addresses.
+func interfaceOf(addrs []netip.Addr) (netlink.Link, error) {
+	have, err := kernelnet.List(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -439,7 +444,7 @@ func holder(addrs []netip.Addr) (netlink.Link, error) {
 	return nil, fmt.Errorf("no interface of this machine has one of the node's addresses %v", addrs)
 }
 
-// AddressesOf returns the addresses of an interface by which others can reach it, at
+// AddressesOf returns the addresses of an interface at which other nodes can reach it, at
 // most one of each family, IPv4 first.
 func AddressesOf(name string) ([]netip.Addr, error) {
 	link, err := netlink.LinkByName(name)
@@ -448,7 +453,7 @@ func AddressesOf(name string) ([]netip.Addr, error) {
 	}
 	var out []netip.Addr
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		have, err := netlink.AddrList(link, family)
+		have, err := kernelnet.List(func() ([]netlink.Addr, error) { return netlink.AddrList(link, family) })
 		if err != nil {
 			return nil, fmt.Errorf("list addresses of %s: %w", name, err)
 		}

@@ -4,7 +4,9 @@ import (
 	"os"
 	"testing"
 
-	"kedge/internal/testhost"
+	"go.uber.org/goleak"
+
+	"kedge/internal/test/host"
 )
 
 func TestMain(m *testing.M) {
@@ -16,5 +18,6 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	testhost.Main(m)
+	host.Isolate()
+	goleak.VerifyTestMain(m)
 }

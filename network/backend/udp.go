@@ -12,16 +12,18 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"kedge/internal/lifecycle"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// planUDP is one TUN interface with routes to all peers; what comes out of it is for
-// userTunnel. Unlike with VXLAN packets stop while kedge is away.
+// planUDP returns one TUN interface with routes to all peers; userTunnel carries its
+// packets. Unlike with VXLAN, packets stop while kedge is not running.
 func planUDP(cfg Config, own node, peers []node, mtu int) (plan, error) {
 	var p plan
 	var errs []error
-	m := marks(own.name)
+	m := namesOf(own.name)
 	d := device{name: m.link4, mtu: mtu, addrs: own.gateways()}
 	for _, peer := range peers {
 		at, err := between(own, peer)
@@ -46,17 +48,18 @@ func planUDP(cfg Config, own node, peers []node, mtu int) (plan, error) {
 	return p, errors.Join(errs...)
 }
 
-// userTunnel carries packets between a TUN interface and UDP. A datagram is one IP
-// packet and nothing else. A packet is let in only if it comes from the address of the
-// node whose its source is.
+// userTunnel carries packets between a TUN interface and UDP. A datagram is one IP packet
+// and nothing else. A packet is accepted only from an address of the node that owns its
+// source address.
 type userTunnel struct {
 	port  int
 	log   *slog.Logger
 	peers atomic.Pointer[tunnelMap]
-	open  chan struct{} // the interface is there; holds one message
+	open  lifecycle.Wakeup // signals that the interface exists
 }
 
-// tunnelMap says where packets go to and may come from. It is not changed once made.
+// tunnelMap has the nodes to which packets go and from which they may come. It is
+// immutable.
 type tunnelMap struct {
 	to   map[netip.Prefix]netip.Addr // inner destination to node address
 	bits []int                       // lengths of the keys, longest first
@@ -65,12 +68,12 @@ type tunnelMap struct {
 }
 
 func newUserTunnel(port int, log *slog.Logger) *userTunnel {
-	t := &userTunnel{port: port, log: log, open: make(chan struct{}, 1)}
+	t := &userTunnel{port: port, log: log, open: lifecycle.NewWakeup()}
 	t.peers.Store(&tunnelMap{})
 	return t
 }
 
-// set says who the peers are, and whether the interface is there.
+// set sets the peers, and signals that the interface exists.
 func (t *userTunnel) set(own node, peers []node, there bool) {
 	m := &tunnelMap{to: map[netip.Prefix]netip.Addr{}, from: map[netip.Addr]string{}, name: map[netip.Prefix]string{}}
 	for _, p := range peers {
@@ -96,14 +99,11 @@ func (t *userTunnel) set(own node, peers []node, there bool) {
 	slices.SortFunc(m.bits, func(a, b int) int { return b - a })
 	t.peers.Store(m)
 	if there {
-		select {
-		case t.open <- struct{}{}:
-		default:
-		}
+		t.open.Wake()
 	}
 }
 
-// lookup finds the longest key that contains a.
+// lookup returns the value of the longest prefix that contains a.
 func lookup[T any](m *tunnelMap, table map[netip.Prefix]T, a netip.Addr) (T, bool) {
 	for _, bits := range m.bits {
 		if p, err := a.Prefix(bits); err == nil {
@@ -116,22 +116,22 @@ func lookup[T any](m *tunnelMap, table map[netip.Prefix]T, a netip.Addr) (T, boo
 	return none, false
 }
 
-// run carries packets until ctx is cancelled. changed is called when the interface was
-// taken away.
+// run carries packets until ctx is cancelled. It calls changed when the interface was
+// removed.
 func (t *userTunnel) run(ctx context.Context, link string, changed func()) error {
 	conn, err := net.ListenUDP("udp", &net.UDPAddr{Port: t.port})
 	if err != nil {
 		return fmt.Errorf("listen for packets of other nodes' pods: %w", err)
 	}
-	// Bursts would be lost while this process does other things. The kernel grants
-	// what its limit allows.
+	// Bursts would be lost while this process is busy. The kernel grants what its limit
+	// allows.
 	_ = conn.SetReadBuffer(4 << 20)
 	_ = conn.SetWriteBuffer(4 << 20)
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 
 	var tun atomic.Pointer[os.File]
 	var in sync.WaitGroup
-	in.Go(func() { t.in(conn, &tun) })
+	in.Go(func() { t.receive(conn, &tun) })
 	defer in.Wait()
 	defer conn.Close()
 	for {
@@ -142,17 +142,17 @@ func (t *userTunnel) run(ctx context.Context, link string, changed func()) error
 		}
 		f, err := attachTUN(link, 0)
 		if err != nil {
-			t.log.Warn("the tunnel's interface cannot be used", "error", err)
+			t.log.Warn("cannot use the tunnel interface", "err", err)
 			continue
 		}
 		tun.Store(f)
 		stop := context.AfterFunc(ctx, func() { f.Close() })
-		err = t.out(f, conn)
+		err = t.send(f, conn)
 		stop()
 		tun.Store(nil)
 		f.Close()
 		if ctx.Err() == nil {
-			t.log.Warn("the tunnel's interface was taken away", "error", err)
+			t.log.Warn("the tunnel interface was removed", "err", err)
 			changed()
 		}
 	}
@@ -160,16 +160,16 @@ func (t *userTunnel) run(ctx context.Context, link string, changed func()) error
 
 const maxPacket = 1 << 16
 
-// out sends what comes from the interface to the node that has its destination, until
+// send sends packets from the interface to the nodes that have their destinations, until
 // the interface is closed.
-func (t *userTunnel) out(tun *os.File, conn *net.UDPConn) error {
+func (t *userTunnel) send(tun *os.File, conn *net.UDPConn) error {
 	buf := make([]byte, maxPacket)
 	for {
 		n, err := tun.Read(buf)
 		if err != nil {
 			return err
 		}
-		_, dst, ok := ends(buf[:n])
+		_, dst, ok := parseAddrs(buf[:n])
 		if !ok {
 			continue
 		}
@@ -181,8 +181,8 @@ func (t *userTunnel) out(tun *os.File, conn *net.UDPConn) error {
 	}
 }
 
-// in passes what comes from other nodes to the interface, until conn is closed.
-func (t *userTunnel) in(conn *net.UDPConn, tun *atomic.Pointer[os.File]) {
+// receive passes packets from other nodes to the interface, until conn is closed.
+func (t *userTunnel) receive(conn *net.UDPConn, tun *atomic.Pointer[os.File]) {
 	buf := make([]byte, maxPacket)
 	for {
 		n, from, err := conn.ReadFromUDPAddrPort(buf)
@@ -190,9 +190,9 @@ func (t *userTunnel) in(conn *net.UDPConn, tun *atomic.Pointer[os.File]) {
 			return
 		}
 		if err != nil {
-			continue // what an ICMP message said of an earlier packet
+			continue // an ICMP error about an earlier packet
 		}
-		src, _, ok := ends(buf[:n])
+		src, _, ok := parseAddrs(buf[:n])
 		if !ok {
 			continue
 		}
@@ -207,8 +207,8 @@ func (t *userTunnel) in(conn *net.UDPConn, tun *atomic.Pointer[os.File]) {
 	}
 }
 
-// ends reads source and destination of an IP packet.
-func ends(packet []byte) (src, dst netip.Addr, ok bool) {
+// parseAddrs returns the source and destination of an IP packet.
+func parseAddrs(packet []byte) (src, dst netip.Addr, ok bool) {
 	if len(packet) == 0 {
 		return src, dst, false
 	}
@@ -221,9 +221,9 @@ func ends(packet []byte) (src, dst netip.Addr, ok bool) {
 	return src, dst, false
 }
 
-// attachTUN opens an interface that ensureDevice has made, with further flags of it.
+// attachTUN opens an interface that ensureDevice has created, with additional flags.
 func attachTUN(name string, flags uint16) (*os.File, error) {
-	// Otherwise the kernel would make one that goes with this process.
+	// Otherwise the kernel would create an interface that disappears with this process.
 	if _, err := netlink.LinkByName(name); err != nil {
 		return nil, fmt.Errorf("find %s: %w", name, err)
 	}

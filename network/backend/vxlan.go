@@ -7,21 +7,21 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"kedge/network/nft"
+	"kedge/network/nft/pods"
 )
 
-// planVXLAN is one interface for each family between nodes that is in use, usually
-// one. Nothing is learned and nothing is broadcast: for each peer there is the
-// hardware address of its end, where that is (forwarding entry), the peer's gateway
-// address with it (neighbour), and a route to its pods over the gateway.
+// planVXLAN returns one interface for each address family that is in use between nodes,
+// usually one. Learning and flooding are off: for each peer there is the hardware address
+// of its tunnel end, the node address behind it (forwarding entry), the peer's gateway
+// address with it (neighbour), and a route to its pods through the gateway.
 //
-// With no peer there is no interface: a cluster of one machine needs no VXLAN.
+// Without peers there is no interface: a cluster of one machine needs no VXLAN.
 //
-// mtu is that of the interface between the nodes.
+// mtu is the MTU of the interface between the nodes.
 func planVXLAN(cfg Config, own node, peers []node, mtu int) (plan, error) {
 	var p plan
 	var errs []error
-	m := marks(own.name)
+	m := namesOf(own.name)
 	devices := map[bool]*device{} // by whether the nodes speak IPv6
 	for _, peer := range peers {
 		at, err := between(own, peer)
@@ -64,19 +64,20 @@ func planVXLAN(cfg Config, own node, peers []node, mtu int) (plan, error) {
 	return p, errors.Join(errs...)
 }
 
-// tunnelToNode sends what pods send to a peer's own addresses through the tunnel. It
-// would find its way outside of the tunnel too, but not the answers: the peer sends
-// what is for pods through the tunnel, and what comes from there with the peer's
-// address must be what went there. Only pods' packets are concerned: the tunnel's own
-// would go round in circles. IPv4 packets are known by a mark (nft.TunnelTOS), and IPv6
-// packets, for which the kernel finds no routes by that, by a rule for their source.
+// tunnelToNode routes packets from pods to a peer's own addresses through the tunnel. They
+// could reach the peer outside the tunnel, but the replies could not: the peer sends
+// packets for pods through the tunnel, and a packet from the tunnel with the peer's source
+// address must belong to a connection through the tunnel. Only packets of pods may take it:
+// the tunnel's own packets would loop. IPv4 packets are identified by a mark
+// (pods.TunnelTOS), and IPv6 packets, for which the kernel does not use the mark in
+// routing, by a rule for their source.
 func (p *plan) tunnelToNode(own, peer node, ipv6 bool, via netip.Addr, link string, table int) {
 	for _, a := range peer.addrs {
 		if a.Is6() != ipv6 {
 			continue
 		}
 		p.peers = append(p.peers, a)
-		r := route{dst: netip.PrefixFrom(a, a.BitLen()), via: via, link: link, table: unix.RT_TABLE_MAIN, tos: nft.TunnelTOS}
+		r := route{dst: netip.PrefixFrom(a, a.BitLen()), via: via, link: link, table: unix.RT_TABLE_MAIN, tos: pods.TunnelTOS}
 		if ipv6 {
 			r.table, r.tos = table, 0
 		}
@@ -92,7 +93,7 @@ func (p *plan) tunnelToNode(own, peer node, ipv6 bool, via netip.Addr, link stri
 	}
 }
 
-// gateways are the node's addresses in its own pod ranges.
+// gateways returns the node's addresses in its own pod ranges.
 func (n node) gateways() []netip.Addr {
 	var out []netip.Addr
 	for _, ipv6 := range []bool{false, true} {

@@ -9,28 +9,28 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netwatch"
+	"kedge/internal/kernelnet"
 	"kedge/network/cni"
 )
 
-// watchRoutes calls changed when an interface of the machine changed or a route or
-// address went, until ctx is cancelled. What happens to the links of pods does not
-// count: it is most of what happens, and touches no way to other nodes.
+// watchRoutes calls changed when an interface of the machine changed or a route or address
+// was removed, until ctx is cancelled. Events of pods' links do not count: most events are
+// theirs, and they affect no route to other nodes.
 func watchRoutes(ctx context.Context, changed func()) error {
 	groups := []uint32{
 		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 		unix.RTNLGRP_NEIGH,
 	}
-	if err := netwatch.Follow(ctx, unix.NETLINK_ROUTE, groups, concerns, changed); err != nil {
+	if err := kernelnet.Follow(ctx, unix.NETLINK_ROUTE, groups, relevant, changed); err != nil {
 		return fmt.Errorf("watch routes: %w", err)
 	}
 	return nil
 }
 
-// concerns says whether a message may mean that something of ours is gone, or that the
-// link to the other nodes is another one.
-func concerns(msgs []netlink.Message) bool {
+// relevant reports whether messages may mean that an object of kedge was removed, or that
+// the link to the other nodes has changed.
+func relevant(msgs []netlink.Message) bool {
 	for _, m := range msgs {
 		switch m.Header.Type {
 		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
@@ -43,16 +43,16 @@ func concerns(msgs []netlink.Message) bool {
 				return true
 			}
 		case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-			// struct ifaddrmsg: the second byte is the prefix' length. Pods' links have
-			// single addresses only; those of nodes are rarely that.
+			// struct ifaddrmsg: the second byte is the prefix length. Links of pods have
+			// only single addresses; links of nodes rarely do.
 			if len(m.Data) > 1 && m.Data[1] != 32 && m.Data[1] != 128 {
 				return true
 			}
 		case unix.RTM_DELRULE:
 			return true
 		case unix.RTM_DELNEIGH:
-			// struct ndmsg: the ninth and tenth byte are the state. Of neighbours and forwarding
-			// entries that only somebody can have removed, most are ours.
+			// struct ndmsg: the ninth and tenth byte are the state. Most permanent
+			// neighbours and forwarding entries are kedge's.
 			if len(m.Data) > 9 && binary.NativeEndian.Uint16(m.Data[8:])&unix.NUD_PERMANENT != 0 {
 				return true
 			}
@@ -61,7 +61,7 @@ func concerns(msgs []netlink.Message) bool {
 	return false
 }
 
-// linkName reads the name from a message about an interface.
+// linkName returns the name in a message about an interface.
 func linkName(data []byte) (string, bool) {
 	if len(data) < unix.SizeofIfInfomsg {
 		return "", false

@@ -5,7 +5,8 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// kernelWireGuard is an interface of the kernel's. Packets flow while kedge is away.
+// kernelWireGuard is a WireGuard interface of the kernel. Packets flow while kedge is not
+// running.
 type kernelWireGuard struct {
 	name   string
 	client *wgctrl.Client
@@ -35,8 +36,8 @@ func (k *kernelWireGuard) configure(c wgtypes.Config) error {
 	return k.client.ConfigureDevice(k.name, c)
 }
 
-// gone is nil: what is done to interfaces the backend hears from the kernel, and
-// configure fails of one that is not there.
+// gone returns nil: the backend watches the kernel's interfaces, and configure fails if the
+// interface does not exist.
 func (k *kernelWireGuard) gone() <-chan struct{} { return nil }
 
-func (k *kernelWireGuard) close() { _ = k.client.Close() } // all that was sent has been answered
+func (k *kernelWireGuard) close() { _ = k.client.Close() } // every request has been answered

@@ -19,15 +19,15 @@ import (
 func (m *machine) key() string {
 	m.c.mu.Lock()
 	defer m.c.mu.Unlock()
-	var said struct{ Key string }
-	if err := json.Unmarshal([]byte(m.c.objects[m.cfg.Name].Annotations[backend.Annotation]), &said); err != nil {
+	var announced struct{ Key string }
+	if err := json.Unmarshal([]byte(m.c.objects[m.cfg.Name].Annotations[backend.Annotation]), &announced); err != nil {
 		m.c.t.Fatal(err)
 	}
-	return said.Key
+	return announced.Key
 }
 
-// TestWireGuardKeys: nodes change their keys while they run, at short intervals, and when
-// they are started anew, and a connection between pods lives through all of it.
+// TestWireGuardKeys: nodes change their keys while they run, at short intervals, and at a
+// restart, and a connection between pods survives all of it.
 func TestWireGuardKeys(t *testing.T) {
 	c := newCluster(t, backend.WireGuard)
 	f := families{"4", "4"}
@@ -44,9 +44,11 @@ func TestWireGuardKeys(t *testing.T) {
 		t.Cleanup(func() { l.Close() })
 		go func() {
 			conn, err := l.Accept()
-			if err == nil {
-				_, _ = io.Copy(conn, conn)
+			if err != nil {
+				return
 			}
+			defer closeWith(t, conn)()
+			_, _ = io.Copy(conn, conn)
 		}()
 		return nil
 	}))

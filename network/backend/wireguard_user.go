@@ -13,13 +13,13 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// userWireGuard is WireGuard in this process, behind a TUN device. Packets wait while
-// kedge is away.
+// userWireGuard is WireGuard in this process, on a TUN device. Packets wait while kedge is
+// not running.
 type userWireGuard struct{ device *wireguard.Device }
 
 func newUserWireGuard(name string, mtu int, log *slog.Logger) (*userWireGuard, error) {
-	// With headers of virtual networks the kernel hands over large segments, and
-	// WireGuard sends several packets at a time: several times as much comes through.
+	// With virtio-net headers the kernel hands over large segments, and WireGuard sends
+	// several packets at a time, which multiplies the throughput.
 	f, err := attachTUN(name, unix.IFF_VNET_HDR)
 	if err != nil {
 		return nil, err
@@ -29,12 +29,12 @@ func newUserWireGuard(name string, mtu int, log *slog.Logger) (*userWireGuard, e
 		f.Close()
 		return nil, err
 	}
-	say := func(format string, args ...any) { log.Debug("WireGuard: " + fmt.Sprintf(format, args...)) }
-	d := wireguard.NewDevice(t, conn.NewDefaultBind(), &wireguard.Logger{Verbosef: wireguard.DiscardLogf, Errorf: say})
+	logf := func(format string, args ...any) { log.Debug("WireGuard: " + fmt.Sprintf(format, args...)) }
+	d := wireguard.NewDevice(t, conn.NewDefaultBind(), &wireguard.Logger{Verbosef: wireguard.DiscardLogf, Errorf: logf})
 	return &userWireGuard{d}, nil
 }
 
-// peers are none: it begins with the process.
+// peers returns nil: the state of the device begins with the process.
 func (u *userWireGuard) peers() ([]wgtypes.Key, error) { return nil, nil }
 
 func (u *userWireGuard) configure(c wgtypes.Config) error {

@@ -28,8 +28,8 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
+	"kedge/internal/namespaces"
+	"kedge/internal/test/host"
 	"kedge/network"
 	"kedge/network/backend"
 	"kedge/network/cniclient"
@@ -38,8 +38,9 @@ import (
 // nodeVar holds the configuration of a node's process.
 const nodeVar = "KEDGE_TEST_NODE"
 
-// nodeConfig is what a node's process is told at its start. Then it reads lists of
-// nodes from its standard input, one a line, and prints an update for each thing it does.
+// nodeConfig is the configuration of a node's process. The process then reads lists of
+// nodes from its standard input, one for each line, and prints an update for each of its
+// actions.
 type nodeConfig struct {
 	Name, Dir, Mode, Interface string
 	Addrs                      []netip.Addr
@@ -55,8 +56,8 @@ type update struct {
 	Key, Value string // annotation that it wants
 }
 
-// nodeMain is a node: its network and its backend, without a container runtime, and
-// with an API that is what its standard input says.
+// nodeMain is a node: its network and its backend, without a container runtime, and with an
+// API whose content comes from standard input.
 func nodeMain() error {
 	var cfg nodeConfig
 	if err := json.Unmarshal([]byte(os.Getenv(nodeVar)), &cfg); err != nil {
@@ -87,7 +88,7 @@ func nodeMain() error {
 	api := fake.NewClientset()
 	watches := informers.NewSharedInformerFactory(api, 0)
 	annotate := func(_ context.Context, key, value string) error { say(update{Key: key, Value: value}); return nil }
-	ways, err := backend.New(b, watches, annotate, pods.SetNodes, log)
+	component, err := backend.New(b, watches, annotate, pods.SetNodes, log)
 	if err != nil {
 		return err
 	}
@@ -104,7 +105,7 @@ func nodeMain() error {
 	go func() {
 		for lines.Scan() {
 			if err := follow(ctx, api, lines.Bytes()); err != nil {
-				log.Error("follow", "error", err)
+				log.Error("follow", "err", err)
 			}
 		}
 		stop() // the test has ended
@@ -113,7 +114,7 @@ func nodeMain() error {
 	var begun sync.WaitGroup
 	begun.Add(2)
 	errs := make(chan error, 2)
-	for _, run := range []func(context.Context, func()) error{pods.Run, ways.Run} {
+	for _, run := range []func(context.Context, func()) error{pods.Run, component.Run} {
 		parts.Go(func() { errs <- run(ctx, sync.OnceFunc(begun.Done)); stop() })
 	}
 	go func() { begun.Wait(); say(update{Ready: true}) }()
@@ -154,12 +155,12 @@ func follow(ctx context.Context, api *fake.Clientset, list []byte) error {
 	return nil
 }
 
-// cluster is some machines on one switch, and what the API says of them.
+// cluster is a number of machines on one switch, with their nodes in the API.
 type cluster struct {
 	t    testing.TB
 	mode backend.Mode
 	mtu  int // of pods of machines that are added; 0 for the most that fits
-	lan  *testhost.LAN
+	lan  *host.LAN
 
 	mu       sync.Mutex // guards what follows
 	machines []*machine
@@ -168,7 +169,7 @@ type cluster struct {
 
 // machine is a node.
 type machine struct {
-	*testhost.Host
+	*host.Host
 	c     *cluster
 	cfg   nodeConfig
 	cmd   *exec.Cmd
@@ -202,11 +203,11 @@ type families struct {
 }
 
 func newCluster(t testing.TB, mode backend.Mode) *cluster {
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	if t, ok := t.(*testing.T); ok {
 		t.Parallel() // most of what these tests do is wait
 	}
-	lan, err := testhost.NewLAN()
+	lan, err := host.NewLAN()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,10 +246,10 @@ func (c *cluster) machine(i int, f families) *machine {
 	if m.Host, err = c.lan.Host(m.cfg.Name, addrs...); err != nil {
 		c.t.Fatal(err)
 	}
-	// While the kernel asks whether somebody else has its link-local address, it can
-	// look for no IPv6 neighbour: a machine has been up for longer.
+	// While the kernel runs duplicate address detection for its link-local address, it
+	// cannot resolve IPv6 neighbours: a real machine has been up for longer.
 	c.within(5*time.Second, m.cfg.Name+" has its addresses", func() error {
-		uplink, err := m.Netlink().LinkByName(testhost.Uplink)
+		uplink, err := m.Netlink().LinkByName(host.Uplink)
 		if err != nil {
 			return err
 		}
@@ -262,7 +263,7 @@ func (c *cluster) machine(i int, f families) *machine {
 	})
 	// The strictest that distributions set.
 	c.must(m.Do(func() error {
-		for _, name := range []string{"all", "default", testhost.Uplink} {
+		for _, name := range []string{"all", "default", host.Uplink} {
 			if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name+"/rp_filter", []byte("1"), 0); err != nil {
 				return err
 			}
@@ -381,7 +382,7 @@ func (m *machine) start() {
 	}
 }
 
-// end ends the node's process; what it made stays.
+// end ends the node's process; its objects in the kernel stay.
 func (m *machine) end(sig syscall.Signal) {
 	m.c.mu.Lock()
 	running := m.stdin != nil
@@ -406,7 +407,7 @@ func (m *machine) leavesNothing() {
 	links, err := m.Netlink().LinkList()
 	m.c.must(err)
 	for _, l := range links {
-		if n := l.Attrs().Name; n != "lo" && n != testhost.Uplink {
+		if n := l.Attrs().Name; n != "lo" && n != host.Uplink {
 			m.c.t.Errorf("%s: interface left over: %s", m.cfg.Name, n)
 		}
 	}
@@ -439,7 +440,7 @@ func ours(m *machine) (out []string) {
 // pod is a network namespace that a machine has attached.
 type pod struct {
 	m     *machine
-	ns    *netns.NS
+	ns    *namespaces.Network
 	addrs []netip.Addr
 }
 
@@ -449,7 +450,7 @@ func (m *machine) pod() *pod {
 	m.pods++
 	p := &pod{m: m}
 	var err error
-	p.ns, err = netns.New()
+	p.ns, err = namespaces.NewNetwork()
 	m.c.must(err)
 	t.Cleanup(func() { p.ns.Close() })
 	conf, err := os.ReadFile(filepath.Join(m.cfg.Dir, "data", "cni", "net.d", "10-kedge.conflist"))
@@ -497,6 +498,16 @@ func pick(addrs []netip.Addr, ipv6 bool) netip.Addr {
 // place runs a function somewhere: in a pod or on a host.
 type place func(func() error) error
 
+// closeWith closes a connection at the end of the test, whose networks may end before the other side's goodbye has come. The
+// function that it returns closes it now.
+func closeWith(t testing.TB, conn net.Conn) func() {
+	stop := context.AfterFunc(t.Context(), func() { conn.Close() })
+	return func() {
+		stop()
+		conn.Close()
+	}
+}
+
 // serve answers datagrams and connections at a place with the caller's address.
 func (c *cluster) serve(at place, port int) {
 	var l net.Listener
@@ -516,8 +527,9 @@ func (c *cluster) serve(at place, port int) {
 				return
 			}
 			go func() {
-				defer conn.Close()
-				// The length of what came, so that the caller knows that all did.
+				defer closeWith(c.t, conn)()
+				// The received length, so that the caller can check that everything
+				// arrived.
 				n, _ := io.Copy(io.Discard, conn)
 				fmt.Fprintf(conn, "%s %d", conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), n)
 			}()

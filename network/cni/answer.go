@@ -13,7 +13,7 @@ import (
 	"kedge/network/cniclient"
 )
 
-// encode writes a result in the version that the configuration asks for.
+// encode returns a result in the version that the configuration requests.
 func encode(result types.Result, version string) (json.RawMessage, error) {
 	converted, err := result.GetAsVersion(cmp.Or(version, "1.0.0"))
 	if err != nil {
@@ -26,7 +26,7 @@ func encode(result types.Result, version string) (json.RawMessage, error) {
 	return buf.Bytes(), nil
 }
 
-// failed words an error as the CNI specification wants it.
+// failed returns an error in the form of the CNI specification.
 func failed(version string, r cniclient.Request, err error) cniclient.Response {
 	answer := struct {
 		CNIVersion string `json:"cniVersion"`
@@ -45,7 +45,7 @@ func failed(version string, r cniclient.Request, err error) cniclient.Response {
 	return cniclient.Response{Failed: true, Output: out}
 }
 
-// keyedMutex is one mutex for each key in use.
+// keyedMutex is a mutex for each key in use.
 type keyedMutex struct {
 	mu   sync.Mutex
 	held map[string]*waiters
@@ -53,10 +53,10 @@ type keyedMutex struct {
 
 type waiters struct {
 	mu    sync.Mutex
-	count int // goroutines that hold or want it; guarded by keyedMutex.mu
+	count int // goroutines that hold it or wait for it; guarded by keyedMutex.mu
 }
 
-// lock takes the mutex of a key and returns the function that gives it back.
+// lock locks the mutex of a key and returns the function that unlocks it.
 func (k *keyedMutex) lock(key string) (unlock func()) {
 	k.mu.Lock()
 	if k.held == nil {

@@ -3,6 +3,7 @@ package cni
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -15,7 +16,7 @@ import (
 
 	"kedge/network/cniclient"
 	"kedge/network/ipam"
-	"kedge/network/nft"
+	"kedge/network/nft/pods"
 )
 
 func TestNames(t *testing.T) {
@@ -148,7 +149,41 @@ func newPlugin(t *testing.T) *Plugin {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ledger.Close() })
-	return New("node1", ledger, func([]nft.HostPort) error { return nil }, nil, slog.New(slog.DiscardHandler))
+	return New("node1", ledger, pods.NewTable("node1"), nil, slog.New(slog.DiscardHandler))
+}
+
+// fullTable is a table that can refuse to be written.
+type fullTable struct {
+	err   error
+	ports []pods.HostPort
+}
+
+func (f *fullTable) SetHostPorts(ports []pods.HostPort) error {
+	if f.err == nil {
+		f.ports = ports
+	}
+	return f.err
+}
+
+// A pod is removed again if its host ports could not be removed from the table. The second attempt must not forget them.
+func TestHostPortsAreRemovedAtLast(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("looks for the pod's interface, which needs root")
+	}
+	p, table := newPlugin(t), &fullTable{}
+	p.table = table
+	p.ports["c/eth0"] = []pods.HostPort{{Port: 80, Protocol: unix.IPPROTO_TCP, Pod: netip.MustParseAddrPort("10.42.0.2:80")}}
+	if err := p.PublishHostPorts(); err != nil || len(table.ports) != 1 {
+		t.Fatalf("published %v: %v", table.ports, err)
+	}
+	table.err = errors.New("no buffer space available")
+	if err := p.remove("c/eth0"); !errors.Is(err, table.err) {
+		t.Errorf("removed although the ports stay: %v", err)
+	}
+	table.err = nil
+	if err := p.remove("c/eth0"); err != nil || len(table.ports) != 0 {
+		t.Errorf("after the second attempt there are %v: %v", table.ports, err)
+	}
 }
 
 func TestRefusals(t *testing.T) {

@@ -9,13 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// forgetFlows makes the kernel decide anew about datagrams to host ports. A
-// client that goes on sending keeps its old entry alive: to a pod that is gone,
-// or untranslated, from before the port was published. Connections of the other
-// protocols begin with a handshake and need no help.
+// deleteFlows deletes tracked UDP flows to host ports, so that the kernel translates them
+// again. A client that keeps sending keeps its old entry alive: to a pod that is gone, or
+// untranslated, from before the port was published. Connections of other protocols begin
+// with a handshake and need no help.
 //
-// It is best effort: what stays behind expires when the client pauses.
-func forgetFlows(pods []netip.Addr, ports []hostPort, log *slog.Logger) {
+// It is best effort: remaining flows expire when the client pauses.
+func deleteFlows(pods []netip.Addr, ports []hostPort, log *slog.Logger) {
 	filter := &flowFilter{pods: pods}
 	for _, p := range ports {
 		if p.Protocol == unix.IPPROTO_UDP {
@@ -25,11 +25,11 @@ func forgetFlows(pods []netip.Addr, ports []hostPort, log *slog.Logger) {
 	if len(filter.ports) == 0 {
 		return
 	}
-	// One walk through the kernel's table, which takes 10 ms where it is large,
-	// for both families; a second one only for what it finds.
+	// One walk through the kernel's table, which takes 10 ms if it is large, for both
+	// families; a second walk only for the flows found.
 	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
 	if err != nil {
-		log.Debug("tracked flows of a host port not listed", "error", err)
+		log.Debug("tracked flows of a host port not listed", "err", err)
 		return
 	}
 	families := map[uint8]bool{}
@@ -40,7 +40,7 @@ func forgetFlows(pods []netip.Addr, ports []hostPort, log *slog.Logger) {
 	}
 	for family := range families {
 		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), filter); err != nil {
-			log.Debug("tracked flows of a host port not deleted", "error", err)
+			log.Debug("tracked flows of a host port not deleted", "err", err)
 		}
 	}
 }
@@ -50,8 +50,8 @@ type flowFilter struct {
 	ports []uint16
 }
 
-// MatchConntrackFlow chooses datagram flows to one of the ports that a pod
-// answers, or nobody because they are not translated.
+// MatchConntrackFlow selects UDP flows to one of the ports that a pod answers, or that are
+// not translated.
 func (f *flowFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	if flow.Forward.Protocol != unix.IPPROTO_UDP || !slices.Contains(f.ports, flow.Forward.DstPort) {
 		return false

@@ -9,18 +9,18 @@ import (
 	"path/filepath"
 )
 
-// PluginName is the name under which the kedge executable is the CNI plugin.
+// PluginName is the name of the kedge executable as the CNI plugin.
 const PluginName = "kedge-cni"
 
-// confVersion is not the newest that the plugin answers to: from 1.1.0 on, the
-// runtime asks for STATUS whenever the kubelet asks how it is, which would start
-// an executable every few seconds for ever. The presence of the file says the same.
+// confVersion is not the newest version that the plugin supports: from 1.1.0 on, the
+// runtime executes STATUS whenever the kubelet requests its status, which would start an
+// executable every few seconds. The presence of the file says the same.
 const confVersion = "1.0.0"
 
-// confName is read before the files of other networks that might lie beside it.
+// confName sorts before the files of other networks in the directory.
 const confName = "10-kedge.conflist"
 
-// InstallPlugin makes binDir/kedge-cni lead to an executable.
+// InstallPlugin creates the link binDir/kedge-cni to an executable.
 func InstallPlugin(binDir, executable string) error {
 	if err := os.MkdirAll(binDir, 0o755); err != nil {
 		return fmt.Errorf("install CNI plugin: %w", err)
@@ -29,7 +29,7 @@ func InstallPlugin(binDir, executable string) error {
 	if now, err := os.Readlink(path); err == nil && now == executable {
 		return nil
 	}
-	// Renamed into place: the runtime finds the old one or the new one.
+	// Renamed into place: the runtime finds the old link or the new one.
 	next := path + ".next"
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("install CNI plugin: %w", err)
@@ -43,9 +43,9 @@ func InstallPlugin(binDir, executable string) error {
 	return nil
 }
 
-// WriteConf writes the network configuration that the container runtime waits
-// for: with the file, the runtime says that the network is ready. The runtime
-// watches the directory, so the file appears complete.
+// WriteConf writes the network configuration for which the container runtime waits: the
+// file makes it report the network as ready. The runtime watches the directory, so the file
+// appears complete.
 func WriteConf(confDir, socket string) error {
 	if err := os.MkdirAll(confDir, 0o755); err != nil {
 		return fmt.Errorf("write CNI configuration: %w", err)
@@ -78,8 +78,8 @@ func WriteConf(confDir, socket string) error {
 	return nil
 }
 
-// RemoveConf takes the configuration away: the runtime then says that the
-// network is not ready, and starts no pods.
+// RemoveConf removes the configuration: the runtime then reports that the network is not
+// ready, and starts no pods.
 func RemoveConf(confDir string) error {
 	err := os.Remove(filepath.Join(confDir, confName))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -97,8 +97,8 @@ func RemovePlugin(binDir string) error {
 	return nil
 }
 
-// RemoveLinks removes the host interfaces of all pods of a node, known or not,
-// and with them their ends in the pods, their addresses and routes.
+// RemoveLinks removes the host interfaces of all pods of a node, with or without a lease,
+// and with them the pods' interfaces, addresses and routes.
 func RemoveLinks(node string) error {
 	p := &Plugin{node: node, prefix: LinkPrefix(node)}
 	h, err := routeSocket()

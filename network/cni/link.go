@@ -1,38 +1,40 @@
 package cni
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/linkwait"
-	"kedge/internal/netns"
+	"kedge/internal/kernelnet"
+	"kedge/internal/namespaces"
 )
 
-// routeProtocol marks kedge's routes as nobody else's.
+// routeProtocol marks kedge's routes. No other program uses it.
 const routeProtocol netlink.RouteProtocol = 75
 
-// errLinkTaken says that the pod has an interface of that name from elsewhere.
+// errLinkTaken is the error for a pod with a foreign interface of the same name.
 var errLinkTaken = errors.New("pod has another interface of this name")
 
-// attachment is the wiring of one pod: a veth pair, one end on the node and one
-// in the pod. There is no common link between pods. The node's end carries the
-// gateway address and a route to each pod address; the pod's end has one default
-// route a family. Both ends know each other's hardware address beforehand, so
-// that no ARP or neighbour discovery is needed and the kernel's neighbour table,
-// which all pods of a machine share, cannot overflow.
+// attachment describes the connection of one pod: a veth pair, one end on the node and one
+// in the pod. Pods share no link. The node's end has the gateway address and a route to
+// each pod address; the pod's end has one default route for each family. Both ends know
+// each other's hardware address in advance, so that ARP and neighbour discovery are not
+// needed, and the kernel's neighbour table, which all pods of a machine share, cannot
+// overflow.
 type attachment struct {
 	host   string // name of the node's end
 	pod    string // name of the pod's end
 	alias  string
 	mtu    int
-	v6     bool // the node's end speaks IPv6
+	v6     bool // the node's end has IPv6
 	local  bool // connections from the node's 127.0.0.1 reach the pod
 	addrs  []podAddr
 	hostHW net.HardwareAddr
@@ -44,11 +46,11 @@ type podAddr struct {
 	addr, gateway netip.Addr
 }
 
-// connect makes the attachment true, whatever part of it exists already.
-func (a *attachment) connect(ns *netns.NS) error {
+// connect creates all parts of the attachment that do not exist.
+func (a *attachment) connect(ns *namespaces.Network) error {
 	for _, p := range a.addrs {
 		if !p.gateway.IsValid() {
-			return fmt.Errorf("node has no range any more for pod address %s", p.addr)
+			return fmt.Errorf("node no longer has a range for pod address %s", p.addr)
 		}
 	}
 	node, pod, err := a.handles(ns)
@@ -74,34 +76,35 @@ func (a *attachment) connect(ns *netns.NS) error {
 	if err := a.podSide(pod, inner, ns); err != nil {
 		return err
 	}
-	return a.settled(node, pod, outer.Attrs().Index)
+	return a.waitUntilReady(node, pod, outer.Attrs().Index)
 }
 
-// settled returns when the link carries packets: otherwise a pod's first one is lost.
-func (a *attachment) settled(node, pod *netlink.Handle, outer int) error {
-	if err := linkwait.Carrier(node, outer); err != nil { // its end was set up before the pod's
+// waitUntilReady returns when the link carries packets: otherwise the pod's first packet is
+// lost.
+func (a *attachment) waitUntilReady(node, pod *netlink.Handle, outer int) error {
+	if err := kernelnet.WaitCarrier(node, outer); err != nil { // its end was set up before the pod's
 		return err
 	}
 	for _, p := range a.addrs {
 		if !p.addr.Is6() {
 			continue
 		}
-		if err := linkwait.Local(pod, p.addr); err != nil {
+		if err := kernelnet.WaitLocal(pod, p.addr); err != nil {
 			return fmt.Errorf("in the pod: %w", err)
 		}
-		if err := linkwait.Local(node, p.gateway); err != nil {
+		if err := kernelnet.WaitLocal(node, p.gateway); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (a *attachment) handles(ns *netns.NS) (node, pod *netlink.Handle, err error) {
+func (a *attachment) handles(ns *namespaces.Network) (node, pod *netlink.Handle, err error) {
 	if node, err = routeSocket(); err != nil {
 		return nil, nil, err
 	}
-	// The socket is made inside the pod and used from outside: the thread is
-	// in the pod for one system call.
+	// The socket is created inside the pod's namespace and used from outside: the thread is
+	// in the namespace for one system call.
 	err = ns.Do(func() (err error) {
 		pod, err = routeSocket()
 		return err
@@ -113,7 +116,8 @@ func (a *attachment) handles(ns *netns.NS) (node, pod *netlink.Handle, err error
 	return node, pod, nil
 }
 
-// routeSocket opens a socket in the calling thread's namespace, where it stays.
+// routeSocket opens a socket in the namespace of the calling thread, to which it stays
+// bound.
 func routeSocket() (*netlink.Handle, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -122,8 +126,8 @@ func routeSocket() (*netlink.Handle, error) {
 	return h, nil
 }
 
-// ensurePair creates the two ends in one call, the pod's end directly in the pod.
-func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *netns.NS) error {
+// ensurePair creates both ends in one call, the pod's end directly in the pod.
+func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *namespaces.Network) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = a.host, a.mtu, a.hostHW
 	pair := netlink.NewVeth(attrs)
@@ -136,7 +140,7 @@ func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *netns.NS) error {
 		}
 		return nil
 	}
-	whole, err := a.paired(node, pod)
+	whole, err := a.isPaired(node, pod)
 	if whole || err != nil {
 		return err
 	}
@@ -154,15 +158,15 @@ func (a *attachment) ensurePair(node, pod *netlink.Handle, ns *netns.NS) error {
 	return nil
 }
 
-// paired says whether both ends exist and belong to each other.
-func (a *attachment) paired(node, pod *netlink.Handle) (bool, error) {
+// isPaired reports whether both ends exist and belong to each other.
+func (a *attachment) isPaired(node, pod *netlink.Handle) (bool, error) {
 	outer, err := node.LinkByName(a.host)
 	if err != nil {
-		return false, missing(err)
+		return false, ignoreNotFound(err)
 	}
 	inner, err := pod.LinkByName(a.pod)
 	if err != nil {
-		return false, missing(err)
+		return false, ignoreNotFound(err)
 	}
 	o, i := outer.Attrs(), inner.Attrs()
 	return outer.Type() == "veth" && inner.Type() == "veth" &&
@@ -175,17 +179,10 @@ func (a *attachment) hostSide(node *netlink.Handle, link netlink.Link) error {
 	if err := node.LinkSetAlias(link, a.alias); err != nil {
 		return fmt.Errorf("set alias of %s: %w", a.host, err)
 	}
-	// Before the link is up, so that it never listens to a pod's router
-	// advertisements, nor speaks IPv6 where the cluster does not.
-	if a.v6 {
-		if err := writeSysctl("net/ipv6/conf/"+a.host+"/accept_ra", "0"); err != nil {
-			return err
-		}
-	} else if err := writeSysctl("net/ipv6/conf/"+a.host+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if a.local {
-		if err := writeSysctl("net/ipv4/conf/"+a.host+"/route_localnet", "1"); err != nil {
+	// Before the link is up, so that it never accepts a pod's router advertisements, and
+	// has no IPv6 if the cluster has none.
+	for _, p := range a.parameters() {
+		if err := p.set(); err != nil {
 			return err
 		}
 	}
@@ -207,7 +204,54 @@ func (a *attachment) hostSide(node *netlink.Handle, link netlink.Link) error {
 	return nil
 }
 
-func (a *attachment) podSide(pod *netlink.Handle, link netlink.Link, ns *netns.NS) error {
+// parameter is a kernel parameter that an interface of the node must have.
+type parameter struct {
+	name, value string
+	optional    bool // it may be missing
+}
+
+// parameters returns the parameters of the node's end.
+func (a *attachment) parameters() []parameter {
+	list := []parameter{{"net/ipv4/conf/" + a.host + "/forwarding", "1", false}}
+	if a.v6 {
+		list = append(list, parameter{"net/ipv6/conf/" + a.host + "/accept_ra", "0", false})
+	} else {
+		list = append(list, parameter{"net/ipv6/conf/" + a.host + "/disable_ipv6", "1", true})
+	}
+	if a.local {
+		list = append(list, parameter{"net/ipv4/conf/" + a.host + "/route_localnet", "1", false})
+	}
+	return list
+}
+
+// set writes the parameter unless it has the value already.
+func (p parameter) set() error {
+	if p.check() == nil {
+		return nil
+	}
+	err := writeSysctl(p.name, p.value)
+	if p.optional && errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// check returns an error if the parameter has another value.
+func (p parameter) check() error {
+	now, err := os.ReadFile(filepath.Join("/proc/sys", p.name))
+	if p.optional && errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if got := string(bytes.TrimSpace(now)); got != p.value {
+		return fmt.Errorf("kernel parameter %s is %s and not %s", strings.ReplaceAll(p.name, "/", "."), got, p.value)
+	}
+	return nil
+}
+
+func (a *attachment) podSide(pod *netlink.Handle, link netlink.Link, ns *namespaces.Network) error {
 	if lo, err := pod.LinkByName("lo"); err != nil {
 		return fmt.Errorf("find lo in the pod: %w", err)
 	} else if err := pod.LinkSetUp(lo); err != nil {
@@ -220,7 +264,8 @@ func (a *attachment) podSide(pod *netlink.Handle, link netlink.Link, ns *netns.N
 	for _, p := range a.addrs {
 		err := pod.AddrReplace(link, linkAddr(p.addr))
 		if p.addr.Is6() && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)) {
-			// A machine may disable IPv6 for new interfaces; the cluster's wish is the later one.
+			// A machine may disable IPv6 for new interfaces; the cluster's configuration
+			// takes precedence.
 			err = ns.Do(func() error { return writeSysctl("net/ipv6/conf/"+a.pod+"/disable_ipv6", "0") })
 			if err == nil {
 				err = pod.AddrReplace(link, linkAddr(p.addr))
@@ -242,20 +287,25 @@ func (a *attachment) podSide(pod *netlink.Handle, link netlink.Link, ns *netns.N
 	return nil
 }
 
-// check compares the kernel with what connect made.
-func (a *attachment) check(ns *netns.NS) error {
+// check compares the kernel with the result of connect.
+func (a *attachment) check(ns *namespaces.Network) error {
 	node, pod, err := a.handles(ns)
 	if err != nil {
 		return err
 	}
 	defer node.Close()
 	defer pod.Close()
-	whole, err := a.paired(node, pod)
+	whole, err := a.isPaired(node, pod)
 	if err != nil {
 		return err
 	}
 	if !whole {
 		return fmt.Errorf("veth pair %s is missing or not the pod's", a.host)
+	}
+	for _, p := range a.parameters() {
+		if err := p.check(); err != nil {
+			return err
+		}
 	}
 	inner, err := pod.LinkByName(a.pod)
 	if err != nil {
@@ -267,7 +317,7 @@ func (a *attachment) check(ns *netns.NS) error {
 	}
 	for _, p := range a.addrs {
 		family := familyOf(p.addr)
-		have, err := pod.AddrList(inner, family)
+		have, err := kernelnet.List(func() ([]netlink.Addr, error) { return pod.AddrList(inner, family) })
 		if err != nil {
 			return err
 		}
@@ -308,21 +358,20 @@ func hasRoute(h *netlink.Handle, link netlink.Link, want *netlink.Route, family 
 	return errNoRoute
 }
 
-// removeLink removes the node's end, and with it the pod's. One that is not
-// there is removed already.
+// removeLink removes the node's end, and with it the pod's. A missing link is not an error.
 func removeLink(node *netlink.Handle, name string) error {
 	link, err := node.LinkByName(name)
 	if err == nil {
 		err = node.LinkDel(link)
 	}
-	if err := missing(err); err != nil {
+	if err := ignoreNotFound(err); err != nil {
 		return fmt.Errorf("remove %s: %w", name, err)
 	}
 	return nil
 }
 
-// missing turns the error for a link that does not exist into none.
-func missing(err error) error {
+// ignoreNotFound returns nil for the error about a link that does not exist.
+func ignoreNotFound(err error) error {
 	var notFound netlink.LinkNotFoundError
 	if errors.As(err, &notFound) || errors.Is(err, unix.ENODEV) {
 		return nil
@@ -333,8 +382,8 @@ func missing(err error) error {
 func linkAddr(a netip.Addr) *netlink.Addr {
 	addr := &netlink.Addr{IPNet: hostNet(a)}
 	if a.Is6() {
-		// Duplicate detection would keep the address unusable for a second,
-		// and there is nobody else on the link.
+		// Duplicate detection would keep the address unusable for a second, and no other
+		// host is on the link.
 		addr.Flags = unix.IFA_F_NODAD
 	}
 	return addr
@@ -347,8 +396,8 @@ func neighbour(index int, ip netip.Addr, hw net.HardwareAddr) *netlink.Neigh {
 	}
 }
 
-// linkRoute reaches one address directly; src, if given, is the address that
-// the node itself then uses.
+// linkRoute returns a direct route to one address; src, if given, is the source address of
+// the node's own packets.
 func linkRoute(index int, dst, src netip.Addr) *netlink.Route {
 	r := &netlink.Route{LinkIndex: index, Dst: hostNet(dst), Scope: netlink.SCOPE_LINK, Protocol: routeProtocol}
 	if src.IsValid() {

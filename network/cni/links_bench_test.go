@@ -12,29 +12,34 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
+	"kedge/internal/namespaces"
+	"kedge/internal/test/host"
 	"kedge/network/nft"
+	"kedge/network/nft/pods"
 )
 
-// The benchmarks behind docs/decisions/pod-links.md compare two ways to join
-// pods to their node, side by side in one run:
+// The benchmarks for docs/decisions/pod-links.md compare two ways to connect pods to their
+// node, side by side in one run:
 //
 //	go test -run '^$' -bench PodLink ./network/cni
 
-// wiring is one of the ways.
+// wiring is a way to connect pods.
 type wiring struct {
 	name string
 	// prepare makes the node ready and returns how to add and remove pod i.
-	prepare func(b *testing.B) (add func(i int, ns *netns.NS) error, remove func(i int) error)
+	prepare func(b *testing.B) (add func(i int, ns *namespaces.Network) error, remove func(i int) error)
 }
 
 var wirings = []wiring{
 	{"routed", prepareRouted},
-	{"bridge", func(b *testing.B) (func(int, *netns.NS) error, func(int) error) { return prepareBridge(b, "0") }},
-	// What a bridge needs as soon as there are services or policies: packets
-	// between pods of one node must pass the rules.
-	{"bridge-filtered", func(b *testing.B) (func(int, *netns.NS) error, func(int) error) { return prepareBridge(b, "1") }},
+	{"bridge", func(b *testing.B) (func(int, *namespaces.Network) error, func(int) error) {
+		return prepareBridge(b, "0")
+	}},
+	// A bridge needs this as soon as there are services or policies: packets between pods
+	// of one node must pass the rules.
+	{"bridge-filtered", func(b *testing.B) (func(int, *namespaces.Network) error, func(int) error) {
+		return prepareBridge(b, "1")
+	}},
 }
 
 func podIP(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 42, 0, byte(2 + i)}) }
@@ -43,8 +48,8 @@ var benchGateway = netip.MustParseAddr("10.42.0.1")
 
 func benchRules(b *testing.B, prefix string) {
 	b.Helper()
-	table := nft.NewPodTable("bench")
-	err := table.Set(nft.PodRules{
+	table := pods.NewTable("bench")
+	err := table.Set(pods.Rules{
 		LinkPrefix: prefix,
 		PodRanges:  []netip.Prefix{netip.MustParsePrefix("10.42.0.0/24")},
 		Inside:     []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
@@ -55,7 +60,7 @@ func benchRules(b *testing.B, prefix string) {
 	b.Cleanup(func() { nft.RemoveTables("bench") })
 }
 
-func prepareRouted(b *testing.B) (func(int, *netns.NS) error, func(int) error) {
+func prepareRouted(b *testing.B) (func(int, *namespaces.Network) error, func(int) error) {
 	prefix := LinkPrefix("bench")
 	benchRules(b, prefix)
 	attach := func(i int) *attachment {
@@ -66,7 +71,7 @@ func prepareRouted(b *testing.B) (func(int, *netns.NS) error, func(int) error) {
 			addrs: []podAddr{{podIP(i), benchGateway}},
 		}
 	}
-	return func(i int, ns *netns.NS) error { return attach(i).connect(ns) },
+	return func(i int, ns *namespaces.Network) error { return attach(i).connect(ns) },
 		func(i int) error {
 			h, err := routeSocket()
 			if err != nil {
@@ -77,7 +82,7 @@ func prepareRouted(b *testing.B) (func(int, *netns.NS) error, func(int) error) {
 		}
 }
 
-func prepareBridge(b *testing.B, filtered string) (func(int, *netns.NS) error, func(int) error) {
+func prepareBridge(b *testing.B, filtered string) (func(int, *namespaces.Network) error, func(int) error) {
 	benchRules(b, "br0")
 	if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte(filtered), 0); err != nil && filtered == "1" {
 		b.Skipf("needs the kernel's bridge filter: %v", err)
@@ -97,7 +102,7 @@ func prepareBridge(b *testing.B, filtered string) (func(int, *netns.NS) error, f
 	must(netlink.AddrAdd(bridge, &netlink.Addr{IPNet: &net.IPNet{IP: benchGateway.AsSlice(), Mask: net.CIDRMask(24, 32)}}))
 	must(netlink.LinkSetUp(bridge))
 	name := func(i int) string { return fmt.Sprintf("brpod%d", i) }
-	add := func(i int, ns *netns.NS) error {
+	add := func(i int, ns *namespaces.Network) error {
 		node, err := routeSocket()
 		if err != nil {
 			return err
@@ -151,7 +156,7 @@ func prepareBridge(b *testing.B, filtered string) (func(int, *netns.NS) error, f
 }
 
 func eachWiring(b *testing.B, run func(b *testing.B, w wiring)) {
-	testhost.RequireIsolation(b)
+	host.RequireIsolation(b)
 	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
 		b.Fatal(err)
 	}
@@ -166,7 +171,7 @@ func BenchmarkPodLinkSetup(b *testing.B) {
 	eachWiring(b, func(b *testing.B, w wiring) {
 		add, remove := w.prepare(b)
 		for i := range 50 {
-			ns, err := netns.New()
+			ns, err := namespaces.NewNetwork()
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -178,7 +183,7 @@ func BenchmarkPodLinkSetup(b *testing.B) {
 		}
 		var adds, firsts, removes []time.Duration
 		for b.Loop() {
-			ns, err := netns.New()
+			ns, err := namespaces.NewNetwork()
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -208,11 +213,11 @@ func BenchmarkPodLinkSetup(b *testing.B) {
 }
 
 // twoPods joins two pods and returns their namespaces.
-func twoPods(b *testing.B, w wiring) [2]*netns.NS {
+func twoPods(b *testing.B, w wiring) [2]*namespaces.Network {
 	add, remove := w.prepare(b)
-	var pods [2]*netns.NS
+	var pods [2]*namespaces.Network
 	for i := range pods {
-		ns, err := netns.New()
+		ns, err := namespaces.NewNetwork()
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -266,7 +271,7 @@ func BenchmarkPodLinkLatency(b *testing.B) {
 	})
 }
 
-func connect(b *testing.B, pods [2]*netns.NS) (server, client net.Conn) {
+func connect(b *testing.B, pods [2]*namespaces.Network) (server, client net.Conn) {
 	b.Helper()
 	place := netip.AddrPortFrom(podIP(1), 80).String()
 	var l net.Listener

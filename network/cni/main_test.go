@@ -3,7 +3,12 @@ package cni
 import (
 	"testing"
 
-	"kedge/internal/testhost"
+	"go.uber.org/goleak"
+
+	"kedge/internal/test/host"
 )
 
-func TestMain(m *testing.M) { testhost.Main(m) }
+func TestMain(m *testing.M) {
+	host.Isolate()
+	goleak.VerifyTestMain(m)
+}

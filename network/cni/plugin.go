@@ -11,47 +11,56 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
-	"kedge/internal/netns"
+
+	"kedge/internal/namespaces"
 	"kedge/network/cniclient"
 	"kedge/network/ipam"
-	"kedge/network/nft"
+	"kedge/network/nft/pods"
 )
 
-// Setup is what every new pod gets. It may change while pods run.
+// Setup is the configuration of new pods. It may change while pods run.
 type Setup struct {
-	Ranges []netip.Prefix // pod addresses of this node, one range a family; none until they are known
+	Ranges []netip.Prefix // pod ranges of this node, one for each family; empty until they are known
 	MTU    int
 }
 
-// Plugin answers CNI requests. It may be used from many goroutines; requests
-// about one attachment wait for each other.
+// Plugin answers CNI requests. It may be used from many goroutines; requests for the same
+// attachment wait for each other.
 type Plugin struct {
-	node     string
-	prefix   string
-	ledger   *ipam.Ledger
-	setPorts func([]nft.HostPort) error
-	judge    Judge // nil if everything is allowed
-	log      *slog.Logger
-	owners   keyedMutex
+	node   string
+	prefix string
+	ledger *ipam.Ledger
+	table  hostPortTable
+	policy PolicyEngine // nil if every connection is allowed
+	log    *slog.Logger
+	owners keyedMutex
 
-	mu    sync.Mutex // guards setup and ports; held while a lease is made, so that no two get one port
+	mu    sync.Mutex // guards setup and ports; held while a lease is made, so that two pods cannot get the same port
 	setup Setup
-	ports map[string][]nft.HostPort // by owner
+	ports map[string][]pods.HostPort // by owner
 
-	portsMu sync.Mutex // one call of setPorts at a time, each with the newest ports
+	portsMu     sync.Mutex  // one write of host ports at a time, each with the newest ports
+	unpublished atomic.Bool // the last write failed: the table has the ports of an earlier moment
 }
 
-// New returns the plugin of a node. setPorts makes the given host ports, and
-// no others, true. Without a judge every connection is allowed. Call Reconcile
-// before the first request.
-func New(node string, ledger *ipam.Ledger, setPorts func([]nft.HostPort) error, judge Judge, log *slog.Logger) *Plugin {
+// hostPortTable writes host ports to the kernel; see [pods.Table].
+type hostPortTable interface {
+	SetHostPorts(ports []pods.HostPort) error
+}
+
+// New returns the plugin of a node, which keeps the host ports in table. Without a policy
+// engine every connection is allowed. Call Adopt, PublishHostPorts and Reconcile, in this
+// order, before the first request.
+func New(node string, ledger *ipam.Ledger, table hostPortTable, policy PolicyEngine, log *slog.Logger) *Plugin {
 	p := &Plugin{
-		node: node, prefix: LinkPrefix(node), ledger: ledger, setPorts: setPorts, judge: judge, log: log,
-		ports: map[string][]nft.HostPort{},
+		node: node, prefix: LinkPrefix(node), ledger: ledger, table: table, policy: policy, log: log,
+		ports: map[string][]pods.HostPort{},
 	}
+	ledger.Avoid(p.inUse)
 	for _, lease := range ledger.Leases() {
 		if n, err := readNote(lease); err == nil {
 			p.ports[lease.Owner] = translations(n.Ports, lease.Addrs)
@@ -60,7 +69,7 @@ func New(node string, ledger *ipam.Ledger, setPorts func([]nft.HostPort) error, 
 	return p
 }
 
-// Configure says what pods get from now on. Those that run keep what they have.
+// Configure sets the configuration of new pods. Running pods keep theirs.
 func (p *Plugin) Configure(s Setup) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -98,14 +107,14 @@ func (p *Plugin) dispatch(ctx context.Context, r cniclient.Request, c config) (t
 	case "CHECK":
 		return nil, p.check(r)
 	case "GC":
-		return nil, p.collect(c)
+		return nil, p.garbageCollect(c)
 	case "STATUS":
 		return nil, p.status()
 	}
 	return nil, types.NewError(types.ErrInvalidEnvironmentVariables, fmt.Sprintf("unknown CNI_COMMAND %q", r.Command), "")
 }
 
-// status says whether ADD can succeed.
+// status returns an error if ADD would fail.
 func (p *Plugin) status() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -126,9 +135,9 @@ func (p *Plugin) add(ctx context.Context, r cniclient.Request, c config) (types.
 	own := owner(r.ContainerID, r.IfName)
 	defer p.owners.lock(own)()
 	if err := context.Cause(ctx); err != nil {
-		return nil, err // nobody waits for the answer any more
+		return nil, err // the client has gone
 	}
-	ns, err := netns.Open(r.Netns)
+	ns, err := namespaces.OpenNetwork(r.Netns)
 	if err != nil {
 		return nil, types.NewError(types.ErrInvalidNetNS, "open the pod's network namespace", err.Error())
 	}
@@ -141,15 +150,15 @@ func (p *Plugin) add(ctx context.Context, r cniclient.Request, c config) (types.
 		return nil, err
 	}
 	a := p.attachment(lease, n, setup.MTU)
-	if p.judge != nil {
-		err = p.judge.Attach(ctx, attachmentOf(lease, n))
+	if p.policy != nil {
+		err = p.policy.Attach(ctx, attachmentOf(lease, n))
 	}
 	if err == nil {
 		err = a.connect(ns)
 	}
 	if err == nil && len(ports) > 0 {
-		err = p.publish()
-		forgetFlows(lease.Addrs, ports, p.log)
+		err = p.PublishHostPorts()
+		deleteFlows(lease.Addrs, ports, p.log)
 	}
 	if err != nil {
 		return nil, errors.Join(err, p.remove(own))
@@ -158,7 +167,7 @@ func (p *Plugin) add(ctx context.Context, r cniclient.Request, c config) (types.
 	return a.result(r.Netns), nil
 }
 
-// lease writes down what the pod gets before any of it exists.
+// lease records what the pod gets before any of it exists.
 func (p *Plugin) lease(own string, n note) (ipam.Lease, Setup, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -183,8 +192,7 @@ func (p *Plugin) lease(own string, n note) (ipam.Lease, Setup, error) {
 	return lease, p.setup, nil
 }
 
-// portsFree checks the host ports against those of all other pods.
-// Caller holds mu.
+// portsFree checks the host ports against those of all other pods. Caller holds mu.
 func (p *Plugin) portsFree(own string, ports []hostPort) error {
 	if len(ports) == 0 {
 		return nil
@@ -195,7 +203,7 @@ func (p *Plugin) portsFree(own string, ports []hostPort) error {
 		}
 		other, err := readNote(lease)
 		if err != nil {
-			continue // adopted; has no ports
+			continue // adopted without ports
 		}
 		for _, a := range ports {
 			for _, b := range other.Ports {
@@ -221,16 +229,16 @@ func (p *Plugin) del(r cniclient.Request) error {
 	return nil
 }
 
-// remove undoes an attachment, in whatever state it is: first nothing leads to
-// the pod any more, then its interface goes, and last its address is free.
+// remove undoes an attachment in any state: first the host ports, then the interface, and
+// last the lease with its addresses.
 func (p *Plugin) remove(own string) error {
 	lease, leased := p.ledger.Get(own)
 	p.mu.Lock()
 	published := len(p.ports[own]) > 0
 	delete(p.ports, own)
 	p.mu.Unlock()
-	if published {
-		if err := p.publish(); err != nil {
+	if published || p.unpublished.Load() {
+		if err := p.PublishHostPorts(); err != nil {
 			return err
 		}
 	}
@@ -245,13 +253,13 @@ func (p *Plugin) remove(own string) error {
 	if !leased {
 		return nil
 	}
-	if p.judge != nil {
-		if err := p.judge.Detach(own); err != nil {
+	if p.policy != nil {
+		if err := p.policy.Detach(own); err != nil {
 			return err
 		}
 	}
 	if n, err := readNote(lease); err == nil && len(n.Ports) > 0 {
-		forgetFlows(lease.Addrs, n.Ports, p.log)
+		deleteFlows(lease.Addrs, n.Ports, p.log)
 	}
 	return p.ledger.Release(own)
 }
@@ -270,7 +278,7 @@ func (p *Plugin) check(r cniclient.Request) error {
 	if err != nil {
 		return err
 	}
-	ns, err := netns.Open(r.Netns)
+	ns, err := namespaces.OpenNetwork(r.Netns)
 	if err != nil {
 		return types.NewError(types.ErrInvalidNetNS, "open the pod's network namespace", err.Error())
 	}
@@ -278,8 +286,8 @@ func (p *Plugin) check(r cniclient.Request) error {
 	return p.attachment(lease, n, 0).check(ns)
 }
 
-// collect releases all attachments that the runtime does not know.
-func (p *Plugin) collect(c config) error {
+// garbageCollect releases all attachments that are unknown to the runtime.
+func (p *Plugin) garbageCollect(c config) error {
 	valid := map[string]bool{}
 	for _, a := range c.ValidAttachments {
 		valid[owner(a.ContainerID, a.IfName)] = true
@@ -290,37 +298,39 @@ func (p *Plugin) collect(c config) error {
 			continue
 		}
 		unlock := p.owners.lock(lease.Owner)
-		p.log.Info("attachment released: the container runtime does not know it", "attachment", lease.Owner)
+		p.log.Info("attachment released: unknown to the container runtime", "attachment", lease.Owner)
 		errs = append(errs, p.remove(lease.Owner))
 		unlock()
 	}
 	return errors.Join(errs...)
 }
 
-// publish makes the host ports of all attachments true.
-func (p *Plugin) publish() error {
+// PublishHostPorts gives the table the host ports of all attachments.
+func (p *Plugin) PublishHostPorts() error {
 	p.portsMu.Lock()
 	defer p.portsMu.Unlock()
-	return p.setPorts(p.HostPorts())
+	err := p.table.SetHostPorts(p.HostPorts())
+	p.unpublished.Store(err != nil)
+	return err
 }
 
 // HostPorts returns the host ports of all attachments.
-func (p *Plugin) HostPorts() []nft.HostPort {
+func (p *Plugin) HostPorts() []pods.HostPort {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var all []nft.HostPort
+	var all []pods.HostPort
 	for _, ports := range p.ports {
 		all = append(all, ports...)
 	}
-	slices.SortFunc(all, func(a, b nft.HostPort) int {
+	slices.SortFunc(all, func(a, b pods.HostPort) int {
 		return cmp.Or(a.HostIP.Compare(b.HostIP), cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port), a.Pod.Compare(b.Pod))
 	})
 	return all
 }
 
-// translations spells out a pod's host ports for each of its addresses.
-func translations(ports []hostPort, addrs []netip.Addr) []nft.HostPort {
-	var all []nft.HostPort
+// translations returns a pod's host ports for each of its addresses.
+func translations(ports []hostPort, addrs []netip.Addr) []pods.HostPort {
+	var all []pods.HostPort
 	for _, port := range ports {
 		for _, addr := range addrs {
 			if port.HostIP.IsValid() && port.HostIP.Is4() != addr.Is4() {
@@ -330,7 +340,7 @@ func translations(ports []hostPort, addrs []netip.Addr) []nft.HostPort {
 			if hostIP.IsUnspecified() {
 				hostIP = netip.Addr{}
 			}
-			all = append(all, nft.HostPort{
+			all = append(all, pods.HostPort{
 				HostIP: hostIP, Port: port.Host, Protocol: port.Protocol,
 				Pod: netip.AddrPortFrom(addr, port.Pod),
 			})
@@ -339,8 +349,8 @@ func translations(ports []hostPort, addrs []netip.Addr) []nft.HostPort {
 	return all
 }
 
-// attachment derives the wiring from a lease: the same lease always gives the
-// same wiring, also after a restart.
+// attachment derives the interfaces, addresses and routes from a lease: the same lease
+// always gives the same attachment, also after a restart.
 func (p *Plugin) attachment(lease ipam.Lease, n note, mtu int) *attachment {
 	_, ifName := splitOwner(lease.Owner)
 	a := &attachment{
@@ -358,9 +368,9 @@ func (p *Plugin) attachment(lease ipam.Lease, n note, mtu int) *attachment {
 	return a
 }
 
-// gatewayFor returns the node's address in the range of a pod's address. An
-// address from a range that the node no longer has gets the gateway of the
-// range it has now: any address of the node serves.
+// gatewayFor returns the node's address in the range of a pod's address. For an address of
+// a range that the node no longer has, it returns the gateway of the current range: any
+// address of the node works.
 func gatewayFor(addr netip.Addr, ranges []netip.Prefix) netip.Addr {
 	var other netip.Addr
 	for _, r := range ranges {
@@ -380,12 +390,12 @@ func readNote(lease ipam.Lease) (note, error) {
 		return n, fmt.Errorf("attachment %s: %w", lease.Owner, fs.ErrNotExist)
 	}
 	if err := json.Unmarshal(lease.Note, &n); err != nil {
-		return n, fmt.Errorf("read note of attachment %s: %w", lease.Owner, err)
+		return n, fmt.Errorf("read the lease note of attachment %s: %w", lease.Owner, err)
 	}
 	return n, nil
 }
 
-// result describes the attachment to the runtime.
+// result returns the CNI result of the attachment.
 func (a *attachment) result(netnsPath string) *types100.Result {
 	res := &types100.Result{
 		CNIVersion: types100.ImplementedSpecVersion,

@@ -9,7 +9,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netns"
+	"kedge/internal/namespaces"
 	"kedge/network/cniclient"
 )
 
@@ -29,13 +29,13 @@ type portMapping struct {
 	HostIP        string `json:"hostIP"`
 }
 
-// note is what a lease remembers beside its addresses.
+// note is the data that a lease stores besides its addresses.
 type note struct {
-	Netns   string     `json:"netns"`
-	NetnsID netns.ID   `json:"netnsID"`
-	Pod     string     `json:"pod,omitempty"` // namespace/name
-	UID     string     `json:"uid,omitempty"` // of the pod
-	Ports   []hostPort `json:"ports,omitempty"`
+	Netns   string               `json:"netns"`
+	NetnsID namespaces.NetworkID `json:"netnsID"`
+	Pod     string               `json:"pod,omitempty"` // namespace/name
+	UID     string               `json:"uid,omitempty"` // of the pod
+	Ports   []hostPort           `json:"ports,omitempty"`
 }
 
 // hostPort is a checked portMapping.
@@ -54,7 +54,7 @@ func (p hostPort) String() string {
 	return fmt.Sprintf("%d/%s", p.Host, name)
 }
 
-// conflicts says whether two host ports claim the same packets.
+// conflicts reports whether two host ports claim the same packets.
 func (p hostPort) conflicts(o hostPort) bool {
 	if p.Protocol != o.Protocol || p.Host != o.Host {
 		return false

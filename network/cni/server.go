@@ -3,42 +3,34 @@ package cni
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
-	"os"
 	"sync"
 	"time"
 
+	"kedge/internal/unixsocket"
 	"kedge/network/cniclient"
 )
 
 const (
 	// maxRequest is far more than any runtime sends.
 	maxRequest = 4 << 20
-	// requestTimeout bounds the waiting for a slow or silent client.
+	// requestTimeout bounds the wait for the request of a slow or silent client.
 	requestTimeout = 30 * time.Second
 )
 
-// Listen opens the socket that the plugin connects to. Only root may.
+// Listen opens the socket for the plugin. Only root may connect.
 func Listen(path string) (net.Listener, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("listen for CNI requests: %w", err)
-	}
-	l, err := net.Listen("unix", path)
+	l, err := unixsocket.ListenPrivate(context.Background(), path)
 	if err != nil {
 		return nil, fmt.Errorf("listen for CNI requests: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(fmt.Errorf("listen for CNI requests: %w", err), l.Close())
 	}
 	return l, nil
 }
 
-// Serve answers requests until ctx is cancelled, and closes the listener. It
-// returns when those under way are answered.
+// Serve answers requests until ctx is cancelled, and closes the listener. It returns when
+// all pending requests are answered.
 func (p *Plugin) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
@@ -59,21 +51,22 @@ func (p *Plugin) Serve(ctx context.Context, l net.Listener) error {
 
 func (p *Plugin) serveConn(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(requestTimeout)); err != nil {
+	// For the request only: the answer may take longer, and the client waits for it.
+	if err := conn.SetReadDeadline(time.Now().Add(requestTimeout)); err != nil {
 		return
 	}
 	var req cniclient.Request
 	if err := json.NewDecoder(io.LimitReader(conn, maxRequest)).Decode(&req); err != nil {
-		p.log.Warn("CNI request not understood", "error", err)
+		p.log.Warn("malformed CNI request", "err", err)
 		return
 	}
 	resp := p.Handle(ctx, req)
 	if resp.Failed {
 		p.log.Warn("CNI request failed", "command", req.Command, "container", req.ContainerID, "answer", string(resp.Output))
 	}
-	// A client that went away repeats its request, and both ADD and DEL may be
+	// A client that has disconnected repeats its request, and both ADD and DEL may be
 	// repeated.
 	if err := json.NewEncoder(conn).Encode(resp); err != nil {
-		p.log.Debug("CNI answer not sent", "command", req.Command, "error", err)
+		p.log.Debug("CNI answer not sent", "command", req.Command, "err", err)
 	}
 }

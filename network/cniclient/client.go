@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// timeout is longer than the work of any request, and shorter than the time
-// after which the runtime gives up on the plugin.
+// timeout is longer than the work of any request, and shorter than the runtime's timeout
+// for the plugin.
 const timeout = 60 * time.Second
 
 // Codes of the CNI specification.
@@ -49,7 +49,7 @@ func run(getenv func(string) string, stdin io.Reader, stdout io.Writer) int {
 	}
 	var f *fault
 	if !errors.As(err, &f) {
-		stdout.Write(out) // an error that kedge has put in words already
+		stdout.Write(out) // the complete error of the kedge process
 		return 1
 	}
 	f.CNIVersion = c.CNIVersion
@@ -60,7 +60,7 @@ func run(getenv func(string) string, stdin io.Reader, stdout io.Writer) int {
 	return 1
 }
 
-// errAnswered says that the answer itself is an error.
+// errAnswered means that the answer itself is an error.
 var errAnswered = errors.New("kedge answered with an error")
 
 func call(getenv func(string) string, stdin io.Reader, c *conf) ([]byte, error) {
@@ -80,12 +80,12 @@ func call(getenv func(string) string, stdin io.Reader, c *conf) ([]byte, error) 
 		Path:        getenv("CNI_PATH"),
 		Config:      input,
 	}
-	if req.Command == "VERSION" { // needs nobody
+	if req.Command == "VERSION" { // needs no running kedge
 		return versions(c.CNIVersion), nil
 	}
 	if c.Socket == "" {
-		return nil, &fault{Code: codeInvalidConfig, Msg: "network configuration names no socket",
-			Details: "the file 10-kedge.conflist, which kedge writes, has it"}
+		return nil, &fault{Code: codeInvalidConfig, Msg: "network configuration has no socket",
+			Details: "the file 10-kedge.conflist that kedge writes contains it"}
 	}
 	resp, err := Call(c.Socket, req)
 	if err != nil {
@@ -97,7 +97,7 @@ func call(getenv func(string) string, stdin io.Reader, c *conf) ([]byte, error) 
 	return resp.Output, nil
 }
 
-// Call sends one request to the kedge that listens on socket.
+// Call sends one request to the kedge process that listens on socket.
 func Call(socket string, req Request) (Response, error) {
 	conn, err := net.DialTimeout("unix", socket, timeout)
 	if err != nil {
@@ -117,14 +117,14 @@ func Call(socket string, req Request) (Response, error) {
 	return resp, nil
 }
 
-func versions(asked string) []byte {
-	if asked == "" {
-		asked = "1.0.0"
+func versions(version string) []byte {
+	if version == "" {
+		version = "1.0.0"
 	}
 	out, err := json.Marshal(struct {
 		CNIVersion string   `json:"cniVersion"`
 		Supported  []string `json:"supportedVersions"`
-	}{asked, Versions()})
+	}{version, Versions()})
 	if err != nil {
 		panic(err) // strings always marshal
 	}

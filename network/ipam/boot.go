@@ -6,8 +6,8 @@ import (
 	"os"
 )
 
-// BootID returns the identity of the running kernel, which no other boot of
-// this or another machine has.
+// BootID returns the identity of the running kernel, which is unique for each boot of each
+// machine.
 func BootID() (string, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {

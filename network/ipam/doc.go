@@ -1,21 +1,18 @@
-// Package ipam hands out the addresses of a node's pods and remembers to whom.
+// Package ipam assigns the addresses of a node's pods and records their owners.
 //
-// Its promise: an address never has two owners, an address whose owner was
-// released is found again, and both hold when the process dies between any two
-// instructions. A freed address rests as long as the range allows: those never
-// used come first, then the one freed longest ago, so that a packet, a
-// connection or a DNS answer meant for the old pod does not reach a new one.
+// Its guarantee: an address never has two owners, a released address becomes available
+// again, and both hold when the process dies between any two instructions. A released
+// address stays unused as long as the range allows: addresses that were never used come
+// first, then the address released longest ago, so that packets, connections and DNS
+// answers for the old pod do not reach a new one.
 //
-// What is remembered lives in a journal in the run directory, written without
-// fsync. That is enough, and the reason is worth knowing: leases describe
-// network namespaces, and namespaces live exactly as long as the kernel that
-// runs. When the process dies the page cache survives, so every acknowledged
-// write does too. When the kernel dies (power cut, reboot) all namespaces are
-// gone and no lease may survive; the journal names the boot it belongs to and
-// is discarded in any other, so the run directory need not be a tmpfs that a
-// reboot empties.
+// The leases are in a journal in the run directory, written without fsync. That is
+// sufficient: leases describe network namespaces, and namespaces live exactly as long as
+// the running kernel. When the process dies, the page cache survives, and with it every
+// acknowledged write. When the kernel dies (power cut, reboot), all namespaces are gone and
+// no lease may survive; the journal names its boot and is discarded in any other, so the
+// run directory need not be a tmpfs that a reboot empties.
 //
-// It does not configure interfaces and does not know what a pod is; an owner is
-// a text and the note beside it belongs to the caller. Only packages under
-// network may import it.
+// The package does not configure interfaces and does not know pods; an owner is a string,
+// and the note of a lease belongs to the caller. Only packages below network may import it.
 package ipam

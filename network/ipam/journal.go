@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"net/netip"
@@ -16,13 +17,13 @@ const (
 	journalName    = "leases.journal"
 	journalVersion = 1
 
-	// compactAfter is how many entries beyond those needed the journal may
-	// hold before it is rewritten: a few hundred kilobytes of memory at most.
+	// compactAfter is the number of superfluous entries after which the journal is
+	// rewritten: a few hundred kilobytes of memory at most.
 	compactAfter = 2048
 )
 
-// entry is one line of the journal. Exactly one field is set, but for the
-// first line, which has Version and Boot.
+// entry is one line of the journal. Exactly one field is set, except in the first line,
+// which has Version and Boot. A checksum follows; see encodeLine.
 type entry struct {
 	Version int          `json:"version,omitempty"`
 	Boot    string       `json:"boot,omitempty"`
@@ -31,20 +32,21 @@ type entry struct {
 	Freed   []netip.Addr `json:"freed,omitempty"` // oldest first; written by compaction
 }
 
-// file is what the journal needs of an open file; a test injects faults here.
+// file is the part of an open file that the journal uses; a test injects faults here.
 type file interface {
 	io.Writer
 	Truncate(size int64) error
 	Close() error
 }
 
-// journal is an append-only file of entries, one JSON text a line.
+// journal is an append-only file of entries, one JSON object for each line.
 //
-// An entry counts when its line is complete, newline included. An append that
-// fails is cut off again; where even that fails the journal is broken, and the
-// next append rewrites it from memory first.
+// An entry is valid when its line is complete, including the newline. A failed append is
+// truncated; if that fails too, the journal is marked broken, and the next append rewrites
+// it from memory first.
 type journal struct {
 	path   string
+	boot   string
 	create func(path string) (file, error) // new and empty, for appending
 
 	f       file
@@ -57,44 +59,101 @@ func createFile(path string) (file, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
 }
 
-// load reads the journal of this boot. One of another boot, or none, gives no
-// entries. An unreadable line in the middle is an error: the leases after it
-// cannot be known, and handing out their addresses would break the promise.
+// load reads the journal of this boot. A journal of another boot, or a missing one, has no
+// entries. Damage is returned as an error together with the verified entries: those with a
+// valid checksum, and, in a journal of a version without checksums, those before the
+// damage.
 func load(path, boot string) ([]entry, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	// What follows the last newline was never acknowledged.
+	// Data after the last newline was never acknowledged.
 	data = data[:bytes.LastIndexByte(data, '\n')+1]
+	lines := bytes.Split(data, []byte{'\n'})
+	head, sealed, err := decodeLine(lines[0], boot)
+	if err == nil && head.Boot != "" && head.Boot != boot {
+		return nil, nil
+	}
+	var damage error
+	if err == nil && (head.Boot == "" || head.Version != journalVersion) {
+		err = errors.New("missing journal header")
+	}
+	if err != nil {
+		damage = fmt.Errorf("%w: line 1 of %s: %w", ErrDamaged, path, err)
+		sealed = true // an entry without a checksum may belong to any boot
+	}
 	var entries []entry
-	for i, line := range bytes.Split(data, []byte{'\n'}) {
+	for i, line := range lines[1:] {
 		if len(line) == 0 {
 			continue
 		}
-		var e entry
-		err := json.Unmarshal(line, &e)
-		if i == 0 {
-			// A head that is damaged is of another boot: within one, the head
-			// is complete before the file gets its name.
-			if err != nil || e.Boot != boot || e.Version != journalVersion {
-				return nil, nil
-			}
+		e, proven, err := decodeLine(line, boot)
+		if err == nil && sealed && !proven {
+			err = errors.New("no checksum")
+		}
+		if err == nil {
+			entries = append(entries, e)
 			continue
 		}
-		if err != nil {
-			return entries, fmt.Errorf("%w: line %d of %s: %w", ErrDamaged, i+1, path, err)
+		if damage == nil {
+			damage = fmt.Errorf("%w: line %d of %s: %w", ErrDamaged, i+2, path, err)
 		}
-		entries = append(entries, e)
+		if !sealed {
+			break // the following entries cannot be verified
+		}
 	}
-	return entries, nil
+	return entries, damage
 }
 
-// rewrite replaces the journal by one that holds just these entries. The old
-// one stays in force until the new one is complete.
+// A line ends with its checksum, as one more field of the object. The checksum covers the
+// boot too, so that each line proves which boot it belongs to. Versions of kedge without
+// checksums ignore the field.
+const sumField = `,"sum":"%08x"}`
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func checksum(line []byte, boot string) uint32 {
+	return crc32.Update(crc32.Checksum([]byte(boot), castagnoli), castagnoli, line)
+}
+
+// encodeLine returns an entry as a line of the journal.
+func encodeLine(e entry, boot string) ([]byte, error) {
+	text, err := json.Marshal(e)
+	if err != nil {
+		return nil, err
+	}
+	text = text[:len(text)-1] // the brace comes after the checksum
+	return fmt.Appendf(text, sumField+"\n", checksum(text, boot)), nil
+}
+
+// decodeLine parses a line; sealed reports that it has a valid checksum. The header of
+// another boot has the checksum of that boot.
+func decodeLine(line []byte, boot string) (e entry, sealed bool, err error) {
+	var sum struct {
+		Sum string `json:"sum"`
+	}
+	if err := errors.Join(json.Unmarshal(line, &e), json.Unmarshal(line, &sum)); err != nil {
+		return entry{}, false, err
+	}
+	if sum.Sum == "" {
+		return e, false, nil
+	}
+	if e.Boot != "" {
+		boot = e.Boot
+	}
+	text, _ := bytes.CutSuffix(line, fmt.Appendf(nil, `,"sum":%q}`, sum.Sum))
+	if fmt.Sprintf("%08x", checksum(text, boot)) != sum.Sum {
+		return entry{}, false, errors.New("checksum mismatch")
+	}
+	return e, true, nil
+}
+
+// rewrite replaces the journal with one that has exactly these entries. The old journal
+// stays valid until the new one is complete.
 func (j *journal) rewrite(entries []entry) error {
 	next := j.path + ".next"
 	f, err := j.create(next)
@@ -102,11 +161,12 @@ func (j *journal) rewrite(entries []entry) error {
 		return err
 	}
 	var buf bytes.Buffer
-	enc := json.NewEncoder(&buf)
 	for _, e := range entries {
-		if err := enc.Encode(e); err != nil {
+		line, err := encodeLine(e, j.boot)
+		if err != nil {
 			return errors.Join(err, f.Close())
 		}
+		buf.Write(line)
 	}
 	size := int64(buf.Len())
 	if _, err := f.Write(buf.Bytes()); err != nil {
@@ -116,19 +176,18 @@ func (j *journal) rewrite(entries []entry) error {
 		return errors.Join(err, f.Close(), os.Remove(next))
 	}
 	if j.f != nil {
-		j.f.Close() // read and written no more; nothing to lose
+		j.f.Close() // the file is no longer used; an error has no effect
 	}
 	j.f, j.size, j.entries, j.broken = f, size, 0, false
 	return nil
 }
 
-// append adds one entry durably, as far as durability is promised here.
+// append adds one entry with the durability that the package promises.
 func (j *journal) append(e entry) error {
-	line, err := json.Marshal(e)
+	line, err := encodeLine(e, j.boot)
 	if err != nil {
 		return err
 	}
-	line = append(line, '\n')
 	if _, err := j.f.Write(line); err != nil {
 		if cut := j.f.Truncate(j.size); cut != nil {
 			j.broken = true

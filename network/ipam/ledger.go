@@ -14,41 +14,43 @@ import (
 )
 
 var (
-	// ErrNoRange says that the node has not been given its pod ranges yet.
+	// ErrNoRange means that the node has not received its pod ranges yet.
 	ErrNoRange = errors.New("node has no pod address range yet")
-	// ErrExhausted says that every address of a range has an owner.
+	// ErrExhausted means that every address of a range has an owner.
 	ErrExhausted = errors.New("all pod addresses of the range are in use")
-	// ErrDamaged says that part of the journal cannot be read.
+	// ErrDamaged means that part of the journal cannot be read.
 	ErrDamaged = errors.New("lease journal is damaged")
-	// ErrLocked says that another process keeps this ledger.
-	ErrLocked = errors.New("another process keeps the leases")
+	// ErrLocked means that another process has opened this ledger.
+	ErrLocked = errors.New("another process has the lease ledger open")
 )
 
-// Lease is what one owner has.
+// Lease is the set of addresses of one owner.
 type Lease struct {
 	Owner string          `json:"owner"`
 	Addrs []netip.Addr    `json:"addrs"`          // one of each range, in the order of the ranges
-	Note  json.RawMessage `json:"note,omitempty"` // the caller's, kept as it is
+	Note  json.RawMessage `json:"note,omitempty"` // data of the caller, stored unchanged
 }
 
 // Ledger keeps the leases of a node. It may be used from many goroutines.
 type Ledger struct {
-	lock *os.File // flock: one process a ledger
+	lock *os.File // flock: one process for each ledger
 	boot string
 
-	mu      sync.Mutex // guards what follows
-	journal *journal
-	pools   []*pool
-	leases  map[string]Lease
-	used    map[netip.Addr]string // owner
-	freed   []netip.Addr          // longest ago first
-	resting map[netip.Addr]bool   // the same addresses as freed
+	mu       sync.Mutex // guards what follows
+	journal  *journal
+	pools    []*pool
+	leases   map[string]Lease
+	used     map[netip.Addr]string // owner
+	freed    []netip.Addr          // longest ago first
+	freedSet map[netip.Addr]bool   // the addresses in freed
+	inUse    func(netip.Addr) bool // reports that an address is in use without a lease; may be nil
 }
 
-// Open takes the ledger in dir, which it creates. boot is the identity of the
-// running kernel; see BootID. The error is ErrDamaged, with a usable ledger of
-// what could be read, when part of the journal is lost: the caller then adopts
-// what it still finds in the kernel.
+// Open opens the ledger in dir, which it creates. boot is the identity of the running
+// kernel; see BootID. If part of the journal is damaged, the error is ErrDamaged, and the
+// ledger has the entries that could be read. A missing or truncated journal is not an error
+// and cannot be distinguished from a new one: the caller adopts the interfaces in the
+// kernel in any case.
 func Open(dir, boot string) (*Ledger, error) {
 	return open(dir, boot, createFile)
 }
@@ -63,15 +65,12 @@ func open(dir, boot string, create func(string) (file, error)) (*Ledger, error) 
 	}
 	l := &Ledger{
 		lock: lock, boot: boot,
-		journal: &journal{path: journalPath(dir), create: create},
-		leases:  map[string]Lease{},
-		used:    map[netip.Addr]string{},
-		resting: map[netip.Addr]bool{},
+		journal:  &journal{path: journalPath(dir), boot: boot, create: create},
+		leases:   map[string]Lease{},
+		used:     map[netip.Addr]string{},
+		freedSet: map[netip.Addr]bool{},
 	}
 	entries, damage := load(l.journal.path, boot)
-	if damage != nil && !errors.Is(damage, ErrDamaged) {
-		return nil, errors.Join(fmt.Errorf("open lease ledger: %w", damage), lock.Close())
-	}
 	for _, e := range entries {
 		l.apply(e)
 	}
@@ -102,8 +101,8 @@ func (l *Ledger) Close() error {
 	return errors.Join(l.journal.close(), l.lock.Close())
 }
 
-// SetRanges says from which ranges new leases are made: one address of each.
-// Leases made before stay as they are.
+// SetRanges sets the ranges of new leases: one address from each. Existing leases do not
+// change.
 func (l *Ledger) SetRanges(ranges []netip.Prefix) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -113,8 +112,16 @@ func (l *Ledger) SetRanges(ranges []netip.Prefix) {
 	}
 }
 
-// Allocate gives owner one address of each range. An owner that has a lease
-// gets the same addresses again, with the new note.
+// Avoid excludes addresses from new leases that are in use without a lease, for example by
+// an interface.
+func (l *Ledger) Avoid(taken func(netip.Addr) bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.inUse = taken
+}
+
+// Allocate gives owner one address of each range. An owner with a lease gets the same
+// addresses again, with the new note.
 func (l *Ledger) Allocate(owner string, note json.RawMessage) (Lease, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -139,8 +146,8 @@ func (l *Ledger) Allocate(owner string, note json.RawMessage) (Lease, error) {
 	return lease, nil
 }
 
-// Adopt records a lease whose addresses are known from elsewhere, because the
-// journal lost it. It fails when one of them has another owner.
+// Adopt records a lease whose addresses are known from the kernel, because the journal lost
+// it. It fails if one of the addresses has another owner.
 func (l *Ledger) Adopt(lease Lease) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -155,8 +162,8 @@ func (l *Ledger) Adopt(lease Lease) error {
 	return nil
 }
 
-// Release ends the lease of owner. One that has none is released already.
-// After an error the owner keeps the lease.
+// Release ends the lease of owner. An owner without a lease is not an error. After an error
+// the owner keeps the lease.
 func (l *Ledger) Release(owner string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,21 +191,30 @@ func (l *Ledger) Leases() []Lease {
 	return l.sorted()
 }
 
-// pick finds the address of a pool whose last use is longest ago.
+// pick returns the address of a pool whose last use was longest ago.
 func (l *Ledger) pick(p *pool) (netip.Addr, bool) {
-	busy := func(a netip.Addr) bool { return l.used[a] != "" || l.resting[a] }
-	if addr, ok := p.fresh(busy); ok {
-		return addr, true
+	busy := func(a netip.Addr) bool { return l.used[a] != "" || l.freedSet[a] }
+	for {
+		addr, ok := p.fresh(busy)
+		if !ok {
+			break
+		}
+		if !l.isInUse(addr) {
+			return addr, true
+		}
+		l.addFreed(addr) // it becomes available when its user is gone
 	}
 	for _, a := range l.freed {
-		if p.contains(a) {
+		if p.contains(a) && !l.isInUse(a) {
 			return a, true
 		}
 	}
 	return netip.Addr{}, false
 }
 
-// commit makes an entry durable and then true, in this order.
+func (l *Ledger) isInUse(a netip.Addr) bool { return l.inUse != nil && l.inUse(a) }
+
+// commit writes an entry to the journal and then applies it.
 func (l *Ledger) commit(e entry) error {
 	if l.journal.broken || l.journal.entries >= compactAfter {
 		if err := l.journal.rewrite(l.snapshot()); err != nil && l.journal.broken {
@@ -212,45 +228,48 @@ func (l *Ledger) commit(e entry) error {
 	return nil
 }
 
-// apply changes the state in memory as an entry says.
+// apply changes the state in memory according to an entry.
 func (l *Ledger) apply(e entry) {
 	switch {
 	case e.Add != nil:
 		for _, a := range l.leases[e.Add.Owner].Addrs {
 			if !slices.Contains(e.Add.Addrs, a) {
 				delete(l.used, a)
-				l.rest(a)
+				l.addFreed(a)
 			}
 		}
 		l.leases[e.Add.Owner] = *e.Add
 		for _, a := range e.Add.Addrs {
+			if other := l.used[a]; other != "" && other != e.Add.Owner {
+				l.apply(entry{Del: other}) // the entry that released it is lost
+			}
 			l.used[a] = e.Add.Owner
-			if l.resting[a] {
-				delete(l.resting, a)
+			if l.freedSet[a] {
+				delete(l.freedSet, a)
 				l.freed = slices.DeleteFunc(l.freed, func(f netip.Addr) bool { return f == a })
 			}
 		}
 	case e.Del != "":
 		for _, a := range l.leases[e.Del].Addrs {
 			delete(l.used, a)
-			l.rest(a)
+			l.addFreed(a)
 		}
 		delete(l.leases, e.Del)
 	default:
 		for _, a := range e.Freed {
-			l.rest(a)
+			l.addFreed(a)
 		}
 	}
 }
 
-func (l *Ledger) rest(a netip.Addr) {
-	if !l.resting[a] {
-		l.resting[a] = true
+func (l *Ledger) addFreed(a netip.Addr) {
+	if !l.freedSet[a] {
+		l.freedSet[a] = true
 		l.freed = append(l.freed, a)
 	}
 }
 
-// snapshot returns the shortest journal that leads to the present state.
+// snapshot returns the shortest journal for the current state.
 func (l *Ledger) snapshot() []entry {
 	entries := []entry{{Version: journalVersion, Boot: l.boot}}
 	if len(l.freed) > 0 {

@@ -7,25 +7,25 @@ import (
 	"net/netip"
 )
 
-// maxPool bounds how many addresses of a range are ever used. An IPv6 range has
-// more than any memory of freed addresses could hold, and no node runs more pods.
+// maxPool is the maximum number of addresses of a range that are used. An IPv6 range has
+// more addresses than the list of freed addresses could hold, and no node runs more pods.
 const maxPool = 1 << 14
 
-// pool is one range of addresses. It knows their order, not who has them.
+// pool is a range of addresses. It defines their order, and does not know their owners.
 type pool struct {
-	prefix netip.Prefix
-	first  netip.Addr // of the usable ones
-	size   int        // number of usable addresses
-	next   int        // where the search for a fresh address goes on
-	dry    bool       // no fresh address is left, nor will there be one again
+	prefix    netip.Prefix
+	first     netip.Addr // of the usable ones
+	size      int        // number of usable addresses
+	next      int        // index at which the search for an unused address continues
+	exhausted bool       // every address has been used; this is permanent
 }
 
-// Gateway returns the address of a range that is the node's own: the first one
-// after the network address. It is never handed out.
+// Gateway returns the node's own address in a range: the first one after the network
+// address. It is never assigned to a pod.
 func Gateway(p netip.Prefix) netip.Addr { return p.Masked().Addr().Next() }
 
-// newPool skips the network address, the gateway and, for IPv4, the broadcast
-// address. seed chooses where fresh addresses begin.
+// newPool skips the network address, the gateway and, for IPv4, the broadcast address. seed
+// determines the first address to be assigned.
 func newPool(p netip.Prefix, seed string) *pool {
 	p = p.Masked()
 	hostBits := p.Addr().BitLen() - p.Bits()
@@ -49,16 +49,15 @@ func newPool(p netip.Prefix, seed string) *pool {
 
 func (p *pool) addr(i int) netip.Addr { return addOffset(p.first, i) }
 
-// contains says whether addr is one that the pool may hand out.
+// contains reports whether addr is an address of the pool.
 func (p *pool) contains(addr netip.Addr) bool {
 	return p.prefix.Contains(addr) && !addr.Less(p.first) && addr.Less(p.addr(p.size))
 }
 
-// fresh finds an address that was never used, going on from where the last
-// search ended; busy says which were. An address once used never counts as
-// fresh again.
+// fresh returns an address that was never used, starting where the last search ended; busy
+// reports the used ones. An address that was used once never counts as fresh again.
 func (p *pool) fresh(busy func(netip.Addr) bool) (netip.Addr, bool) {
-	if p.dry {
+	if p.exhausted {
 		return netip.Addr{}, false
 	}
 	for range p.size {
@@ -68,7 +67,7 @@ func (p *pool) fresh(busy func(netip.Addr) bool) (netip.Addr, bool) {
 			return a, true
 		}
 	}
-	p.dry = true
+	p.exhausted = true
 	return netip.Addr{}, false
 }
 

@@ -25,22 +25,23 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"kedge/internal/addresspool"
-	"kedge/internal/netwatch"
+	"kedge/internal/kernelnet"
+	"kedge/internal/lifecycle"
 )
 
-// settle is how long the announcer waits after an event: they come several at a time.
+// settle is the delay of a round after an event: events usually come in groups.
 const settle = 20 * time.Millisecond
 
-// Config is what the announcer is told once.
+// Config is the configuration of the announcer.
 type Config struct {
 	NodeName string
 	Pools    []addresspool.Pool
-	PodLinks string // how the names of the interfaces of all nodes' pods begin
+	PodLinks string // prefix of the names of all nodes' pod interfaces
 }
 
-// Announcer is the component that announces addresses of pools from this node. With one
-// node it announces all of them; with several each address has one node, and moves when
-// that one dies.
+// Announcer is the component that announces addresses of pools from this node. A single
+// node announces all of them; with several nodes each address is assigned to one node, and
+// moves when that node fails.
 type Announcer struct {
 	cfg     Config
 	log     *slog.Logger
@@ -50,45 +51,32 @@ type Announcer struct {
 	services corelisters.ServiceLister
 	nodes    corelisters.NodeLister
 	slices   discoverylisters.EndpointSliceLister
-	leases   informers.SharedInformerFactory
-	wake     chan struct{}
+	wake     lifecycle.Wakeup
 
-	// frozen says that this node cannot renew its lease. Then it does not see others renew
-	// theirs either, and what it would conclude from that is wrong: it keeps what it has.
+	// frozen is set while this node cannot renew its lease. It then does not see other
+	// nodes' renewals either, and would draw wrong conclusions: it keeps its addresses.
 	frozen  atomic.Bool
 	failure atomic.Pointer[error]
 }
 
-// New makes the announcer. It reads services, nodes and endpoint slices from the watches,
-// which the caller runs, and reads and writes leases in kube-system with the client.
+// New returns the announcer. It reads services, nodes and endpoint slices from the watches,
+// which the caller runs, and uses the client for leases in kube-system.
 func New(cfg Config, watches informers.SharedInformerFactory, client kubernetes.Interface, log *slog.Logger) (*Announcer, error) {
 	a := &Announcer{
-		cfg: cfg, log: log, client: client, members: newMembers(cfg.NodeName), wake: make(chan struct{}, 1),
+		cfg: cfg, log: log, client: client, members: newMembers(cfg.NodeName), wake: lifecycle.NewWakeup(),
 		services: watches.Core().V1().Services().Lister(), nodes: watches.Core().V1().Nodes().Lister(),
 		slices: watches.Discovery().V1().EndpointSlices().Lister(),
-		leases: informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(metav1.NamespaceSystem),
-			informers.WithTweakListOptions(func(o *metav1.ListOptions) { o.LabelSelector = LeaseLabel })),
 	}
 	for _, h := range []struct {
 		informer cache.SharedIndexInformer
 		handler  cache.ResourceEventHandler
 	}{
-		{watches.Core().V1().Services().Informer(), a.on(func(o any) bool {
+		{watches.Core().V1().Services().Informer(), a.handler(func(o any) bool {
 			s, ok := o.(*corev1.Service)
 			return !ok || s.Spec.Type == corev1.ServiceTypeLoadBalancer
 		})},
-		{watches.Core().V1().Nodes().Informer(), cache.ResourceEventHandlerFuncs{AddFunc: func(any) { a.soon() }, DeleteFunc: func(any) { a.soon() }}},
-		{watches.Discovery().V1().EndpointSlices().Informer(), a.on(a.sliceMatters)},
-		{a.leases.Coordination().V1().Leases().Informer(), cache.ResourceEventHandlerFuncs{
-			AddFunc:    func(o any) { a.members.set(o.(*coordinationv1.Lease)); a.soon() },
-			UpdateFunc: func(_, o any) { a.members.set(o.(*coordinationv1.Lease)); a.soon() },
-			DeleteFunc: func(o any) {
-				if l, ok := o.(*coordinationv1.Lease); ok {
-					a.members.forget(l)
-				}
-				a.soon()
-			},
-		}},
+		{watches.Core().V1().Nodes().Informer(), cache.ResourceEventHandlerFuncs{AddFunc: func(any) { a.wake.Wake() }, DeleteFunc: func(any) { a.wake.Wake() }}},
+		{watches.Discovery().V1().EndpointSlices().Informer(), a.handler(a.sliceMatters)},
 	} {
 		if _, err := h.informer.AddEventHandler(h.handler); err != nil {
 			return nil, fmt.Errorf("follow services: %w", err)
@@ -97,19 +85,19 @@ func New(cfg Config, watches informers.SharedInformerFactory, client kubernetes.
 	return a, nil
 }
 
-// on asks for a round when an object matters.
-func (a *Announcer) on(matters func(any) bool) cache.ResourceEventHandler {
+// handler requests a round when an object matters.
+func (a *Announcer) handler(matters func(any) bool) cache.ResourceEventHandler {
 	f := func(o any) {
 		if matters(o) {
-			a.soon()
+			a.wake.Wake()
 		}
 	}
 	return cache.ResourceEventHandlerFuncs{
 		AddFunc: f, DeleteFunc: f,
-		// What something was before may matter as well.
+		// The previous version of the object may matter as well.
 		UpdateFunc: func(before, now any) {
 			if matters(before) || matters(now) {
-				a.soon()
+				a.wake.Wake()
 			}
 		},
 	}
@@ -124,18 +112,11 @@ func (a *Announcer) sliceMatters(o any) bool {
 	return err == nil && len(a.addressesOf(service)) > 0 && isLocal(service)
 }
 
-func (a *Announcer) soon() {
-	select {
-	case a.wake <- struct{}{}:
-	default:
-	}
-}
-
 // Name implements lifecycle.Component.
 func (a *Announcer) Name() string { return "loadbalancer" }
 
-// Run implements lifecycle.Component. It is ready when what is this node's is announced.
-// At the end it lets go of all, and other nodes take over at once.
+// Run implements lifecycle.Component. It is ready when the addresses of this node are
+// announced. At the end it releases all addresses, and other nodes take over at once.
 func (a *Announcer) Run(ctx context.Context, ready func()) error {
 	r, err := newResponder(a.cfg.PodLinks, a.log)
 	if err != nil {
@@ -147,9 +128,13 @@ func (a *Announcer) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	defer links.Close()
-	a.leases.StartWithContext(ctx)
-	defer a.leases.Shutdown()
-	if err := a.leases.WaitForCacheSyncWithContext(ctx).AsError(); err != nil {
+	leases, err := a.followLeases()
+	if err != nil {
+		return err
+	}
+	leases.StartWithContext(ctx)
+	defer leases.Shutdown()
+	if err := leases.WaitForCacheSyncWithContext(ctx).AsError(); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -161,25 +146,25 @@ func (a *Announcer) Run(ctx context.Context, ready func()) error {
 	defer cancel()
 	parts.Go(func() { r.run(inner) })
 	parts.Go(func() { a.followLinks(inner, links, r) })
-	beats := &heart{announcer: a, responder: r}
-	defer beats.stop()
+	renewer := &leaseRenewer{announcer: a, responder: r}
+	defer renewer.stop()
 	for first := true; ; first = false {
 		used := a.addresses()
 		several := len(used) > 0 && a.otherNodes()
-		beats.beat(inner, several)
+		renewer.setActive(inner, several)
 		if !a.frozen.Load() {
-			r.set(inner, a.mine(used, several, r.networks()))
+			r.setAddresses(inner, a.assigned(used, several, r.networks()))
 		}
 		if first {
 			ready()
 		}
 		var tick <-chan time.Time
 		if several {
-			tick = time.After(lookEvery) // nobody tells that a node is silent
+			tick = time.After(checkEvery) // a node that stops renewing causes no event
 		}
 		select {
 		case <-ctx.Done():
-			r.set(inner, nil)
+			r.setAddresses(inner, nil)
 			return nil
 		case <-tick:
 		case <-a.wake:
@@ -191,6 +176,26 @@ func (a *Announcer) Run(ctx context.Context, ready func()) error {
 	}
 }
 
+// followLeases returns the watch of the nodes' leases, which can be run once.
+func (a *Announcer) followLeases() (informers.SharedInformerFactory, error) {
+	factory := informers.NewSharedInformerFactoryWithOptions(a.client, 0, informers.WithNamespace(metav1.NamespaceSystem),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) { o.LabelSelector = LeaseLabel }))
+	_, err := factory.Coordination().V1().Leases().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(o any) { a.members.set(o.(*coordinationv1.Lease)); a.wake.Wake() },
+		UpdateFunc: func(_, o any) { a.members.set(o.(*coordinationv1.Lease)); a.wake.Wake() },
+		DeleteFunc: func(o any) {
+			if l, ok := o.(*coordinationv1.Lease); ok {
+				a.members.forget(l)
+			}
+			a.wake.Wake()
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("follow the leases of other nodes: %w", err)
+	}
+	return factory, nil
+}
+
 // Check implements lifecycle.Checker.
 func (a *Announcer) Check(context.Context) error {
 	if err := a.failure.Load(); err != nil {
@@ -199,8 +204,8 @@ func (a *Announcer) Check(context.Context) error {
 	return nil
 }
 
-// addresses are those of pools that services have, with the nodes that may announce them:
-// nil for all.
+// addresses returns the pool addresses of services, with the nodes that may announce them:
+// nil for all nodes.
 func (a *Announcer) addresses() map[netip.Addr]map[string]bool {
 	services, err := a.services.List(labels.Everything())
 	if err != nil {
@@ -215,7 +220,7 @@ func (a *Announcer) addresses() map[netip.Addr]map[string]bool {
 			}
 			on, known := out[addr]
 			if known && on == nil {
-				continue // another service that shares it is reached at every node
+				continue // another service with the same address is reachable at every node
 			}
 			if on == nil {
 				on = map[string]bool{}
@@ -229,7 +234,7 @@ func (a *Announcer) addresses() map[netip.Addr]map[string]bool {
 	return out
 }
 
-// addressesOf are the addresses of pools that a service has.
+// addressesOf returns the pool addresses of a service.
 func (a *Announcer) addressesOf(s *corev1.Service) []netip.Addr {
 	if s.Spec.Type != corev1.ServiceTypeLoadBalancer {
 		return nil
@@ -249,7 +254,7 @@ func isLocal(s *corev1.Service) bool {
 	return s.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal
 }
 
-// readyOn are the nodes with a ready endpoint of a service.
+// readyOn returns the nodes with a ready endpoint of a service.
 func (a *Announcer) readyOn(s *corev1.Service) map[string]bool {
 	found, err := a.slices.EndpointSlices(s.Namespace).List(labels.SelectorFromSet(labels.Set{discoveryv1.LabelServiceName: s.Name}))
 	if err != nil {
@@ -266,14 +271,14 @@ func (a *Announcer) readyOn(s *corev1.Service) map[string]bool {
 	return out
 }
 
-// otherNodes says whether there are other nodes that might announce.
+// otherNodes reports whether other nodes might announce.
 func (a *Announcer) otherNodes() bool {
 	nodes, err := a.nodes.List(labels.Everything())
 	return err == nil && slices.ContainsFunc(nodes, func(n *corev1.Node) bool { return n.Name != a.cfg.NodeName })
 }
 
-// mine are the addresses that this node announces.
-func (a *Announcer) mine(used map[netip.Addr]map[string]bool, several bool, networks []netip.Prefix) []netip.Addr {
+// assigned returns the addresses that this node announces.
+func (a *Announcer) assigned(used map[netip.Addr]map[string]bool, several bool, networks []netip.Prefix) []netip.Addr {
 	nodes := []member{{name: a.cfg.NodeName, networks: networks}}
 	if several {
 		nodes = append(nodes, a.members.alive()...)
@@ -292,16 +297,16 @@ func (a *Announcer) mine(used map[netip.Addr]map[string]bool, several bool, netw
 	return out
 }
 
-// heart renews this node's lease, as long as there is somebody to see it.
-type heart struct {
+// leaseRenewer renews this node's lease while there are other nodes.
+type leaseRenewer struct {
 	announcer *Announcer
 	responder *responder
-	cancel    context.CancelFunc // of the goroutine; nil when there is none
+	cancel    context.CancelFunc // of the goroutine; nil without a goroutine
 	done      chan struct{}
 }
 
-// beat begins or ends renewing.
-func (h *heart) beat(ctx context.Context, wanted bool) {
+// setActive starts or stops renewing.
+func (h *leaseRenewer) setActive(ctx context.Context, wanted bool) {
 	if wanted == (h.cancel != nil) {
 		return
 	}
@@ -314,7 +319,7 @@ func (h *heart) beat(ctx context.Context, wanted bool) {
 	go func() {
 		defer close(h.done)
 		for ctx.Err() == nil {
-			h.once(ctx)
+			h.renewOnce(ctx)
 			select {
 			case <-ctx.Done():
 			case <-time.After(renewEvery):
@@ -323,7 +328,7 @@ func (h *heart) beat(ctx context.Context, wanted bool) {
 	}()
 }
 
-func (h *heart) once(ctx context.Context) {
+func (h *leaseRenewer) renewOnce(ctx context.Context) {
 	a := h.announcer
 	ctx, cancel := context.WithTimeout(ctx, renewEvery)
 	defer cancel()
@@ -334,20 +339,20 @@ func (h *heart) once(ctx context.Context) {
 	if err == nil {
 		a.failure.Store(nil)
 		if a.frozen.Swap(false) {
-			a.log.Info("the API answers again")
-			a.soon()
+			a.log.Info("API server is reachable again")
+			a.wake.Wake()
 		}
 		return
 	}
-	err = fmt.Errorf("renew the lease by which other nodes know this one: %w", err)
+	err = fmt.Errorf("renew the announcer lease of this node: %w", err)
 	a.failure.Store(&err)
 	if !a.frozen.Swap(true) {
-		a.log.Warn("addresses stay where they are until the API answers", "cause", err)
+		a.log.Warn("API server unreachable: load balancer addresses do not move until it answers", "err", err)
 	}
 }
 
-// stop ends renewing and lets go of the lease.
-func (h *heart) stop() {
+// stop stops renewing and releases the lease.
+func (h *leaseRenewer) stop() {
 	if h.cancel == nil {
 		return
 	}
@@ -357,24 +362,24 @@ func (h *heart) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), renewEvery)
 	defer cancel()
 	if err := renew(ctx, h.announcer.client, h.announcer.cfg.NodeName, nil, false); err != nil {
-		h.announcer.log.Debug("the lease was not let go", "cause", err) // it ends by itself
+		h.announcer.log.Debug("announcer lease not released", "err", err) // it ends by itself
 	}
 }
 
-// watchLinks opens a watch of changes of interfaces and addresses.
-func watchLinks() (*netwatch.Watch, error) {
-	w, err := netwatch.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
+// watchLinks opens a watch for changes of interfaces and addresses.
+func watchLinks() (*kernelnet.Watch, error) {
+	w, err := kernelnet.Open(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return nil, fmt.Errorf("watch interfaces: %w", err)
 	}
 	return w, nil
 }
 
-// followLinks asks for a round whenever interfaces change.
-func (a *Announcer) followLinks(ctx context.Context, links *netwatch.Watch, r *responder) {
+// followLinks requests a round whenever interfaces change.
+func (a *Announcer) followLinks(ctx context.Context, links *kernelnet.Watch, r *responder) {
 	all := func([]mdnetlink.Message) bool { return true }
-	err := links.Follow(ctx, all, func() { r.changed(); a.soon() })
+	err := links.Follow(ctx, all, func() { r.invalidateLinks(); a.wake.Wake() })
 	if err != nil {
-		a.log.Warn("changes of interfaces are not noticed any more", "cause", err)
+		a.log.Warn("changes of network interfaces are no longer watched", "err", err)
 	}
 }

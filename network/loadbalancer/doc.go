@@ -1,12 +1,12 @@
-// Package loadbalancer makes neighbours find the addresses of services that are of a
-// pool: one node of the cluster answers ARP (RFC 826) and neighbour solicitations
-// (RFC 4861) for each of them and tells everybody when it begins to (RFC 5227, 4861).
+// Package loadbalancer announces the addresses of services that come from a pool: for each
+// address, one node of the cluster answers ARP (RFC 826) and neighbour solicitations
+// (RFC 4861), and sends unsolicited announcements when it starts to (RFC 5227, RFC 4861).
 //
-//	Announcer   the component: which addresses there are, and which are this node's
-//	members     which other nodes announce, from their leases
-//	responder   the sockets: answers, and unasked announcements
+//	Announcer   the component: which addresses exist, and which are assigned to this node
+//	members     the other announcing nodes, from their leases
+//	responder   the sockets: answers, and unsolicited announcements
 //
-// The addresses belong to no interface: packets to them are the service proxy's, whose
-// rules send them to endpoints before the kernel looks for whom they are. Which service
-// has which address is decided by server/servicelb. Only package main imports it.
+// The addresses belong to no interface: the service proxy's rules translate packets to them
+// before the routing decision. Package server/servicelb assigns addresses to services. Only
+// package main imports this package.
 package loadbalancer

@@ -31,13 +31,13 @@ const (
 
 var broadcast = net.HardwareAddr{0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF}
 
-// allNodes is the group of all IPv6 hosts of a link.
+// allNodes is the multicast group of all IPv6 hosts on a link.
 var allNodes = netip.MustParseAddr("ff02::1")
 
-// question asks who has an address.
-type question struct {
+// request is an ARP request or a neighbour solicitation for an address.
+type request struct {
 	target netip.Addr
-	sender netip.Addr       // unspecified when somebody looks whether the address is free
+	sender netip.Addr       // unspecified for duplicate address detection
 	mac    net.HardwareAddr // of the sender
 }
 
@@ -45,8 +45,8 @@ func ethernet(to, from net.HardwareAddr, kind uint16) []byte {
 	return binary.BigEndian.AppendUint16(slices.Concat([]byte(to), []byte(from)), kind)
 }
 
-// parseARP reads a frame, which is a question if ok.
-func parseARP(f []byte) (q question, ok bool) {
+// parseARP parses a frame; ok means that it is an ARP request.
+func parseARP(f []byte) (q request, ok bool) {
 	if len(f) < ethernetLen+arpLen || binary.BigEndian.Uint16(f[12:]) != etherARP {
 		return q, false
 	}
@@ -58,10 +58,10 @@ func parseARP(f []byte) (q question, ok bool) {
 	q.mac = slices.Clone(net.HardwareAddr(a[8:14]))
 	q.sender = netip.AddrFrom4([4]byte(a[14:18]))
 	q.target = netip.AddrFrom4([4]byte(a[24:28]))
-	return q, q.sender != q.target // otherwise somebody announces it
+	return q, q.sender != q.target // otherwise it is an announcement
 }
 
-// arp makes a frame: operation, from whom and to whom.
+// arp returns an ARP frame: operation, sender and target.
 func arp(operation uint16, mac net.HardwareAddr, addr netip.Addr, toMAC net.HardwareAddr, to netip.Addr) []byte {
 	destination := toMAC
 	target := toMAC
@@ -77,15 +77,15 @@ func arp(operation uint16, mac net.HardwareAddr, addr netip.Addr, toMAC net.Hard
 	return append(append(f, target...), to.AsSlice()...)
 }
 
-// parseSolicitation reads a frame, which is a question if ok.
-func parseSolicitation(f []byte) (q question, ok bool) {
+// parseSolicitation parses a frame; ok means that it is a neighbour solicitation.
+func parseSolicitation(f []byte) (q request, ok bool) {
 	const icmp = ethernetLen + ipv6Len
 	if len(f) < icmp+24 || binary.BigEndian.Uint16(f[12:]) != etherIPv6 {
 		return q, false
 	}
 	ip := f[ethernetLen:]
 	n := int(binary.BigEndian.Uint16(ip[4:]))
-	// A hop limit of 255 says that no router has passed it on (RFC 4861, 7.1.1).
+	// A hop limit of 255 means that no router has forwarded it (RFC 4861, 7.1.1).
 	if ip[6] != protocolICMPv6 || ip[7] != 255 || n < 24 || len(f) < icmp+n || f[icmp] != solicitation || f[icmp+1] != 0 {
 		return q, false
 	}
@@ -104,8 +104,8 @@ func parseSolicitation(f []byte) (q question, ok bool) {
 	return q, true
 }
 
-// advertise makes the frame that says which hardware address has an IPv6 address; source
-// is whom it comes from.
+// advertise returns a neighbour advertisement with the hardware address of an IPv6 address;
+// source is the sender's address.
 func advertise(mac net.HardwareAddr, addr, source netip.Addr, toMAC net.HardwareAddr, to netip.Addr, flags byte) []byte {
 	body := []byte{advertisement, 0, 0, 0, flags, 0, 0, 0}
 	body = append(body, addr.AsSlice()...)
@@ -119,8 +119,8 @@ func advertise(mac net.HardwareAddr, addr, source netip.Addr, toMAC net.Hardware
 	return append(f, body...)
 }
 
-// checksum is that of ICMPv6 with its pseudo header (RFC 8200, 8.1); over a message that
-// has one, it is 0 when the message is undamaged.
+// checksum returns the ICMPv6 checksum with its pseudo header (RFC 8200, 8.1); over a
+// message with a checksum, it is 0 if the message is undamaged.
 func checksum(from, to netip.Addr, body []byte) uint16 {
 	var sum uint32
 	add := func(b []byte) {
@@ -141,7 +141,7 @@ func checksum(from, to netip.Addr, body []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// solicitedNode is the group that is asked for an address.
+// solicitedNode returns the solicited-node group of an address.
 func solicitedNode(a netip.Addr) netip.Addr {
 	b := a.As16()
 	g := netip.MustParseAddr("ff02::1:ff00:0").As16()
@@ -149,7 +149,7 @@ func solicitedNode(a netip.Addr) netip.Addr {
 	return netip.AddrFrom16(g)
 }
 
-// groupMAC is the hardware address of an IPv6 group.
+// groupMAC returns the hardware address of an IPv6 multicast group.
 func groupMAC(g netip.Addr) net.HardwareAddr {
 	b := g.As16()
 	return net.HardwareAddr{0x33, 0x33, b[12], b[13], b[14], b[15]}

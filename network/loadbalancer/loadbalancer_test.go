@@ -23,10 +23,8 @@ import (
 	k8stesting "k8s.io/client-go/testing"
 
 	"kedge/internal/addresspool"
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 )
-
-func TestMain(m *testing.M) { testhost.Main(m) }
 
 func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
 func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -58,16 +56,17 @@ func TestOwner(t *testing.T) {
 	if moved != count["node-3"] {
 		t.Errorf("%d addresses move, and %d must", moved, count["node-3"])
 	}
-	// Who is on the address's network comes first; without any, anybody.
+	// Nodes on the address's network have priority; if there are none, any node announces
+	// it.
 	nodes = append(nodes, member{name: "far", networks: []netip.Prefix{prefix("198.51.100.0/24")}})
 	if got := owner(addr("198.51.100.7"), nodes); got != "far" {
 		t.Errorf("owner %s", got)
 	}
 	if got := owner(addr("203.0.113.7"), nodes); got == "" {
-		t.Error("nobody has an address that is on no network")
+		t.Error("an address outside all networks has no owner")
 	}
 	if got := owner(addr("203.0.113.7"), nil); got != "" {
-		t.Errorf("owner %s of nobody", got)
+		t.Errorf("owner %s without nodes", got)
 	}
 }
 
@@ -111,7 +110,7 @@ func TestMembers(t *testing.T) {
 	let.Spec.HolderIdentity = new(string)
 	m.set(let)
 	if got := names(); got != "" {
-		t.Errorf("alive after it let go: %s", got)
+		t.Errorf("alive after the release: %s", got)
 	}
 }
 
@@ -153,7 +152,7 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// pools and what the API has of them.
+// The pools and the API's addresses of them.
 const (
 	pool4 = "192.0.2.100"
 	pool6 = "fd00::100"
@@ -171,25 +170,25 @@ func node(name string) *corev1.Node {
 	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}
 }
 
-// cluster is an API and the hosts of some nodes, with one more host that is no node.
+// cluster is an API and the hosts of some nodes, with one more host that is not a node.
 type cluster struct {
 	t       *testing.T
 	client  *fake.Clientset
-	lan     *testhost.LAN
-	hosts   map[string]*testhost.Host
-	outside *testhost.Host
+	lan     *host.LAN
+	hosts   map[string]*host.Host
+	outside *host.Host
 	stops   map[string]func()
 	cut     atomic.Pointer[string] // the node that the API does not answer
 }
 
 func newCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	t.Helper()
-	testhost.RequireRoot(t)
-	lan, err := testhost.NewLAN()
+	host.RequireRoot(t)
+	lan, err := host.NewLAN()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{t: t, client: fake.NewClientset(objects...), lan: lan, hosts: map[string]*testhost.Host{}, stops: map[string]func(){}}
+	c := &cluster{t: t, client: fake.NewClientset(objects...), lan: lan, hosts: map[string]*host.Host{}, stops: map[string]func(){}}
 	c.client.PrependReactor("*", "leases", func(action k8stesting.Action) (bool, runtime.Object, error) {
 		cut := c.cut.Load()
 		u, ok := action.(k8stesting.PatchAction)
@@ -210,7 +209,7 @@ func newCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	return c
 }
 
-func (c *cluster) host(name string, n int) *testhost.Host {
+func (c *cluster) host(name string, n int) *host.Host {
 	c.t.Helper()
 	h, err := c.lan.Host(name, prefix(fmt.Sprintf("192.0.2.%d/24", n)), prefix(fmt.Sprintf("fd00::%d/64", n)))
 	if err != nil {
@@ -256,20 +255,20 @@ func (c *cluster) start(name string, n int) {
 }
 
 // mac is the hardware address of a host's uplink.
-func mac(t *testing.T, h *testhost.Host) string {
+func mac(t *testing.T, h *host.Host) string {
 	t.Helper()
-	l, err := h.Netlink().LinkByName(testhost.Uplink)
+	l, err := h.Netlink().LinkByName(host.Uplink)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return l.Attrs().HardwareAddr.String()
 }
 
-// neighbour is the hardware address that the outside host has for an address. ask makes
-// it find out anew; otherwise it is what it has been told.
+// neighbour returns the hardware address that the outside host has for an address. With ask
+// it resolves the address again; otherwise it is the address from the last announcement.
 func (c *cluster) neighbour(address string, ask bool) string {
 	c.t.Helper()
-	l, err := c.outside.Netlink().LinkByName(testhost.Uplink)
+	l, err := c.outside.Netlink().LinkByName(host.Uplink)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -279,7 +278,7 @@ func (c *cluster) neighbour(address string, ask bool) string {
 	}
 	if ask {
 		_ = c.outside.Netlink().NeighDel(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: family, IP: net.ParseIP(address)})
-		// A packet makes the kernel ask; nobody needs to take it.
+		// A packet makes the kernel resolve the address; no program needs to receive it.
 		conn, err := c.outside.Dial(c.t.Context(), "udp", net.JoinHostPort(address, "9"))
 		if err != nil {
 			c.t.Fatal(err)
@@ -332,7 +331,7 @@ func TestOneNode(t *testing.T) {
 	if err := c.outside.Route(prefix("203.0.113.0/24"), addr("192.0.2.1")); err != nil {
 		t.Fatal(err)
 	}
-	l, err := c.outside.Netlink().LinkByName(testhost.Uplink)
+	l, err := c.outside.Netlink().LinkByName(host.Uplink)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,44 +17,46 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+
+	"kedge/internal/addresspool"
 )
 
 const (
 	// renewEvery and deadAfter make a node's addresses move within three seconds of its
-	// end: a lease that was renewed just before is dead 2.4 s later, noticed a quarter of
-	// a second after that.
+	// failure: a lease that was renewed just before expires 2.4 s later, which is noticed
+	// within another quarter of a second.
 	renewEvery = time.Second
 	deadAfter  = 2400 * time.Millisecond
-	lookEvery  = 250 * time.Millisecond
+	checkEvery = 250 * time.Millisecond
 
-	// LeaseLabel marks the leases of nodes that announce.
-	LeaseLabel = "kedge.io/lb-announcer"
-	// leasePrefix is before the node's name in the name of its lease.
-	leasePrefix = "kedge-lb-"
-	// annotationNetworks are the networks that a node is on.
+	// LeaseLabel marks the leases of announcing nodes.
+	LeaseLabel  = "kedge.io/lb-announcer"
+	leasePrefix = addresspool.LeasePrefix
+	// annotationNetworks has the networks of a node's interfaces.
 	annotationNetworks = "kedge.io/lb-networks"
 )
 
-// member is a node that announces.
+// member is an announcing node.
 type member struct {
 	name     string
 	networks []netip.Prefix
 }
 
-// on says whether the node is on the network of an address.
-func (m member) on(a netip.Addr) bool {
+// onNetworkOf reports whether the node is on the network of an address.
+func (m member) onNetworkOf(a netip.Addr) bool {
 	return slices.ContainsFunc(m.networks, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// owner is the node of some that announces an address: one on its network if any is, and
-// among those the one whose name and the address together have the highest hash. When a
-// node comes or goes, only addresses move that must.
+// owner returns the node that announces an address: if nodes are on its network, one of
+// them, else any node; among the candidates, the one with the highest hash of name and
+// address (rendezvous hashing). When a node is added or removed, only the necessary
+// addresses move.
 func owner(a netip.Addr, nodes []member) string {
 	var best string
 	var highest uint64
-	near := slices.ContainsFunc(nodes, func(m member) bool { return m.on(a) })
+	near := slices.ContainsFunc(nodes, func(m member) bool { return m.onNetworkOf(a) })
 	for _, m := range nodes {
-		if near && !m.on(a) {
+		if near && !m.onNetworkOf(a) {
 			continue
 		}
 		h := hash(m.name, a)
@@ -77,27 +79,27 @@ func hash(name string, a netip.Addr) uint64 {
 	return v ^ v>>33
 }
 
-// members knows from leases which nodes are alive. A lease is dead when it has not changed
-// for a while by this node's clock: clocks of nodes are not compared.
+// members tracks by leases which nodes are alive. A lease is expired when it has not
+// changed for a while by this node's clock: clocks of nodes are not compared.
 type members struct {
 	node string
 	now  func() time.Time
 
 	mu   sync.Mutex // guards what follows
-	seen map[string]*sighting
+	seen map[string]*leaseState
 }
 
-type sighting struct {
+type leaseState struct {
 	member
 	renewed metav1.MicroTime
-	at      time.Time // when the lease was seen to change, by our clock
+	at      time.Time // time of the last observed change, by this node's clock
 }
 
 func newMembers(node string) *members {
-	return &members{node: node, now: time.Now, seen: map[string]*sighting{}}
+	return &members{node: node, now: time.Now, seen: map[string]*leaseState{}}
 }
 
-// set takes a lease as it is now. One without a holder was let go.
+// set records the current state of a lease. A lease without a holder was released.
 func (m *members) set(l *coordinationv1.Lease) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -108,7 +110,7 @@ func (m *members) set(l *coordinationv1.Lease) {
 	}
 	s := m.seen[name]
 	if s == nil {
-		s = &sighting{member: member{name: name}}
+		s = &leaseState{member: member{name: name}}
 		m.seen[name] = s
 	}
 	if s.renewed != *l.Spec.RenewTime {
@@ -128,7 +130,7 @@ func (m *members) forget(l *coordinationv1.Lease) {
 	delete(m.seen, strings.TrimPrefix(l.Name, leasePrefix))
 }
 
-// alive are the other nodes whose leases are renewed, by name.
+// alive returns the other nodes with an unexpired lease, by name.
 func (m *members) alive() []member {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -141,7 +143,7 @@ func (m *members) alive() []member {
 	return out
 }
 
-// renew writes this node's lease. hold is false to let go of it.
+// renew writes this node's lease. With hold false it releases the lease.
 func renew(ctx context.Context, client kubernetes.Interface, node string, networks []netip.Prefix, hold bool) error {
 	var text []string
 	for _, p := range networks {
@@ -159,7 +161,8 @@ func renew(ctx context.Context, client kubernetes.Interface, node string, networ
 		},
 		Spec: coordinationv1.LeaseSpec{HolderIdentity: &holder, RenewTime: &now, LeaseDurationSeconds: &seconds},
 	}
-	// Nobody else writes it, so no version is compared; an update would have to name one.
+	// No other node writes the lease, so no resource version is compared; an update would
+	// have to name one.
 	body, err := json.Marshal(want)
 	if err != nil {
 		return err

@@ -14,16 +14,19 @@ import (
 	"syscall"
 	"time"
 
+	"kedge/internal/kernelnet"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
-// again is when an address that became this node's is announced: neighbours may miss one.
-var again = []time.Duration{0, 500 * time.Millisecond, 2 * time.Second}
+// announceDelays are the delays of the announcements of a new address: neighbours may miss
+// one.
+var announceDelays = []time.Duration{0, 500 * time.Millisecond, 2 * time.Second}
 
-// linksAge is how old what is known of the interfaces may be.
-const linksAge = 5 * time.Second
+// linksMaxAge is the maximum age of the list of interfaces.
+const linksMaxAge = 5 * time.Second
 
 // link is an interface on which addresses are announced.
 type link struct {
@@ -34,18 +37,19 @@ type link struct {
 	local    netip.Addr // its link-local address; the zero Addr without IPv6
 }
 
-// responder answers for addresses on the network namespace in which it was made.
+// responder answers requests for addresses, in the network namespace in which it was
+// created.
 type responder struct {
-	podLinks string // how the names of pods' interfaces begin: nothing is announced there
+	podLinks string // prefix of the names of pods' interfaces, on which nothing is announced
 	log      *slog.Logger
 	arp, ndp *os.File
-	groups   int // socket that is a member of multicast groups, so that questions come
+	groups   int // socket with the memberships in multicast groups, so that solicitations arrive
 	nl       *netlink.Handle
 
 	mu     sync.Mutex // guards what follows
 	addrs  map[netip.Addr]bool
 	links  []link
-	looked time.Time
+	readAt time.Time
 }
 
 func newResponder(podLinks string, log *slog.Logger) (r *responder, err error) {
@@ -71,9 +75,10 @@ func newResponder(podLinks string, log *slog.Logger) (r *responder, err error) {
 	return r, err
 }
 
-// packetSocket opens a socket for whole frames of one kind, on all interfaces.
+// packetSocket opens a socket for whole frames of one protocol, on all interfaces.
 func packetSocket(kind uint16, filter []bpf.RawInstruction) (*os.File, error) {
-	// Of no kind until the filter is there, or frames come that it would have kept out.
+	// Without a protocol until the filter is attached, otherwise unfiltered frames would
+	// arrive.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -96,7 +101,7 @@ func packetSocket(kind uint16, filter []bpf.RawInstruction) (*os.File, error) {
 
 func bigEndian(v uint16) uint16 { return v<<8 | v>>8 }
 
-// solicitationsOnly keeps all other IPv6 packets in the kernel: there may be millions.
+// solicitationsOnly drops all other IPv6 packets in the kernel: there may be millions.
 func solicitationsOnly() []bpf.RawInstruction {
 	code, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadAbsolute{Off: ethernetLen + 6, Size: 1},
@@ -126,7 +131,7 @@ func (r *responder) close() {
 	}
 }
 
-// run answers until ctx ends.
+// run answers requests until ctx ends.
 func (r *responder) run(ctx context.Context) {
 	stop := context.AfterFunc(ctx, func() {
 		_ = r.arp.SetReadDeadline(time.Unix(1, 0))
@@ -139,10 +144,10 @@ func (r *responder) run(ctx context.Context) {
 	both.Wait()
 }
 
-func (r *responder) serve(ctx context.Context, f *os.File, parse func([]byte) (question, bool), answer func(link, question) error) {
+func (r *responder) serve(ctx context.Context, f *os.File, parse func([]byte) (request, bool), answer func(link, request) error) {
 	conn, err := f.SyscallConn()
 	if err != nil {
-		r.log.Error("nobody is answered", "cause", err) // the file is open
+		r.log.Error("cannot answer ARP or neighbour solicitations", "err", err) // the file is open
 		return
 	}
 	buf := make([]byte, 1600)
@@ -159,7 +164,7 @@ func (r *responder) serve(ctx context.Context, f *os.File, parse func([]byte) (q
 				continue
 			}
 			if ctx.Err() == nil {
-				r.log.Error("nobody is answered any more", "cause", errors.Join(err, failed))
+				r.log.Error("stopped answering ARP or neighbour solicitations", "err", errors.Join(err, failed))
 			}
 			return
 		}
@@ -176,12 +181,13 @@ func (r *responder) serve(ctx context.Context, f *os.File, parse func([]byte) (q
 			continue
 		}
 		if err := answer(l, q); err != nil {
-			r.log.Debug("not answered", "address", q.target, "link", l.name, "cause", err)
+			r.log.Debug("request not answered", "address", q.target, "link", l.name, "err", err)
 		}
 	}
 }
 
-// linkFor says whether a question for an address on an interface is to be answered.
+// linkFor returns the interface of a request, and reports whether the request is to be
+// answered there.
 func (r *responder) linkFor(index int, a netip.Addr) (link, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -196,8 +202,9 @@ func (r *responder) linkFor(index int, a netip.Addr) (link, bool) {
 	return link{}, false
 }
 
-// linksOf are the interfaces on which an address is announced: those whose network has
-// it, and when there is none, all; others then have a route to it there. Caller holds mu.
+// linksOf returns the interfaces on which an address is announced: the interfaces on its
+// network or, if there are none, all, since other hosts then have a route to it there.
+// Caller holds mu.
 func (r *responder) linksOf(a netip.Addr) []link {
 	r.refresh()
 	var out []link
@@ -212,29 +219,29 @@ func (r *responder) linksOf(a netip.Addr) []link {
 	return out
 }
 
-// refresh looks at the interfaces, if that is long ago. Caller holds mu.
+// refresh reads the interfaces if the list is too old. Caller holds mu.
 func (r *responder) refresh() {
-	if time.Since(r.looked) <= linksAge {
+	if time.Since(r.readAt) <= linksMaxAge {
 		return
 	}
-	links, err := r.look()
+	links, err := r.readLinks()
 	if err != nil {
-		r.log.Warn("interfaces cannot be read", "cause", err)
+		r.log.Warn("cannot read network interfaces", "err", err)
 		return
 	}
-	r.links, r.looked = links, time.Now()
+	r.links, r.readAt = links, time.Now()
 }
 
-// changed says that interfaces are not what they were.
-func (r *responder) changed() {
+// invalidateLinks makes the next refresh read the interfaces.
+func (r *responder) invalidateLinks() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.looked = time.Time{}
+	r.readAt = time.Time{}
 }
 
-// look reads the interfaces that have neighbours: Ethernet, up, and not a pod's.
-func (r *responder) look() ([]link, error) {
-	all, err := r.nl.LinkList()
+// readLinks returns the interfaces with neighbours: Ethernet, up, and not a pod's.
+func (r *responder) readLinks() ([]link, error) {
+	all, err := kernelnet.List(r.nl.LinkList)
 	if err != nil {
 		return nil, err
 	}
@@ -245,7 +252,7 @@ func (r *responder) look() ([]link, error) {
 			continue
 		}
 		l := link{index: a.Index, name: a.Name, mac: a.HardwareAddr}
-		addrs, err := r.nl.AddrList(i, netlink.FAMILY_ALL)
+		addrs, err := kernelnet.List(func() ([]netlink.Addr, error) { return r.nl.AddrList(i, netlink.FAMILY_ALL) })
 		if err != nil {
 			return nil, err
 		}
@@ -269,7 +276,7 @@ func (r *responder) look() ([]link, error) {
 	return out, nil
 }
 
-// networks are those that this node's interfaces are on.
+// networks returns the networks of this node's interfaces.
 func (r *responder) networks() []netip.Prefix {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -282,18 +289,18 @@ func (r *responder) networks() []netip.Prefix {
 	return slices.Compact(out)
 }
 
-func (r *responder) answerARP(l link, q question) error {
+func (r *responder) answerARP(l link, q request) error {
 	return r.send(r.arp, unix.ETH_P_ARP, l, arp(arpReply, l.mac, q.target, q.mac, q.sender))
 }
 
-func (r *responder) answerSolicitation(l link, q question) error {
-	if q.sender.IsUnspecified() { // somebody wants to take the address: it is in use
+func (r *responder) answerSolicitation(l link, q request) error {
+	if q.sender.IsUnspecified() { // duplicate address detection: the address is in use
 		return r.send(r.ndp, unix.ETH_P_IPV6, l, advertise(l.mac, q.target, l.source(q.target), groupMAC(allNodes), allNodes, flagOverride))
 	}
 	return r.send(r.ndp, unix.ETH_P_IPV6, l, advertise(l.mac, q.target, l.source(q.target), q.mac, q.sender, flagOverride|flagSolicited))
 }
 
-// source is whom an advertisement comes from.
+// source returns the source address of an advertisement.
 func (l link) source(a netip.Addr) netip.Addr {
 	if l.local.IsValid() {
 		return l.local
@@ -314,73 +321,73 @@ func (r *responder) send(f *os.File, kind uint16, l link, frame []byte) error {
 	return errors.Join(err, failed)
 }
 
-// set makes these addresses this node's and all others not.
-func (r *responder) set(ctx context.Context, addrs []netip.Addr) {
+// setAddresses sets the addresses that this node announces.
+func (r *responder) setAddresses(ctx context.Context, addrs []netip.Addr) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for a := range r.addrs {
 		if !slices.Contains(addrs, a) {
 			delete(r.addrs, a)
-			r.leave(a)
-			r.log.Info("address is not announced here any more", "address", a)
+			r.leaveGroups(a)
+			r.log.Info("load balancer address is no longer announced by this node", "address", a)
 		}
 	}
 	for _, a := range addrs {
-		r.member(a, unix.IPV6_JOIN_GROUP) // interfaces may have come since the last time
+		r.setMembership(a, unix.IPV6_JOIN_GROUP) // there may be new interfaces
 		if r.addrs[a] {
 			continue
 		}
 		r.addrs[a] = true
-		r.log.Info("address is announced here", "address", a)
-		for _, after := range again {
+		r.log.Info("load balancer address is announced by this node", "address", a)
+		for _, after := range announceDelays {
 			if after == 0 {
 				r.announce(a)
 				continue
 			}
-			timer := time.AfterFunc(after, func() {
+			time.AfterFunc(after, func() {
 				r.mu.Lock()
 				defer r.mu.Unlock()
 				if ctx.Err() == nil && r.addrs[a] {
 					r.announce(a)
 				}
 			})
-			context.AfterFunc(ctx, func() { timer.Stop() })
 		}
 	}
 }
 
-// leave leaves the groups of an address, unless another one has the same. Caller holds mu.
-func (r *responder) leave(a netip.Addr) {
+// leaveGroups leaves the multicast groups of an address, unless another address has the
+// same. Caller holds mu.
+func (r *responder) leaveGroups(a netip.Addr) {
 	for o := range r.addrs {
 		if o.Is6() && a.Is6() && solicitedNode(o) == solicitedNode(a) {
 			return
 		}
 	}
-	r.member(a, unix.IPV6_LEAVE_GROUP)
+	r.setMembership(a, unix.IPV6_LEAVE_GROUP)
 }
 
-// member joins or leaves the groups that are asked for an IPv6 address: switches and
-// interfaces keep their questions from those who are no member. Caller holds mu.
-func (r *responder) member(a netip.Addr, option int) {
+// setMembership joins or leaves the solicited-node groups of an IPv6 address: switches and
+// interfaces filter solicitations for groups without members. Caller holds mu.
+func (r *responder) setMembership(a netip.Addr, option int) {
 	if a.Is4() || r.groups < 0 {
 		return
 	}
 	for _, l := range r.linksOf(a) {
 		m := unix.IPv6Mreq{Multiaddr: solicitedNode(a).As16(), Interface: uint32(l.index)}
 		err := unix.SetsockoptIPv6Mreq(r.groups, unix.IPPROTO_IPV6, option, &m)
-		// It may be a member already, or not any more.
+		// The membership may exist already, or no longer.
 		if err != nil && !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			r.log.Debug("multicast group", "address", a, "link", l.name, "cause", err)
+			r.log.Debug("cannot change multicast group membership", "address", a, "link", l.name, "err", err)
 		}
 	}
 }
 
-// announce tells everybody where an address is now. Caller holds mu.
+// announce sends announcements of an address. Caller holds mu.
 func (r *responder) announce(a netip.Addr) {
 	for _, l := range r.linksOf(a) {
 		var err error
 		if a.Is4() {
-			// Some systems take note of requests only, some of answers only.
+			// Some systems process only requests, some only replies.
 			err = errors.Join(
 				r.send(r.arp, unix.ETH_P_ARP, l, arp(arpRequest, l.mac, a, broadcast, a)),
 				r.send(r.arp, unix.ETH_P_ARP, l, arp(arpReply, l.mac, a, broadcast, a)))
@@ -388,7 +395,7 @@ func (r *responder) announce(a netip.Addr) {
 			err = r.send(r.ndp, unix.ETH_P_IPV6, l, advertise(l.mac, a, l.source(a), groupMAC(allNodes), allNodes, flagOverride))
 		}
 		if err != nil {
-			r.log.Debug("not announced", "address", a, "link", l.name, "cause", err)
+			r.log.Debug("address not announced", "address", a, "link", l.name, "err", err)
 		}
 	}
 }

@@ -8,22 +8,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// comments returns the comments of a table's rules by chain, in order. It asks
-// the kernel itself: the library parses the rules too, and cannot read all.
-func comments(table string) (map[string][]string, error) {
+// Comments returns the comments of a table's rules by chain, in order. It reads them from
+// the kernel without the library, which parses the rules as well and cannot parse all of
+// them.
+func Comments(table string) (map[string][]string, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	defer conn.Close()
-	ask, err := netlink.MarshalAttributes([]netlink.Attribute{{Type: unix.NFTA_RULE_TABLE, Data: []byte(table + "\x00")}})
+	filter, err := netlink.MarshalAttributes([]netlink.Attribute{{Type: unix.NFTA_RULE_TABLE, Data: []byte(table + "\x00")}})
 	if err != nil {
 		return nil, err
 	}
 	header := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0} // struct nfgenmsg
 	msgs, err := conn.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
-		Data:   append(header, ask...),
+		Data:   append(header, filter...),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list rules of nftables table %s: %w", table, err)
@@ -52,13 +53,13 @@ func comments(table string) (map[string][]string, error) {
 	return out, nil
 }
 
-// has says whether a chain's rules have the comments, in this order.
-func (c chain) has(comments []string) bool {
-	if len(c.rules) != len(comments) {
+// HasComments reports whether the comments of a chain's rules are these, in this order.
+func (c Chain) HasComments(comments []string) bool {
+	if len(c.Rules) != len(comments) {
 		return false
 	}
-	for i, r := range c.rules {
-		if r.comment != comments[i] {
+	for i, r := range c.Rules {
+		if r.Comment != comments[i] {
 			return false
 		}
 	}

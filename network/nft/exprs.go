@@ -11,182 +11,136 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Registers. The kernel has four of 16 bytes (reg1 and following), which are
-// the same memory as sixteen of 4 bytes (word0 and following). A concatenated
+// Registers. The kernel has four registers of 16 bytes (Reg1 and following), which
+// are the same memory as sixteen of 4 bytes (Word0 and following). A concatenated
 // key lies in neighbouring words.
 const (
-	reg1  = unix.NFT_REG_1
-	reg2  = unix.NFT_REG_2
-	word0 = unix.NFT_REG32_00
+	Reg1  = unix.NFT_REG_1
+	Reg2  = unix.NFT_REG_2
+	Word0 = unix.NFT_REG32_00
 )
 
-// family is one of the two address families as rules see it.
-type family struct {
-	proto    byte // NFPROTO_*
-	suffix   string
-	addrLen  uint32
-	saddr    uint32 // offset in the network header
-	daddr    uint32
-	addrType nftables.SetDatatype
-	loopback netip.Prefix
+// Family is an address family as rules see it: V4 or V6.
+type Family struct {
+	Proto             byte // NFPROTO_*
+	Suffix            string
+	AddrLen           uint32
+	SourceOffset      uint32 // offset in the network header
+	DestinationOffset uint32
+	AddrType          nftables.SetDatatype
+	Loopback          netip.Prefix
 }
 
 var (
-	v4 = family{
-		proto: unix.NFPROTO_IPV4, suffix: "4", addrLen: 4, saddr: 12, daddr: 16,
-		addrType: nftables.TypeIPAddr, loopback: netip.MustParsePrefix("127.0.0.0/8"),
+	V4 = Family{
+		Proto: unix.NFPROTO_IPV4, Suffix: "4", AddrLen: 4, SourceOffset: 12, DestinationOffset: 16,
+		AddrType: nftables.TypeIPAddr, Loopback: netip.MustParsePrefix("127.0.0.0/8"),
 	}
-	v6 = family{
-		proto: unix.NFPROTO_IPV6, suffix: "6", addrLen: 16, saddr: 8, daddr: 24,
-		addrType: nftables.TypeIP6Addr, loopback: netip.MustParsePrefix("::1/128"),
+	V6 = Family{
+		Proto: unix.NFPROTO_IPV6, Suffix: "6", AddrLen: 16, SourceOffset: 8, DestinationOffset: 24,
+		AddrType: nftables.TypeIP6Addr, Loopback: netip.MustParsePrefix("::1/128"),
 	}
 )
 
-func familyOf(a netip.Addr) family {
+// FamilyOf returns the family of an address.
+func FamilyOf(a netip.Addr) Family {
 	if a.Is4() {
-		return v4
+		return V4
 	}
-	return v6
+	return V6
 }
 
-// words is how many 4-byte registers an address fills.
-func (f family) words() uint32 { return f.addrLen / 4 }
+// Words is the number of 4-byte registers that an address fills.
+func (f Family) Words() uint32 { return f.AddrLen / 4 }
 
-// rule is a sequence of conditions and one action.
-type rule []expr.Any
+// Exprs are the expressions of a rule or of a part of it: conditions and an action.
+type Exprs []expr.Any
 
-func (f family) is() rule {
-	return rule{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{f.proto}},
-	}
-}
-
-// linkStartsWith matches interfaces by the beginning of their names: the
-// comparison covers only as many bytes as it is given.
-func linkStartsWith(key expr.MetaKey, prefix string) rule {
-	return rule{
-		&expr.Meta{Key: key, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte(prefix)},
+// Is matches packets of the family.
+func (f Family) Is() Exprs {
+	return Exprs{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: Reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: Reg1, Data: []byte{f.Proto}},
 	}
 }
 
-// linkIs matches one interface.
-func linkIs(key expr.MetaKey, name string) rule {
-	padded := make([]byte, unix.IFNAMSIZ)
-	copy(padded, name)
-	return rule{
-		&expr.Meta{Key: key, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: padded},
+// LinkStartsWith matches interfaces by a prefix of their names: the kernel compares only as
+// many bytes as it is given.
+func LinkStartsWith(key expr.MetaKey, prefix string) Exprs {
+	return Exprs{
+		&expr.Meta{Key: key, Register: Reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: Reg1, Data: []byte(prefix)},
 	}
 }
 
-// tosBits are those of an IPv4 header's second byte that are not about congestion.
-const tosBits = 0xfc
-
-// setTOS writes the type of service of an IPv4 packet, as the two bytes with which its
-// checksum can be mended.
-func setTOS(tos byte) rule {
-	return rule{
-		&expr.Payload{OperationType: expr.PayloadLoad, Base: expr.PayloadBaseNetworkHeader, Offset: 0, Len: 2, DestRegister: reg1},
-		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 2, Mask: []byte{0xff, 0xff &^ tosBits}, Xor: []byte{0, tos}},
-		&expr.Payload{
-			OperationType: expr.PayloadWrite, Base: expr.PayloadBaseNetworkHeader, Offset: 0, Len: 2, SourceRegister: reg1,
-			CsumType: expr.CsumTypeInet, CsumOffset: 10,
-		},
-	}
-}
-
-// addrIn matches the address at an offset of the network header.
-func (f family) addrIn(offset uint32, p netip.Prefix, op expr.CmpOp) rule {
+// AddrIn compares the address at an offset of the network header with a range.
+func (f Family) AddrIn(offset uint32, p netip.Prefix, op expr.CmpOp) Exprs {
 	p = p.Masked()
-	r := rule{f.load(offset, reg1)}
+	r := Exprs{f.LoadAddr(offset, Reg1)}
 	if p.Bits() < p.Addr().BitLen() {
 		r = append(r, &expr.Bitwise{
-			SourceRegister: reg1, DestRegister: reg1, Len: f.addrLen,
-			Mask: maskBytes(p), Xor: make([]byte, f.addrLen),
+			SourceRegister: Reg1, DestRegister: Reg1, Len: f.AddrLen,
+			Mask: MaskBytes(p), Xor: make([]byte, f.AddrLen),
 		})
 	}
-	return append(r, &expr.Cmp{Op: op, Register: reg1, Data: p.Addr().AsSlice()})
+	return append(r, &expr.Cmp{Op: op, Register: Reg1, Data: p.Addr().AsSlice()})
 }
 
-func (f family) load(offset, register uint32) expr.Any {
+// LoadAddr loads the address at an offset of the network header.
+func (f Family) LoadAddr(offset, register uint32) expr.Any {
 	return &expr.Payload{
 		OperationType: expr.PayloadLoad, Base: expr.PayloadBaseNetworkHeader,
-		Offset: offset, Len: f.addrLen, DestRegister: register,
+		Offset: offset, Len: f.AddrLen, DestRegister: register,
 	}
 }
 
-func loadProtocol(register uint32) expr.Any {
+// LoadProtocol loads the transport protocol.
+func LoadProtocol(register uint32) expr.Any {
 	return &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register}
 }
 
-// loadPort loads the destination port, which TCP, UDP and SCTP keep in the same place.
-func loadPort(register uint32) expr.Any {
+// LoadPort loads the destination port, which TCP, UDP and SCTP keep in the same place.
+func LoadPort(register uint32) expr.Any {
 	return &expr.Payload{
 		OperationType: expr.PayloadLoad, Base: expr.PayloadBaseTransportHeader,
 		Offset: 2, Len: 2, DestRegister: register,
 	}
 }
 
-// toThisNode matches packets whose destination is an address of the node.
-func toThisNode() rule {
-	return rule{
-		&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+// ToThisNode matches packets whose destination is an address of the node.
+func ToThisNode() Exprs {
+	return Exprs{
+		&expr.Fib{Register: Reg1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: Reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 	}
 }
 
-// setMark sets a bit of the packet's mark and leaves the others as they are.
-func setMark(bit uint32) rule {
-	return rule{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
-		&expr.Bitwise{
-			SourceRegister: reg1, DestRegister: reg1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(^bit), Xor: binaryutil.NativeEndian.PutUint32(bit),
-		},
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true},
-	}
-}
+// Accept ends the evaluation of the hook for the packet.
+func Accept() Exprs { return Exprs{&expr.Verdict{Kind: expr.VerdictAccept}} }
 
-// marked matches packets whose mark has a bit set.
-func marked(bit uint32) rule {
-	return rule{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1},
-		&expr.Bitwise{
-			SourceRegister: reg1, DestRegister: reg1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(bit), Xor: make([]byte, 4),
-		},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: make([]byte, 4)},
-	}
-}
+// Drop drops the packet.
+func Drop() Exprs { return Exprs{&expr.Verdict{Kind: expr.VerdictDrop}} }
 
-// sourceUnreachable matches packets whose sender would not be answered through
-// the interface they came in by.
-func sourceUnreachable() rule {
-	return rule{
-		&expr.Fib{Register: reg1, FlagSADDR: true, FlagIIF: true, ResultOIF: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{0, 0, 0, 0}},
-	}
-}
+// Return goes back to the chain that jumped here.
+func Return() Exprs { return Exprs{&expr.Verdict{Kind: expr.VerdictReturn}} }
 
-func drop() rule  { return rule{&expr.Verdict{Kind: expr.VerdictDrop}} }
-func leave() rule { return rule{&expr.Verdict{Kind: expr.VerdictReturn}} }
-
-// masquerade gives the packet the address of the interface it leaves by. Ports
+// Masquerade gives the packet the address of the interface it leaves by. Ports
 // are drawn at random: with the default, two connections made at the same
 // moment may be given the same port, and one loses its first packet.
-func masquerade() rule {
-	return rule{&expr.Masq{FullyRandom: true}}
+func Masquerade() Exprs {
+	return Exprs{&expr.Masq{FullyRandom: true}}
 }
 
-func jump(chain string) rule {
-	return rule{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
+// Jump goes on in another chain and comes back at its end.
+func Jump(chain string) Exprs {
+	return Exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
 }
 
-func join(parts ...rule) rule { return slices.Concat(parts...) }
+// Join concatenates parts of a rule.
+func Join(parts ...Exprs) Exprs { return slices.Concat(parts...) }
 
-func maskBytes(p netip.Prefix) []byte {
+// MaskBytes returns the network mask of a range.
+func MaskBytes(p netip.Prefix) []byte {
 	mask := make([]byte, p.Addr().BitLen()/8)
 	for i := range p.Bits() {
 		mask[i/8] |= 0x80 >> (i % 8)
@@ -194,14 +148,16 @@ func maskBytes(p netip.Prefix) []byte {
 	return mask
 }
 
-// word pads one part of a concatenated key to 4 bytes.
-func word(b ...byte) []byte {
+// Word pads one part of a concatenated key to 4 bytes.
+func Word(b ...byte) []byte {
 	return append(b, make([]byte, (4-len(b)%4)%4)...)
 }
 
-func portBytes(port uint16) []byte { return []byte{byte(port >> 8), byte(port)} }
+// PortBytes returns a port in network byte order.
+func PortBytes(port uint16) []byte { return []byte{byte(port >> 8), byte(port)} }
 
-func protocolName(p uint8) string {
+// ProtocolName returns the name of a transport protocol as the API spells it.
+func ProtocolName(p uint8) string {
 	switch p {
 	case unix.IPPROTO_TCP:
 		return "TCP"
@@ -211,4 +167,28 @@ func protocolName(p uint8) string {
 		return "SCTP"
 	}
 	return strconv.Itoa(int(p))
+}
+
+// PairIn matches packets whose pair of source and destination is in a set.
+func (f Family) PairIn(s Set) Exprs {
+	second := uint32(Reg2)
+	if f.AddrLen == 4 {
+		second = Word0 + 1
+	}
+	return Exprs{
+		f.LoadAddr(f.SourceOffset, Reg1),
+		f.LoadAddr(f.DestinationOffset, second),
+		&expr.Lookup{SourceRegister: Reg1, SetName: s.Name},
+	}
+}
+
+// InState matches packets in one of the states of connection tracking.
+func InState(bits uint32) Exprs {
+	states := binaryutil.NativeEndian.PutUint32(bits)
+	none := make([]byte, len(states))
+	return Exprs{
+		&expr.Ct{Key: expr.CtKeySTATE, Register: Reg1},
+		&expr.Bitwise{SourceRegister: Reg1, DestRegister: Reg1, Len: uint32(len(states)), Mask: states, Xor: none},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: Reg1, Data: none},
+	}
 }

@@ -2,7 +2,6 @@ package nft
 
 import (
 	"context"
-	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -11,38 +10,45 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
+	"github.com/google/nftables/expr"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 )
 
-func samplePods() PodRules {
-	return PodRules{
-		LinkPrefix: "kdgtest",
-		PodRanges:  []netip.Prefix{netip.MustParsePrefix("10.42.0.0/24"), netip.MustParsePrefix("fd42::/64")},
-		Inside:     []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/56")},
-		HostPorts: []HostPort{
-			{Port: 80, Protocol: unix.IPPROTO_TCP, Pod: netip.MustParseAddrPort("10.42.0.5:8080")},
-			{Port: 80, Protocol: unix.IPPROTO_TCP, Pod: netip.MustParseAddrPort("[fd42::5]:8080")},
-			{Port: 53, Protocol: unix.IPPROTO_UDP, Pod: netip.MustParseAddrPort("10.42.0.5:53"), HostIP: netip.MustParseAddr("192.0.2.1")},
-		},
-	}
+// sample is a table with a set and a chain that looks into it.
+func sample() Ruleset {
+	c := Chain{Name: "filter", Type: nftables.ChainTypeFilter, Hook: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw}
+	s := Set{Name: "addresses", Key: nftables.TypeIPAddr, Elements: []nftables.SetElement{{Key: []byte{192, 0, 2, 1}}}}
+	c.Add("from an address of the set", V4.Is(), Exprs{V4.LoadAddr(V4.SourceOffset, Reg1), &expr.Lookup{SourceRegister: Reg1, SetName: s.Name}}, Drop())
+	return Ruleset{Sets: []Set{s}, Chains: []Chain{c}}
 }
 
-func newTable(t testing.TB, node string) *PodTable {
+// newTable returns the name of a table that is removed when the test ends.
+func newTable(t *testing.T, node string) string {
 	t.Helper()
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	t.Cleanup(func() {
 		if err := RemoveTables(node); err != nil {
 			t.Error(err)
 		}
 	})
-	return NewPodTable(node)
+	return TableName(node, "sample")
 }
 
-func mustIntact(t *testing.T, table *PodTable, want bool) {
+func write(t *testing.T, table string) {
 	t.Helper()
-	got, err := intact(table.name, table.now)
+	var s Socket
+	if err := s.Replace(table, sample()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustIntact(t *testing.T, table string, want bool) {
+	t.Helper()
+	got, err := Intact(table, sample())
 	if err != nil || got != want {
 		t.Fatalf("intact: %v, %v, want %v", got, err, want)
 	}
@@ -63,78 +69,10 @@ func TestTableNames(t *testing.T) {
 	}
 }
 
-func TestSetAndRepair(t *testing.T) {
-	table := newTable(t, "node1")
-	if repaired, err := table.Repair(); repaired || err != nil {
-		t.Fatalf("repair before anything was written: %v, %v", repaired, err)
-	}
-	rules := samplePods()
-	if err := table.Set(rules); err != nil {
-		t.Fatal(err)
-	}
-	mustIntact(t, table, true)
-
-	rules.HostPorts = rules.HostPorts[:1] // refilled
-	if err := table.Set(rules); err != nil {
-		t.Fatal(err)
-	}
-	mustIntact(t, table, true)
-	rules.HostPorts = nil
-	if err := table.Set(rules); err != nil {
-		t.Fatal(err)
-	}
-	rules = samplePods()
-	if err := table.Set(rules); err != nil {
-		t.Fatal(err)
-	}
-	mustIntact(t, table, true)
-
-	ref := &nftables.Table{Name: table.Name(), Family: nftables.TableFamilyINet}
-	for what, damage := range map[string]func(*nftables.Conn){
-		"table removed": func(c *nftables.Conn) { c.DelTable(ref) },
-		"rules flushed": func(c *nftables.Conn) { c.FlushTable(ref) },
-		"chain emptied": func(c *nftables.Conn) { c.FlushChain(&nftables.Chain{Name: chainGuard, Table: ref}) },
-		"chain added":   func(c *nftables.Conn) { c.AddChain(&nftables.Chain{Name: "stranger", Table: ref}) },
-		"map emptied":   func(c *nftables.Conn) { c.FlushSet(&nftables.Set{Name: setHostPorts + "6", Table: ref, IsMap: true}) },
-		"rule added": func(c *nftables.Conn) {
-			c.AddRule(&nftables.Rule{Table: ref, Chain: &nftables.Chain{Name: chainGuard, Table: ref}, Exprs: drop()})
-		},
-	} {
-		conn, err := nftables.New()
-		if err != nil {
-			t.Fatal(err)
-		}
-		damage(conn)
-		if err := conn.Flush(); err != nil {
-			t.Fatalf("%s: %v", what, err)
-		}
-		mustIntact(t, table, false)
-		if repaired, err := table.Repair(); !repaired || err != nil {
-			t.Fatalf("%s: repair: %v, %v", what, repaired, err)
-		}
-		mustIntact(t, table, true)
-		if repaired, err := table.Repair(); repaired || err != nil {
-			t.Fatalf("%s: repaired twice: %v, %v", what, repaired, err)
-		}
-	}
-
-	// Refilling notices by itself that the table is gone.
-	if err := RemoveTables("node1"); err != nil {
-		t.Fatal(err)
-	}
-	rules.HostPorts = nil
-	if err := table.Set(rules); err != nil {
-		t.Fatal(err)
-	}
-	mustIntact(t, table, true)
-}
-
 func TestRemoveTablesLeavesOthers(t *testing.T) {
 	one, other := newTable(t, "a"), newTable(t, "a-b")
-	for _, table := range []*PodTable{one, other} {
-		if err := table.Set(samplePods()); err != nil {
-			t.Fatal(err)
-		}
+	for _, table := range []string{one, other} {
+		write(t, table)
 	}
 	if err := RemoveTables("a"); err != nil {
 		t.Fatal(err)
@@ -180,9 +118,7 @@ func TestWatch(t *testing.T) {
 	go func() { done <- Watch(ctx, func() { changed <- struct{}{} }) }()
 
 	// Own changes are no news; they also tell when the watch has begun, below.
-	if err := table.Set(samplePods()); err != nil {
-		t.Fatal(err)
-	}
+	write(t, table)
 	deadline := time.After(30 * time.Second)
 	stranger := func(test string) {
 		t.Helper()
@@ -198,9 +134,7 @@ func TestWatch(t *testing.T) {
 		case <-changed:
 			heard = true
 		case <-time.After(200 * time.Millisecond): // the watch had not begun
-			if err := table.Set(samplePods()); err != nil {
-				t.Fatal(err)
-			}
+			write(t, table)
 		case <-deadline:
 			t.Fatal("a change of another process is not noticed")
 		}
@@ -208,9 +142,7 @@ func TestWatch(t *testing.T) {
 	for len(changed) > 0 {
 		<-changed
 	}
-	if err := new(socket).replace(table.name, samplePods().ruleset()); err != nil {
-		t.Fatal(err)
-	}
+	write(t, table)
 	stranger("TestOtherStranger")
 	cancel()
 	if err := <-done; err != nil {

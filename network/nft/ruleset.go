@@ -11,120 +11,126 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ruleset is everything a table should hold.
-type ruleset struct {
-	sets   []set
-	chains []chain
+// Ruleset is the content that a table should have.
+type Ruleset struct {
+	Sets   []Set
+	Chains []Chain
 }
 
-// set is a set, or a map where data is given.
-type set struct {
-	name      string
-	key, data nftables.SetDatatype
-	isMap     bool
-	ranges    bool   // elements are ranges of concatenated keys
-	grows     uint32 // how many elements packets may add, each with a timeout; 0 for a set that only we change
-	comment   string
-	elements  []nftables.SetElement
+// Set is a set, or a map if IsMap.
+type Set struct {
+	Name        string
+	Key, Data   nftables.SetDatatype
+	IsMap       bool
+	Ranges      bool   // elements are ranges of concatenated keys
+	DynamicSize uint32 // maximum number of elements that packets add, each with a timeout; 0 for a static set
+	Comment     string
+	Elements    []nftables.SetElement
 }
 
-// of is the set as a part of a table, as the library wants it.
-func (s set) of(table *nftables.Table) *nftables.Set {
+// In returns the set, without its elements, as the library's set of a table.
+func (s Set) In(table *nftables.Table) *nftables.Set {
 	return &nftables.Set{
-		Table: table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.isMap, Comment: s.comment,
-		Interval: s.ranges, Concatenation: s.ranges,
-		Dynamic: s.grows > 0, HasTimeout: s.grows > 0, Size: s.grows,
+		Table: table, Name: s.Name, KeyType: s.Key, DataType: s.Data, IsMap: s.IsMap, Comment: s.Comment,
+		Interval: s.Ranges, Concatenation: s.Ranges,
+		Dynamic: s.DynamicSize > 0, HasTimeout: s.DynamicSize > 0, Size: s.DynamicSize,
 	}
 }
 
-// chain is called by the kernel at hook, or by other chains where hook is nil.
-type chain struct {
-	name     string
-	kind     nftables.ChainType
-	hook     *nftables.ChainHook
-	priority *nftables.ChainPriority
-	rules    []commented
+// Chain is a chain that the kernel calls at Hook. Without a hook, other chains jump
+// to it.
+type Chain struct {
+	Name     string
+	Type     nftables.ChainType
+	Hook     *nftables.ChainHook
+	Priority *nftables.ChainPriority
+	Rules    []Rule
 }
 
-// commented is a rule and what it is for, as a reader of the rules sees it.
-type commented struct {
-	comment string
-	rule    rule
+// Add appends a rule that is made of parts.
+func (c *Chain) Add(comment string, parts ...Exprs) {
+	c.Rules = append(c.Rules, Rule{comment, Join(parts...)})
 }
 
-// replace makes the table hold exactly rs, in one transaction.
-func (s *socket) replace(name string, rs ruleset) error {
-	t, err := begin(name)
+// Rule is a rule with its comment, which says to readers of the rules what it is for.
+type Rule struct {
+	Comment string
+	Exprs   Exprs
+}
+
+// Replace gives the table exactly this content, in one transaction.
+func (s *Socket) Replace(name string, rs Ruleset) error {
+	t, err := Begin(name)
 	if err != nil {
 		return err
 	}
-	t.renew()
-	for _, set := range rs.sets {
-		t.addSet(*set.of(t.table), set.elements)
+	t.Recreate()
+	for _, set := range rs.Sets {
+		t.AddSet(*set.In(t.Table), set.Elements)
 	}
-	t.setChains(rs.chains)
-	return s.commit(t)
+	t.SetChains(rs.Chains)
+	return s.Commit(t)
 }
 
-// refill makes the sets of an existing table hold just the given elements, in
-// one transaction. Chains stay as they are.
-func (s *socket) refill(name string, sets []set) error {
-	t, err := begin(name)
+// Refill replaces the elements of sets of an existing table, in one transaction. Chains
+// stay as they are.
+func (s *Socket) Refill(name string, sets []Set) error {
+	t, err := Begin(name)
 	if err != nil {
 		return err
 	}
 	for _, set := range sets {
 		t.refill(set)
 	}
-	return s.commit(t)
+	return s.Commit(t)
 }
 
-// intact says whether the table holds what rs says: the same chains with as
-// many rules under the same comments, the same sets with the same elements.
-func intact(name string, rs ruleset) (bool, error) {
+// Intact reports whether the table has the content rs: the same chains with the same number
+// of rules under the same comments, and the same sets with the same elements.
+func Intact(name string, rs Ruleset) (bool, error) {
 	conn, err := nftables.New()
 	if err != nil {
 		return false, fmt.Errorf("open nftables: %w", err)
 	}
 	table, err := conn.ListTableOfFamily(name, nftables.TableFamilyINet)
 	if err != nil {
-		return false, absent(err)
+		return false, IgnoreNotFound(err)
 	}
 	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return false, err
 	}
 	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != name })
-	if len(chains) != len(rs.chains) {
+	if len(chains) != len(rs.Chains) {
 		return false, nil
 	}
-	for _, c := range rs.chains {
-		rules, err := conn.GetRules(table, &nftables.Chain{Name: c.name, Table: table})
+	for _, c := range rs.Chains {
+		rules, err := conn.GetRules(table, &nftables.Chain{Name: c.Name, Table: table})
 		if err != nil {
-			return false, absent(err)
+			return false, IgnoreNotFound(err)
 		}
-		same := slices.EqualFunc(c.rules, rules, func(want commented, got *nftables.Rule) bool {
+		same := slices.EqualFunc(c.Rules, rules, func(want Rule, got *nftables.Rule) bool {
 			comment, _ := userdata.GetString(got.UserData, userdata.TypeComment)
-			return comment == want.comment
+			return comment == want.Comment
 		})
 		if !same {
 			return false, nil
 		}
 	}
-	for _, s := range rs.sets {
-		got, err := conn.GetSetElements(s.of(table))
+	for _, s := range rs.Sets {
+		got, err := conn.GetSetElements(s.In(table))
 		if err != nil {
-			return false, absent(err)
+			return false, IgnoreNotFound(err)
 		}
-		if !sameElements(s.elements, got) {
+		if !sameElements(s.Elements, got) {
 			return false, nil
 		}
 	}
 	return true, nil
 }
 
-// absent turns the kernel's answer for what does not exist into no error.
-func absent(err error) error {
+// IgnoreNotFound returns nil for the kernel's error about an object that does not exist.
+func IgnoreNotFound(err error) error {
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}

@@ -11,12 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxTableName is what the kernel allows for the name of a table, less the
-// terminating zero.
+// maxTableName is the kernel's limit for the name of a table, less the terminating zero.
 const maxTableName = unix.NFT_NAME_MAXLEN - 1
 
-// TableName names the table of one part of a node, as in "kedge-node1/pods". A
-// node name has no slash, so no node's tables can be taken for another's.
+// TableName returns the name of the table of one part of a node, as in "kedge-node1/pods".
+// A node name has no slash, so the tables of different nodes cannot be confused.
 func TableName(node, part string) string {
 	name := tablePrefix(node) + part
 	if len(name) <= maxTableName {
@@ -26,7 +25,7 @@ func TableName(node, part string) string {
 	return anyTablePrefix + hex.EncodeToString(sum[:]) + "/" + part
 }
 
-// anyTablePrefix is how the names of all nodes' tables begin.
+// anyTablePrefix is the prefix of the names of all nodes' tables.
 const anyTablePrefix = "kedge-"
 
 func tablePrefix(node string) string { return anyTablePrefix + node + "/" }

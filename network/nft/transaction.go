@@ -12,30 +12,31 @@ import (
 )
 
 const (
-	// elementsPerMessage keeps a message's list of elements below the 64 KiB
-	// that a netlink attribute can hold, with the longest chain names in it.
-	elementsPerMessage = 200
-	// socketBuffer is room for a large transaction on its way to the kernel, which
-	// takes the memory only while it needs it.
+	// ElementsPerMessage keeps the list of elements of a message below the 64 KiB of a
+	// netlink attribute, with the longest chain names in it.
+	ElementsPerMessage = 200
+	// socketBuffer is the size of the socket's send buffer. A large transaction must fit;
+	// the kernel uses the memory only while it needs it.
 	socketBuffer = 64 << 20
 )
 
-// transaction collects changes of one table that the kernel makes all at once or
-// not at all. Errors of encoding are kept and reported by commit.
+// Transaction collects changes of one table that the kernel applies atomically. Errors of
+// encoding are kept and reported by Socket.Commit.
 //
-// The library encodes it but does not send it. It would have the kernel
-// acknowledge every message and send back every rule, which takes longer than
-// the change itself; and it does not encode all that rules need: see conntrack.go.
-type transaction struct {
+// The library encodes the transaction but does not send it: it would make the kernel
+// acknowledge every message and return every rule, which takes longer than the change
+// itself. It also does not encode all that rules need; see conntrack.go.
+type Transaction struct {
 	conn     *nftables.Conn
-	table    *nftables.Table
+	Table    *nftables.Table
 	sets     uint32 // numbers the sets of the transaction
 	messages []netlink.Message
 	errs     []error
 }
 
-func begin(table string) (*transaction, error) {
-	t := &transaction{table: &nftables.Table{Name: table, Family: nftables.TableFamilyINet}}
+// Begin returns an empty transaction on a table.
+func Begin(table string) (*Transaction, error) {
+	t := &Transaction{Table: &nftables.Table{Name: table, Family: nftables.TableFamilyINet}}
 	var err error
 	t.conn, err = nftables.New(nftables.WithTestDial(func(m []netlink.Message) ([]netlink.Message, error) {
 		t.messages = append(t.messages, m...)
@@ -47,42 +48,45 @@ func begin(table string) (*transaction, error) {
 	return t, nil
 }
 
-// renew makes the transaction start from an empty table.
-func (t *transaction) renew() {
-	t.remove()
-	t.conn.AddTable(t.table)
+// Recreate makes the transaction start with an empty table.
+func (t *Transaction) Recreate() {
+	t.Remove()
+	t.conn.AddTable(t.Table)
 }
 
-// remove removes the table, whether it exists or not.
-func (t *transaction) remove() {
-	t.conn.AddTable(t.table) // so that removing it cannot fail
-	t.conn.DelTable(t.table)
+// Remove removes the table, if it exists.
+func (t *Transaction) Remove() {
+	t.conn.AddTable(t.Table) // so that removing it cannot fail
+	t.conn.DelTable(t.Table)
 }
 
-func (t *transaction) addSet(s nftables.Set, elements []nftables.SetElement) {
+// AddSet adds a set with elements.
+func (t *Transaction) AddSet(s nftables.Set, elements []nftables.SetElement) {
 	t.sets++
-	// Unique within the transaction is enough; left at zero, the library counts
-	// in a variable that it does not guard.
-	s.Table, s.ID = t.table, t.sets
+	// An ID that is unique within the transaction is enough. For the ID zero, the library
+	// increments a counter that it does not guard.
+	s.Table, s.ID = t.Table, t.sets
 	if err := t.conn.AddSet(&s, nil); err != nil {
 		t.errs = append(t.errs, fmt.Errorf("add set %s: %w", s.Name, err))
 		return
 	}
-	t.addElements(s, elements)
+	t.AddElements(s, elements)
 }
 
-func (t *transaction) addElements(s nftables.Set, elements []nftables.SetElement) {
+// AddElements adds elements to a set.
+func (t *Transaction) AddElements(s nftables.Set, elements []nftables.SetElement) {
 	t.change("fill", s, elements, t.conn.SetAddElements)
 }
 
-func (t *transaction) delElements(s nftables.Set, elements []nftables.SetElement) {
+// DeleteElements removes elements from a set.
+func (t *Transaction) DeleteElements(s nftables.Set, elements []nftables.SetElement) {
 	t.change("empty", s, elements, t.conn.SetDeleteElements)
 }
 
-func (t *transaction) change(what string, s nftables.Set, elements []nftables.SetElement, do func(*nftables.Set, []nftables.SetElement) error) {
-	s.Table = t.table
+func (t *Transaction) change(what string, s nftables.Set, elements []nftables.SetElement, do func(*nftables.Set, []nftables.SetElement) error) {
+	s.Table = t.Table
 	for len(elements) > 0 {
-		n := min(len(elements), elementsPerMessage)
+		n := min(len(elements), ElementsPerMessage)
 		if err := do(&s, elements[:n]); err != nil {
 			t.errs = append(t.errs, fmt.Errorf("%s set %s: %w", what, s.Name, err))
 		}
@@ -90,96 +94,100 @@ func (t *transaction) change(what string, s nftables.Set, elements []nftables.Se
 	}
 }
 
-// refill makes a set of the table hold just its elements.
-func (t *transaction) refill(s set) {
-	ref := s.of(t.table)
+// refill replaces the elements of a set of the table.
+func (t *Transaction) refill(s Set) {
+	ref := s.In(t.Table)
 	t.conn.FlushSet(ref)
-	t.addElements(*ref, s.elements)
+	t.AddElements(*ref, s.Elements)
 }
 
-func (t *transaction) delSet(name string) {
-	t.conn.DelSet(&nftables.Set{Table: t.table, Name: name})
+// DeleteSet removes a set.
+func (t *Transaction) DeleteSet(name string) {
+	t.conn.DelSet(&nftables.Set{Table: t.Table, Name: name})
 }
 
-// addChain adds a chain without its rules: they may jump to chains that come later.
-func (t *transaction) addChain(c chain) {
-	t.conn.AddChain(&nftables.Chain{Name: c.name, Table: t.table, Type: c.kind, Hooknum: c.hook, Priority: c.priority})
+// AddChain adds a chain without its rules, which may jump to chains that are added later.
+func (t *Transaction) AddChain(c Chain) {
+	t.conn.AddChain(&nftables.Chain{Name: c.Name, Table: t.Table, Type: c.Type, Hooknum: c.Hook, Priority: c.Priority})
 }
 
-// setChains gives chains, which may exist, just the rules that they should have.
-func (t *transaction) setChains(chains []chain) {
+// SetChains creates chains, or replaces the rules of existing ones.
+func (t *Transaction) SetChains(chains []Chain) {
 	for _, c := range chains { // all of them first: rules may jump to any
-		t.addChain(c)
-		t.flushChain(c.name)
+		t.AddChain(c)
+		t.FlushChain(c.Name)
 	}
 	for _, c := range chains {
-		t.addRules(c.name, c.rules)
+		t.AddRules(c.Name, c.Rules)
 	}
 }
 
-func (t *transaction) addRules(chainName string, rules []commented) {
-	ref := &nftables.Chain{Name: chainName, Table: t.table}
+// AddRules appends rules to a chain.
+func (t *Transaction) AddRules(chainName string, rules []Rule) {
+	ref := &nftables.Chain{Name: chainName, Table: t.Table}
 	for _, r := range rules {
 		t.conn.AddRule(&nftables.Rule{
-			Table: t.table, Chain: ref, Exprs: r.rule,
-			UserData: userdata.AppendString(nil, userdata.TypeComment, comment(r.comment)),
+			Table: t.Table, Chain: ref, Exprs: r.Exprs,
+			UserData: userdata.AppendString(nil, userdata.TypeComment, TrimComment(r.Comment)),
 		})
 	}
 }
 
-// maxComment is what the kernel keeps with a rule, less its frame.
+// maxComment is the kernel's limit for the comment of a rule, less its framing.
 const maxComment = 250
 
-// comment cuts a comment to what the kernel keeps.
-func comment(s string) string {
+// TrimComment shortens a comment to the kernel's limit.
+func TrimComment(s string) string {
 	if len(s) > maxComment {
 		return s[:maxComment-3] + "..."
 	}
 	return s
 }
 
-func (t *transaction) flushChain(name string) {
-	t.conn.FlushChain(&nftables.Chain{Name: name, Table: t.table})
+// FlushChain removes the rules of a chain.
+func (t *Transaction) FlushChain(name string) {
+	t.conn.FlushChain(&nftables.Chain{Name: name, Table: t.Table})
 }
 
-func (t *transaction) delChain(name string) {
-	t.conn.DelChain(&nftables.Chain{Name: name, Table: t.table})
+// DeleteChain removes a chain, which must have no rules.
+func (t *Transaction) DeleteChain(name string) {
+	t.conn.DelChain(&nftables.Chain{Name: name, Table: t.Table})
 }
 
 // encode returns the messages of the transaction; none if it changes nothing.
-func (t *transaction) encode() ([]netlink.Message, error) {
+func (t *Transaction) encode() ([]netlink.Message, error) {
 	if err := errors.Join(append(t.errs, t.conn.Flush())...); err != nil {
-		return nil, fmt.Errorf("encode change of nftables table %s: %w", t.table.Name, err)
+		return nil, fmt.Errorf("encode change of nftables table %s: %w", t.Table.Name, err)
 	}
 	for i := range t.messages {
 		h := &t.messages[i].Header
-		h.Sequence, h.PID = 0, 0 // given anew when sent
+		h.Sequence, h.PID = 0, 0 // assigned when sent
 		h.Flags &^= netlink.Acknowledge | netlink.Echo
 		if h.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWRULE {
 			finishConntrack(t.messages[i].Data)
 		}
 	}
 	if n := len(t.messages); n > 0 {
-		// Errors come in order, and an acknowledgement of the last change (the message
-		// after it ends the transaction) only if there is none.
+		// Errors come in order, and the acknowledgement of the last change (the message
+		// after it ends the transaction) comes only without an error.
 		t.messages[n-2].Header.Flags |= netlink.Acknowledge
 	}
 	return t.messages, nil
 }
 
-// commit sends the transaction through a socket of its own; see socket.
-func (t *transaction) commit() error {
-	var s socket
-	return errors.Join(s.commit(t), s.close())
+// Commit sends the transaction through a temporary socket; see Socket.
+func (t *Transaction) Commit() error {
+	var s Socket
+	return errors.Join(s.Commit(t), s.Close())
 }
 
-// socket is a way to the kernel that stays open from one transaction to the next.
-// When such a socket is closed the kernel first clears away what transactions have
-// removed, which takes it 10 ms, and whoever closes it waits.
-type socket struct{ conn *netlink.Conn }
+// Socket is a connection to the kernel that stays open from one transaction to the
+// next; the zero Socket is ready for use. Closing it waits until the kernel has
+// cleared away what transactions removed, which takes 10 ms.
+type Socket struct{ conn *netlink.Conn }
 
-// commit sends a transaction and waits for the kernel's answer.
-func (s *socket) commit(t *transaction) error {
+// Commit sends a transaction and waits for the kernel's result.
+func (s *Socket) Commit(t *Transaction) error {
 	messages, err := t.encode()
 	if err != nil || len(messages) == 0 {
 		return err
@@ -198,14 +206,15 @@ func (s *socket) commit(t *transaction) error {
 		_, err = s.conn.Receive()
 	}
 	if err != nil {
-		// Further answers to a transaction that failed must not be taken for those to
-		// the next one.
-		return errors.Join(fmt.Errorf("change nftables table %s: %w", t.table.Name, err), s.close())
+		// Further messages about a failed transaction must not be read as the result of the
+		// next one.
+		return errors.Join(fmt.Errorf("change nftables table %s: %w", t.Table.Name, err), s.Close())
 	}
 	return nil
 }
 
-func (s *socket) close() error {
+// Close closes the connection. The next commit opens another.
+func (s *Socket) Close() error {
 	if s.conn == nil {
 		return nil
 	}

@@ -10,34 +10,34 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netwatch"
+	"kedge/internal/kernelnet"
 )
 
-// nftaGenProcPID is the attribute of a generation message that names who made
-// the change: a thread, not a process.
+// nftaGenProcPID is the attribute of a generation message with the thread (not the process)
+// that made the change.
 const nftaGenProcPID = 2
 
-// Watch calls changed after another process has changed any of kedge's tables, until
-// ctx is cancelled. Changes in quick succession are reported once. It returns early
-// only when the kernel's messages cannot be received.
+// Watch calls changed after another process has changed one of kedge's tables, until ctx is
+// cancelled. Changes in quick succession are reported once. It returns early only when the
+// kernel's messages cannot be received.
 func Watch(ctx context.Context, changed func()) error {
-	var t heard
+	var t observedTransaction
 	foreign := func(msgs []netlink.Message) bool { return t.foreign(msgs, ownThread) }
-	if err := netwatch.Follow(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, foreign, changed); err != nil {
+	if err := kernelnet.Follow(ctx, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, foreign, changed); err != nil {
 		return fmt.Errorf("watch nftables: %w", err)
 	}
 	return nil
 }
 
-// heard is what was received of a transaction so far.
-type heard struct {
+// observedTransaction is the part of a transaction that has been received so far.
+type observedTransaction struct {
 	ours bool // it changes a table of kedge's
 }
 
-// foreign says whether a transaction of another process that changes our tables
-// ends in msgs. The kernel sends the details of each, then one message that names
-// the process.
-func (t *heard) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
+// foreign reports whether msgs contain the end of a transaction in which another process
+// changed kedge's tables. The kernel sends the details of a transaction, then one message
+// that names the process.
+func (t *observedTransaction) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool {
 	const (
 		newGeneration = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWGEN
 		nameOfTable   = 1 // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE ...
@@ -69,9 +69,9 @@ func (t *heard) foreign(msgs []netlink.Message, own func(tid uint32) bool) bool 
 	return found
 }
 
-// ownThread says whether a thread is of this process. One that has ended since,
-// or is numbered differently inside a process namespace, is taken for another's,
-// which costs one look at the rules.
+// ownThread reports whether a thread belongs to this process. A thread that has ended, or
+// has another number inside a process namespace, counts as foreign, which costs one
+// comparison of the rules.
 func ownThread(tid uint32) bool {
 	_, err := os.Stat(fmt.Sprintf("/proc/self/task/%d", tid))
 	return err == nil

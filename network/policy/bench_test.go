@@ -14,9 +14,10 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 	"kedge/network/cni"
 	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
 const (
@@ -72,13 +73,13 @@ func benchPolicy(b testing.TB, i, port int) *policy {
 	return p
 }
 
-func benchEngine(b testing.TB, policies int) *engine {
+func benchEngine(b testing.TB, count int) *engine {
 	b.Helper()
-	testhost.RequireIsolation(b)
+	host.RequireIsolation(b)
 	b.Cleanup(func() { nft.RemoveTables("node1") })
-	e := newEngine(nft.NewPolicyTable("node1"))
-	e.judgeAll()
-	populate(e, benchPolicies(b, policies))
+	e := newEngine(policies.NewTable("node1"))
+	e.applyAll()
+	populate(e, benchPolicies(b, count))
 	if err := e.table.Commit(); err != nil {
 		b.Fatal(err)
 	}
@@ -131,8 +132,8 @@ func BenchmarkPolicyChange(b *testing.B) {
 	}
 }
 
-// BenchmarkStart is what a process does with 1,000 policies and 500 pods: the first
-// time, and again when the kernel has everything already. It reports the memory that
+// BenchmarkStart is the start of a process with 1,000 policies and 500 pods: the first
+// start, and another one with the content in the kernel already. It reports the memory that
 // stays in use.
 func BenchmarkStart(b *testing.B) {
 	for _, restart := range []bool{false, true} {
@@ -142,17 +143,17 @@ func BenchmarkStart(b *testing.B) {
 			for b.Loop() {
 				b.StopTimer()
 				if !restart {
-					if err := nft.RemovePolicyTable("node1"); err != nil {
+					if err := policies.RemoveTable("node1"); err != nil {
 						b.Fatal(err)
 					}
 				}
-				policies := benchPolicies(b, 1000)
+				all := benchPolicies(b, 1000)
 				runtime.GC()
 				runtime.ReadMemStats(&before)
 				b.StartTimer()
-				e := newEngine(nft.NewPolicyTable("node1"))
-				populate(e, policies)
-				e.judgeAll()
+				e := newEngine(policies.NewTable("node1"))
+				populate(e, all)
+				e.applyAll()
 				if err := e.table.Commit(); err != nil {
 					b.Fatal(err)
 				}
@@ -168,7 +169,7 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-// benchCases are pods between which packets go, and what policies there are.
+// benchCases are the pods between which packets are sent, and the policies.
 var benchCases = []struct {
 	name     string
 	policies int // about other pods

@@ -15,14 +15,14 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
-	networkingv1 "k8s.io/api/networking/v1"
-
-	"kedge/internal/netns"
+	"kedge/internal/namespaces"
 	"kedge/network/cni"
 	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
 // station is a node with pods, on which policies are in force.
@@ -34,13 +34,13 @@ type station struct {
 func newStation(t testing.TB) *station {
 	l := newLab(t)
 	t.Cleanup(func() { nft.RemoveTables("node1") })
-	s := &station{l, newEngine(nft.NewPolicyTable("node1"))}
-	s.engine.judgeAll()
+	s := &station{l, newEngine(policies.NewTable("node1"))}
+	s.engine.applyAll()
 	return s
 }
 
 // pod makes pod number i of namespace default with a label app.
-func (s *station) pod(i int, app string) *netns.NS {
+func (s *station) pod(i int, app string) *namespaces.Network {
 	ns := s.join(i)
 	key := podKey{"default", app}
 	addrs := []netip.Addr{podAddr(i, false), podAddr(i, true)}
@@ -49,7 +49,7 @@ func (s *station) pod(i int, app string) *netns.NS {
 	return ns
 }
 
-// policy makes one of namespace default true. An empty specification removes it.
+// policy applies a policy in namespace default. An empty specification removes it.
 func (s *station) policy(name, spec string) {
 	s.t.Helper()
 	key := podKey{"default", name}
@@ -65,14 +65,14 @@ func (s *station) policy(name, spec string) {
 	s.must(s.engine.table.Commit())
 }
 
-func (s *station) want(what string, from *netns.NS, network string, to netip.Addr, port uint16, want bool) {
+func (s *station) want(what string, from *namespaces.Network, network string, to netip.Addr, port uint16, want bool) {
 	s.t.Helper()
 	if got := as(want, func() bool { return s.reaches(from, network, to, port) }); got != want {
 		s.t.Errorf("%s: passes: %v, want %v", what, got, want)
 	}
 }
 
-// as tries again what should succeed: packets are late on a busy machine.
+// as repeats a check that should succeed: packets are late on a busy machine.
 func as(want bool, try func() bool) bool {
 	for deadline := time.Now().Add(2 * time.Second); ; {
 		if got := try(); got == want || !want || time.Now().After(deadline) {
@@ -82,7 +82,7 @@ func as(want bool, try func() bool) bool {
 }
 
 // reaches connects from a namespace, or from the node where that is nil.
-func (s *station) reaches(from *netns.NS, network string, to netip.Addr, port uint16) (ok bool) {
+func (s *station) reaches(from *namespaces.Network, network string, to netip.Addr, port uint16) (ok bool) {
 	try := func() error {
 		conn, err := net.DialTimeout(network, netip.AddrPortFrom(to, port).String(), quick)
 		if err == nil {
@@ -104,8 +104,8 @@ func (s *station) reaches(from *netns.NS, network string, to netip.Addr, port ui
 	return ok
 }
 
-// answered says whether a packet went to the other end and back: nobody listens
-// there, and says so.
+// answered reports whether a packet went to the other end and back: the port there is
+// closed, which causes an answer.
 func answered(err error) bool { return err == nil || errors.Is(err, syscall.ECONNREFUSED) }
 
 const denyAll = `podSelector: {}, policyTypes: [Ingress, Egress]`
@@ -160,7 +160,7 @@ func TestResolverIsLikeAPod(t *testing.T) {
 	}
 }
 
-// translate sends what goes to one address to another, as services do.
+// translate redirects packets for one address to another, as services do.
 func (s *station) translate(from, to netip.Addr, masquerade bool) {
 	s.t.Helper()
 	conn, err := nftables.New()
@@ -254,7 +254,7 @@ func TestPing(t *testing.T) {
 	}
 }
 
-// SCTP needs no implementation at the ends to be judged: an INIT chunk is tracked.
+// SCTP needs no implementation at the ends: an INIT chunk is tracked.
 func TestSCTP(t *testing.T) {
 	s := newStation(t)
 	a := s.pod(0, "a")

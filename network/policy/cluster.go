@@ -13,12 +13,12 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/network-policy-api/apis/v1alpha2"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-// clusterPolicy is a ClusterNetworkPolicy, read: ordered rules of which the first
-// that matches decides, before NetworkPolicies (tier Admin) or for pods that none
-// of them selects (tier Baseline).
+// clusterPolicy is a parsed ClusterNetworkPolicy: ordered rules of which the first match
+// decides, before NetworkPolicies (tier Admin) or for pods that no NetworkPolicy selects
+// (tier Baseline).
 type clusterPolicy struct {
 	name     string
 	baseline bool
@@ -29,11 +29,11 @@ type clusterPolicy struct {
 
 type clusterRule struct {
 	rule
-	action nft.Verdict // Allow, Deny or Pass
+	action policies.Verdict // Allow, Deny or Pass
 	name   string
 }
 
-// newClusterPolicy reads a policy of the API, which has validated it.
+// newClusterPolicy parses a policy, which the API has validated.
 func newClusterPolicy(cnp *v1alpha2.ClusterNetworkPolicy) (*clusterPolicy, error) {
 	p := &clusterPolicy{name: cnp.Name, baseline: cnp.Spec.Tier == v1alpha2.BaselineTier, priority: cnp.Spec.Priority}
 	var errs []error
@@ -52,7 +52,7 @@ func newClusterPolicy(cnp *v1alpha2.ClusterNetworkPolicy) (*clusterPolicy, error
 			check(err)
 			c.selectors = append(c.selectors, s)
 		}
-		p.rules[nft.Ingress] = append(p.rules[nft.Ingress], c)
+		p.rules[policies.Ingress] = append(p.rules[policies.Ingress], c)
 	}
 	for _, r := range cnp.Spec.Egress {
 		c := newClusterRule(r.Name, r.Action, r.Protocols)
@@ -61,11 +61,11 @@ func newClusterPolicy(cnp *v1alpha2.ClusterNetworkPolicy) (*clusterPolicy, error
 				prefix, err := netip.ParsePrefix(string(cidr))
 				check(err)
 				if err == nil {
-					c.blocks = append(c.blocks, spanOf(prefix))
+					c.blocks = append(c.blocks, rangeOf(prefix))
 				}
 			}
 			if peer.Nodes != nil || len(peer.DomainNames) > 0 {
-				check(errors.New("nodes and domain names are of the experimental channel and match nothing"))
+				check(errors.New("peers of the kinds nodes and domainNames are experimental, not supported, and match nothing"))
 			}
 			if peer.Namespaces != nil || peer.Pods != nil {
 				s, err := clusterSelector(peer.Namespaces, peer.Pods)
@@ -74,7 +74,7 @@ func newClusterPolicy(cnp *v1alpha2.ClusterNetworkPolicy) (*clusterPolicy, error
 			}
 		}
 		c.blocks = union(c.blocks)
-		p.rules[nft.Egress] = append(p.rules[nft.Egress], c)
+		p.rules[policies.Egress] = append(p.rules[policies.Egress], c)
 	}
 	return p, errors.Join(errs...)
 }
@@ -83,11 +83,11 @@ func newClusterRule(name string, action v1alpha2.ClusterNetworkPolicyRuleAction,
 	c := clusterRule{name: name, rule: rule{anyPort: len(protocols) == 0}}
 	switch action {
 	case v1alpha2.ClusterNetworkPolicyRuleActionAccept:
-		c.action = nft.Allow
+		c.action = policies.Allow
 	case v1alpha2.ClusterNetworkPolicyRuleActionPass:
-		c.action = nft.Pass
+		c.action = policies.Pass
 	default:
-		c.action = nft.Deny
+		c.action = policies.Deny
 	}
 	for _, p := range protocols {
 		if p.DestinationNamedPort != "" {
@@ -119,8 +119,8 @@ func clusterPorts(protocol uint8, p *v1alpha2.Port) portRange {
 	return portRange{protocol, uint16(p.Number), uint16(p.Number)}
 }
 
-// clusterSelector selects all pods of namespaces, or some of them. One that cannot
-// be read selects nothing.
+// clusterSelector returns a selector of all pods of namespaces, or of some of them. An
+// invalid selector selects nothing.
 func clusterSelector(namespaces *metav1.LabelSelector, pods *v1alpha2.NamespacedPod) (podSelector, error) {
 	s := podSelector{namespaces: labels.Nothing(), pods: labels.Everything()}
 	var err error
@@ -139,7 +139,7 @@ func clusterSelector(namespaces *metav1.LabelSelector, pods *v1alpha2.Namespaced
 	return s, nil
 }
 
-// setClusterPolicy says what a cluster-wide policy is; nil if it is gone.
+// setClusterPolicy sets a cluster-wide policy; nil if it is gone.
 func (e *engine) setClusterPolicy(name string, to *clusterPolicy) {
 	if to == nil {
 		delete(e.cluster, name)
@@ -156,13 +156,12 @@ func (e *engine) setClusterPolicy(name string, to *clusterPolicy) {
 		}
 	}
 	for _, a := range e.owners {
-		e.judge(a)
+		e.apply(a)
 	}
 }
 
-// clusterSelecting returns the policies of a tier that have a say about a pod, in
-// order of their priority.
-func (e *engine) clusterSelecting(baseline bool, d nft.Direction, ns *namespace, p *pod) []*clusterPolicy {
+// clusterSelecting returns the policies of a tier that select a pod, by priority.
+func (e *engine) clusterSelecting(baseline bool, d policies.Direction, ns *namespace, p *pod) []*clusterPolicy {
 	var out []*clusterPolicy
 	for _, cp := range e.inOrder {
 		if cp.baseline == baseline && len(cp.rules[d]) > 0 && cp.subjects.matches(p.key.namespace, ns.labels, p) {
@@ -172,15 +171,16 @@ func (e *engine) clusterSelecting(baseline bool, d nft.Direction, ns *namespace,
 	return out
 }
 
-// clusterMaySelect says whether a pod of the namespace could be selected, whoever it is.
+// clusterMaySelect reports whether a cluster-wide policy could select a pod of the
+// namespace.
 func (e *engine) clusterMaySelect(ns *namespace) bool {
 	return slices.ContainsFunc(e.inOrder, func(cp *clusterPolicy) bool {
 		return ns == nil || cp.subjects.namespaces.Matches(ns.labels)
 	})
 }
 
-// acquireTier returns the chain of a tier's policies for a pod; nil if there are none.
-func (e *engine) acquireTier(baseline bool, d nft.Direction, v6 bool, ns *namespace, p *pod) *chain {
+// acquireTier returns the chain of a tier's policies for a pod; nil without policies.
+func (e *engine) acquireTier(baseline bool, d policies.Direction, v6 bool, ns *namespace, p *pod) *chain {
 	tier := e.clusterSelecting(baseline, d, ns, p)
 	if len(tier) == 0 {
 		return nil
@@ -199,7 +199,7 @@ func (e *engine) acquireTier(baseline bool, d nft.Direction, v6 bool, ns *namesp
 		}
 	}
 	c.ports, c.key.ports = portsFor(d, rules, p)
-	c.name = named(title+"-"+d.String()+familySuffix(v6), content+c.key.ports)
+	c.name = hashedName(title+"-"+d.String()+familySuffix(v6), content+c.key.ports)
 	if known := e.tiers[c.name]; known != nil {
 		known.refs++
 		return known

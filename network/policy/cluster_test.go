@@ -16,7 +16,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 	"sigs.k8s.io/yaml"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 	"kedge/network/nft"
 )
 
@@ -50,7 +50,7 @@ func defaultNamespace() *corev1.Namespace {
 // newClusterProcess is [newProcess] that follows cluster-wide policies too.
 func newClusterProcess(t *testing.T, api *fake.Clientset, dyn dynamic.Interface) *process {
 	t.Helper()
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	t.Cleanup(func() { nft.RemoveTables("node1") })
 	factory := informers.NewSharedInformerFactory(api, 0)
 	p, err := New(Config{NodeName: "node1"}, factory, dyn, slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -60,8 +60,8 @@ func newClusterProcess(t *testing.T, api *fake.Clientset, dyn dynamic.Interface)
 	return run(t, p, factory)
 }
 
-// The kind may come and go while the node runs. A pod of which nothing is known is
-// refused where a cluster-wide policy may be about it.
+// The kind may be installed and removed while the node runs. All connections of an unknown
+// pod are denied if a cluster-wide policy may select it.
 func TestClusterPoliciesComeAndGo(t *testing.T) {
 	ctx := t.Context()
 	dyn := newDynamic()
@@ -86,7 +86,7 @@ func TestClusterPoliciesComeAndGo(t *testing.T) {
 		if _, err := dyn.Resource(clusterPolicies).Create(ctx, clusterDeny(t), metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		eventually("with a policy", "judged")
+		eventually("with a policy", "enforced")
 		if err := dyn.Resource(definitions).Delete(ctx, clusterPolicies.GroupResource().String(), metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -105,14 +105,14 @@ func TestClusterPoliciesAreKnownAtStart(t *testing.T) {
 	if err := first.policy.Attach(t.Context(), attachmentOf("a", 0)); err != nil {
 		t.Fatal(err)
 	}
-	first.want("at first", 0, "judged")
+	first.want("at first", 0, "enforced")
 	before, _ := first.policy.engine.table.KernelGeneration()
 	first.stop()
 	second := newClusterProcess(t, api, dyn)
 	second.policy.Restore(restored("a", 0))
 	second.start()
-	second.want("again", 0, "judged")
+	second.want("again", 0, "enforced")
 	if after, err := second.policy.engine.table.KernelGeneration(); err != nil || after != before {
-		t.Errorf("the table was written anew: %v", err)
+		t.Errorf("the table was rewritten: %v", err)
 	}
 }

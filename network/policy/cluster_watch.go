@@ -20,23 +20,23 @@ var (
 	clusterPolicies = schema.GroupVersionResource{Group: v1alpha2.GroupName, Version: v1alpha2.GroupVersion.Version, Resource: "clusternetworkpolicies"}
 )
 
-// clusterWatch follows ClusterNetworkPolicies while the API has this kind. It is
-// not one of Kubernetes' own: who wants it installs its definition, at any time.
+// clusterWatch watches ClusterNetworkPolicies while the API has this kind. It is not built
+// into Kubernetes: users may install its CustomResourceDefinition at any time.
 type clusterWatch struct {
 	policy *Policy
 	client dynamic.Interface
 
 	mu     sync.Mutex  // guards what follows
-	found  func() bool // whether it is known if the kind exists
-	synced func() bool // whether the policies are known; nil while the kind does not exist
+	found  func() bool // reports that the existence of the kind is known
+	synced func() bool // reports that the policies have been read; nil while the kind does not exist
 	stop   func()      // valid if synced is
 }
 
-// run follows until ctx ends.
+// run watches until ctx ends.
 func (w *clusterWatch) run(ctx context.Context) {
 	only := fields.OneTermEqualSelector(metav1.ObjectNameField, clusterPolicies.GroupResource().String()).String()
 	informer := dynamicinformer.NewFilteredDynamicInformer(w.client, definitions, "", 0, cache.Indexers{}, func(o *metav1.ListOptions) { o.FieldSelector = only }).Informer()
-	// A definition is large, and all that matters is whether there is one.
+	// A definition is large, and only its existence matters.
 	informer.SetTransform(func(obj any) (any, error) {
 		u, ok := obj.(*unstructured.Unstructured)
 		if !ok {
@@ -61,7 +61,7 @@ func (w *clusterWatch) run(ctx context.Context) {
 		DeleteFunc: func(any) { w.set(ctx, false) },
 	})
 	if err != nil {
-		return // only of an informer that has been stopped
+		return // only for a stopped informer
 	}
 	w.mu.Lock()
 	w.found = reg.HasSynced
@@ -72,7 +72,7 @@ func (w *clusterWatch) run(ctx context.Context) {
 
 const servedKey = "served"
 
-// served says whether a definition is in effect in the version that is read here.
+// served reports whether the API serves the version that this package reads.
 func served(u *unstructured.Unstructured) bool {
 	conditions, _, _ := unstructured.NestedSlice(u.Object, "status", "conditions")
 	established := false
@@ -89,7 +89,7 @@ func served(u *unstructured.Unstructured) bool {
 	return false
 }
 
-// set begins and ends the following of the policies themselves.
+// set starts and stops the watch of the policies.
 func (w *clusterWatch) set(ctx context.Context, exists bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -99,8 +99,8 @@ func (w *clusterWatch) set(ctx context.Context, exists bool) {
 	if !exists {
 		w.stop()
 		w.synced, w.stop = nil, nil
-		if ctx.Err() == nil { // the kind is gone, and not the process
-			w.policy.forgetCluster()
+		if ctx.Err() == nil { // the kind was removed; the process is not ending
+			w.policy.removeClusterPolicies()
 		}
 		return
 	}
@@ -110,7 +110,7 @@ func (w *clusterWatch) set(ctx context.Context, exists bool) {
 			obj = last.Obj
 		}
 		if u, ok := obj.(*unstructured.Unstructured); ok {
-			w.policy.setCluster(u, gone)
+			w.policy.setClusterPolicy(u, gone)
 		}
 	}
 	reg, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
@@ -128,39 +128,39 @@ func (w *clusterWatch) set(ctx context.Context, exists bool) {
 	w.stop = func() { cancel(); running.Wait() }
 }
 
-// hasSynced says whether all policies are known, or that there can be none.
+// hasSynced reports whether all policies have been read, or none can exist.
 func (w *clusterWatch) hasSynced() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.found != nil && w.found() && (w.synced == nil || w.synced())
 }
 
-func (p *Policy) setCluster(u *unstructured.Unstructured, gone bool) {
+func (p *Policy) setClusterPolicy(u *unstructured.Unstructured, gone bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	defer p.announce()
+	defer p.notify()
 	if gone {
 		p.engine.setClusterPolicy(u.GetName(), nil)
 		return
 	}
 	var cnp v1alpha2.ClusterNetworkPolicy
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &cnp); err != nil {
-		p.log.Warn("cluster network policy is not understood; what it said before stays", "policy", u.GetName(), "error", err)
+		p.log.Warn("cannot read ClusterNetworkPolicy; its previous version stays in force", "policy", u.GetName(), "err", err)
 		return
 	}
 	read, err := newClusterPolicy(&cnp)
 	if err != nil {
-		p.log.Warn("part of a cluster network policy is not understood and matches nothing", "error", err)
+		p.log.Warn("cannot read part of a ClusterNetworkPolicy; that part matches nothing", "err", err)
 	}
 	p.engine.setClusterPolicy(read.name, read)
 }
 
-// forgetCluster is called when the API has lost the kind.
-func (p *Policy) forgetCluster() {
+// removeClusterPolicies is called when the API no longer has the kind.
+func (p *Policy) removeClusterPolicies() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name := range p.engine.cluster {
 		p.engine.setClusterPolicy(name, nil)
 	}
-	p.announce()
+	p.notify()
 }

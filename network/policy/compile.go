@@ -9,44 +9,44 @@ import (
 
 	"k8s.io/apimachinery/pkg/labels"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-// set is a set of the table and who is in it. Sets are named by what is in them,
-// so policies that say the same share them.
+// set is a set of the table with its members. Sets are named by their content, so policies
+// with equal parts share them.
 type set struct {
 	name    string
-	desc    nft.PolicySet
-	follows *podSelector  // the pods that are in it; nil if it does not change
-	port    *namedPort    // with this port of theirs
-	within  []span        // with those of their addresses only; nil for all
-	itself  bool          // the addresses of this node's pods are in it
-	fixed   []nft.Element // what else is in it
+	desc    policies.Set
+	follows *podSelector       // selects the member pods; nil for a constant set
+	port    *namedPort         // with this port of the pods
+	within  []addrRange        // restricts the pods' addresses; nil for all
+	itself  bool               // contains the addresses of this node's pods
+	fixed   []policies.Element // constant elements
 	refs    int
 }
 
-// elements returns what a pod that the set follows contributes.
-func (s *set) elements(p *pod) []nft.Element {
+// elements returns the elements of a pod that the set follows.
+func (s *set) elements(p *pod) []policies.Element {
 	if !p.peer {
 		return nil
 	}
-	var out []nft.Element
+	var out []policies.Element
 	for _, a := range p.addrs {
 		switch {
 		case a.Is6() != s.desc.V6:
-		case s.within != nil && !slices.ContainsFunc(s.within, func(b span) bool { return b.contains(a) }):
+		case s.within != nil && !slices.ContainsFunc(s.within, func(b addrRange) bool { return b.contains(a) }):
 		case s.port == nil:
-			out = append(out, nft.AddrElement(a))
+			out = append(out, policies.AddrElement(a))
 		default:
 			for _, n := range p.resolve(s.port.protocol, s.port.name) {
-				out = append(out, nft.AddrPortElement(a, s.port.protocol, n))
+				out = append(out, policies.AddrPortElement(a, s.port.protocol, n))
 			}
 		}
 	}
 	return out
 }
 
-// acquireSet returns the set of that name with one reference more.
+// acquireSet returns the set of that name and increments its references.
 func (e *engine) acquireSet(s *set) *set {
 	if known := e.sets[s.name]; known != nil {
 		known.refs++
@@ -62,7 +62,7 @@ func (e *engine) acquireSet(s *set) *set {
 		for _, a := range e.owners {
 			for _, addr := range a.addrs {
 				if addr.Is6() == s.desc.V6 {
-					e.table.Insert(s.name, nft.SameAddrElement(addr))
+					e.table.Insert(s.name, policies.SameAddrElement(addr))
 				}
 			}
 		}
@@ -98,9 +98,9 @@ func (e *engine) releaseSet(s *set) {
 	}
 }
 
-// named names something by its content. 96 bits keep anybody from finding a
-// selector that shares the name of another's.
-func named(prefix, content string) string {
+// hashedName returns a name that depends on content. 96 bits prevent a selector from being
+// crafted to share the name of another.
+func hashedName(prefix, content string) string {
 	sum := sha256.Sum256([]byte(content))
 	return prefix + "-" + hex.EncodeToString(sum[:12])
 }
@@ -115,46 +115,46 @@ func familySuffix(v6 bool) string {
 func podsSet(s podSelector, v6 bool) *set {
 	text := s.String()
 	return &set{
-		name: named("pods"+familySuffix(v6), text), follows: &s,
-		desc: nft.PolicySet{Kind: nft.Addresses, V6: v6, Comment: text},
+		name: hashedName("pods"+familySuffix(v6), text), follows: &s,
+		desc: policies.Set{Kind: policies.Addresses, V6: v6, Comment: text},
 	}
 }
 
 func podPortsSet(s podSelector, port namedPort, v6 bool) *set {
 	text := port.String() + " of " + s.String()
 	return &set{
-		name: named("pod-ports"+familySuffix(v6), text), follows: &s, port: &port,
-		desc: nft.PolicySet{Kind: nft.AddressPorts, V6: v6, Comment: text},
+		name: hashedName("pod-ports"+familySuffix(v6), text), follows: &s, port: &port,
+		desc: policies.Set{Kind: policies.AddressPorts, V6: v6, Comment: text},
 	}
 }
 
-// blockPortsSet is the pods in ranges of addresses, whoever they are.
-func blockPortsSet(spans []span, port namedPort, v6 bool) *set {
+// blockPortsSet returns the set of all pods in ranges of addresses.
+func blockPortsSet(spans []addrRange, port namedPort, v6 bool) *set {
 	text := port.String() + " of pods in " + describe(spans)
-	s := podPortsSet(everybody(), port, v6)
-	s.name, s.within, s.desc.Comment = named("pod-ports"+familySuffix(v6), text), spans, text
+	s := podPortsSet(allPods(), port, v6)
+	s.name, s.within, s.desc.Comment = hashedName("pod-ports"+familySuffix(v6), text), spans, text
 	return s
 }
 
-// everybody selects all pods.
-func everybody() podSelector {
+// allPods selects all pods.
+func allPods() podSelector {
 	return podSelector{namespaces: labels.Everything(), pods: labels.Everything()}
 }
 
-func blocksSet(spans []span, v6 bool) *set {
+func blocksSet(spans []addrRange, v6 bool) *set {
 	text := describe(spans)
-	s := &set{name: named("blocks"+familySuffix(v6), text), desc: nft.PolicySet{Kind: nft.Blocks, V6: v6, Comment: text}}
+	s := &set{name: hashedName("blocks"+familySuffix(v6), text), desc: policies.Set{Kind: policies.Blocks, V6: v6, Comment: text}}
 	for _, b := range spans {
-		s.fixed = append(s.fixed, nft.BlockElement(b.first, b.last))
+		s.fixed = append(s.fixed, policies.BlockElement(b.first, b.last))
 	}
 	return s
 }
 
 func portsSet(ports []portRange) *set {
 	text := describe(ports)
-	s := &set{name: named("ports", text), desc: nft.PolicySet{Kind: nft.Ports, Comment: text}}
+	s := &set{name: hashedName("ports", text), desc: policies.Set{Kind: policies.Ports, Comment: text}}
 	for _, p := range ports {
-		s.fixed = append(s.fixed, nft.PortElement(p.protocol, p.first, p.last))
+		s.fixed = append(s.fixed, policies.PortElement(p.protocol, p.first, p.last))
 		s.desc.Ranges = s.desc.Ranges || p.first != p.last
 	}
 	return s
@@ -165,20 +165,20 @@ func itselfName(v6 bool) string { return "itself" + familySuffix(v6) }
 func itselfSet(v6 bool) *set {
 	return &set{
 		name: itselfName(v6), itself: true,
-		desc: nft.PolicySet{Kind: nft.SameAddresses, V6: v6, Comment: "this node's pods, as both ends of a connection"},
+		desc: policies.Set{Kind: policies.SameAddresses, V6: v6, Comment: "this node's pods, as both ends of a connection"},
 	}
 }
 
-// chainKey tells the chains of one policy apart. Pods that give a named port
-// different numbers need different ones.
+// chainKey distinguishes the chains of one policy. Pods with different numbers for a named
+// port need different chains.
 type chainKey struct {
-	direction nft.Direction
+	direction policies.Direction
 	v6        bool
-	ports     string // what the policy's named ports are for the pod; ingress only
+	ports     string // numbers of the policy's named ports for the pod; ingress only
 }
 
-// chain is a policy as a chain of the table, for the pods whose named ports are
-// the same, or the policies of a cluster-wide tier for the pods that they select.
+// chain is the chain of a policy for the pods with the same named ports, or of the policies
+// of a cluster-wide tier for the pods that they select.
 type chain struct {
 	name   string
 	key    chainKey
@@ -189,14 +189,14 @@ type chain struct {
 	refs   int
 }
 
-// portsFor resolves the named ports of rules for the pod that connections are
-// opened to, and describes the result.
-func portsFor(d nft.Direction, rules []rule, p *pod) (map[namedPort][]uint16, string) {
+// portsFor resolves the named ports of rules for the server pod of connections, and
+// describes the result.
+func portsFor(d policies.Direction, rules []rule, p *pod) (map[namedPort][]uint16, string) {
 	ports := map[namedPort][]uint16{}
 	var text strings.Builder
 	for _, r := range rules {
 		for _, n := range r.named {
-			if _, done := ports[n]; d == nft.Ingress && !done {
+			if _, done := ports[n]; d == policies.Ingress && !done {
 				ports[n] = p.resolve(n.protocol, n.name)
 				fmt.Fprint(&text, n, ports[n], ";")
 			}
@@ -205,7 +205,7 @@ func portsFor(d nft.Direction, rules []rule, p *pod) (map[namedPort][]uint16, st
 	return ports, text.String()
 }
 
-func (e *engine) acquireChain(np *policy, d nft.Direction, v6 bool, p *pod) *chain {
+func (e *engine) acquireChain(np *policy, d policies.Direction, v6 bool, p *pod) *chain {
 	key := chainKey{direction: d, v6: v6}
 	var ports map[namedPort][]uint16
 	ports, key.ports = portsFor(d, np.rules[d], p)
@@ -219,30 +219,30 @@ func (e *engine) acquireChain(np *policy, d nft.Direction, v6 bool, p *pod) *cha
 	return c
 }
 
-// maxName keeps names of chains readable; the kernel would take more.
+// maxName keeps names of chains readable; the kernel allows longer ones.
 const maxName = 100
 
-// chainName is short for a reader: "ingress4/shop/db".
+// chainName returns a short, readable name: "ingress4/shop/db".
 func chainName(np *policy, key chainKey) string {
 	prefix := key.direction.String() + familySuffix(key.v6)
 	name := prefix + "/" + np.key.String()
 	if key.ports != "" {
-		name = named(name+"/ports", key.ports)
+		name = hashedName(name+"/ports", key.ports)
 	}
 	if len(name) > maxName {
-		name = named(prefix+"/"+np.key.namespace, name)
+		name = hashedName(prefix+"/"+np.key.namespace, name)
 	}
 	return name
 }
 
-// rewriteChain makes a chain say what its policies do.
+// rewriteChain writes the rules of a chain.
 func (e *engine) rewriteChain(c *chain) {
 	before := c.sets
 	c.sets = nil
-	out := nft.PolicyChain{Direction: c.key.direction, V6: c.key.v6}
+	out := policies.Chain{Direction: c.key.direction, V6: c.key.v6}
 	if c.policy != nil {
 		for i, r := range c.policy.rules[c.key.direction] {
-			out.Rules = append(out.Rules, e.compile(c, r, nft.Allow, fmt.Sprintf("%s rule %d: ", c.policy.key, i+1))...)
+			out.Rules = append(out.Rules, e.compile(c, r, policies.Allow, fmt.Sprintf("%s rule %d: ", c.policy.key, i+1))...)
 		}
 	}
 	for _, cp := range c.tier {
@@ -260,14 +260,15 @@ func (e *engine) rewriteChain(c *chain) {
 	}
 }
 
-// compile spells one rule of a policy out, and notes the sets it needs.
-func (e *engine) compile(c *chain, r rule, then nft.Verdict, label string) []nft.PolicyRule {
+// compile returns the rules of the table for one rule of a policy, and records the sets
+// that they use.
+func (e *engine) compile(c *chain, r rule, then policies.Verdict, label string) []policies.Rule {
 	use := func(s *set) string {
 		s = e.acquireSet(s)
 		c.sets = append(c.sets, s)
 		return s.name
 	}
-	blocks := slices.DeleteFunc(slices.Clone(r.blocks), func(b span) bool { return b.first.Is6() != c.key.v6 })
+	blocks := slices.DeleteFunc(slices.Clone(r.blocks), func(b addrRange) bool { return b.first.Is6() != c.key.v6 })
 	ports := slices.Clone(r.ports)
 	for _, n := range r.named {
 		for _, number := range c.ports[n] {
@@ -276,8 +277,8 @@ func (e *engine) compile(c *chain, r rule, then nft.Verdict, label string) []nft
 	}
 	ports = mergePorts(ports)
 
-	var out []nft.PolicyRule
-	add := func(nr nft.PolicyRule, comment string) {
+	var out []policies.Rule
+	add := func(nr policies.Rule, comment string) {
 		nr.Comment, nr.Then = label+comment, then
 		out = append(out, nr)
 	}
@@ -287,27 +288,27 @@ func (e *engine) compile(c *chain, r rule, then nft.Verdict, label string) []nft
 			portSet, by = use(portsSet(ports)), ", "+describe(ports)
 		}
 		if r.anyPeer {
-			add(nft.PolicyRule{Ports: portSet}, "everybody"+by)
+			add(policies.Rule{Ports: portSet}, "everybody"+by)
 		}
 		for _, s := range r.selectors {
-			add(nft.PolicyRule{Peers: use(podsSet(s, c.key.v6)), Ports: portSet}, s.String()+by)
+			add(policies.Rule{Peers: use(podsSet(s, c.key.v6)), Ports: portSet}, s.String()+by)
 		}
 		if len(blocks) > 0 {
-			add(nft.PolicyRule{Peers: use(blocksSet(blocks, c.key.v6)), Ports: portSet}, describe(blocks)+by)
+			add(policies.Rule{Peers: use(blocksSet(blocks, c.key.v6)), Ports: portSet}, describe(blocks)+by)
 		}
 	}
-	if c.key.direction == nft.Egress {
-		// Which port has the name depends on the pod that the connection goes to.
+	if c.key.direction == policies.Egress {
+		// The number of a named port depends on the pod that the connection goes to.
 		selectors := r.selectors
 		if r.anyPeer {
-			selectors = []podSelector{everybody()}
+			selectors = []podSelector{allPods()}
 		}
 		for _, n := range r.named {
 			for _, s := range selectors {
-				add(nft.PolicyRule{PeerPorts: use(podPortsSet(s, n, c.key.v6))}, s.String()+", "+n.String())
+				add(policies.Rule{PeerPorts: use(podPortsSet(s, n, c.key.v6))}, s.String()+", "+n.String())
 			}
 			if len(blocks) > 0 {
-				add(nft.PolicyRule{PeerPorts: use(blockPortsSet(blocks, n, c.key.v6))}, describe(blocks)+", "+n.String())
+				add(policies.Rule{PeerPorts: use(blockPortsSet(blocks, n, c.key.v6))}, describe(blocks)+", "+n.String())
 			}
 		}
 	}
@@ -329,13 +330,13 @@ func (e *engine) releaseChain(c *chain) {
 	}
 }
 
-// group is what judges all pods that the same policies select:
+// group is the chain for all pods that the same policies select:
 //
-//	admin tier     the first rule that matches decides, or passes on
-//	policies       each in turn, and in the end refusal; if there are none
-//	baseline tier  the first rule that matches decides
+//	admin tier     the first matching rule decides, or passes
+//	policies       each in turn, then deny; without policies
+//	baseline tier  the first matching rule decides
 //
-// What reaches the end is allowed.
+// A connection that reaches the end is allowed.
 type group struct {
 	name   string
 	chains []*chain
@@ -343,24 +344,24 @@ type group struct {
 	refs   int
 }
 
-// acquireGroup returns who judges a pod in a direction; nil for nobody.
-func (e *engine) acquireGroup(d nft.Direction, v6 bool, ns *namespace, p *pod) *group {
+// acquireGroup returns the group of a pod in a direction; nil if no policy selects it.
+func (e *engine) acquireGroup(d policies.Direction, v6 bool, ns *namespace, p *pod) *group {
 	admin := e.acquireTier(false, d, v6, ns, p)
-	var policies []*chain
+	var ofPolicies []*chain
 	for _, np := range ns.selecting(d, p) {
-		policies = append(policies, e.acquireChain(np, d, v6, p))
+		ofPolicies = append(ofPolicies, e.acquireChain(np, d, v6, p))
 	}
 	var baseline *chain
-	if len(policies) == 0 {
+	if len(ofPolicies) == 0 {
 		baseline = e.acquireTier(true, d, v6, ns, p)
 	}
 	var chains []*chain
-	rules := nft.PolicyChain{Direction: d, V6: v6}
+	rules := policies.Chain{Direction: d, V6: v6}
 	call := func(c *chain, comment string) {
 		chains = append(chains, c)
-		rules.Rules = append(rules.Rules, nft.PolicyRule{Comment: comment, Then: nft.Call, Chain: c.name})
+		rules.Rules = append(rules.Rules, policies.Rule{Comment: comment, Then: policies.Call, Chain: c.name})
 	}
-	itself := nft.PolicyRule{Comment: "a pod may connect to itself", Itself: itselfName(v6), Then: nft.Allow}
+	itself := policies.Rule{Comment: "a pod may connect to itself", Itself: itselfName(v6), Then: policies.Allow}
 	if admin != nil || baseline != nil {
 		rules.Rules = append(rules.Rules, itself) // before anything may refuse it
 	}
@@ -368,15 +369,15 @@ func (e *engine) acquireGroup(d nft.Direction, v6 bool, ns *namespace, p *pod) *
 		call(admin, "admin tier")
 	}
 	var names []string
-	for _, c := range policies {
+	for _, c := range ofPolicies {
 		names = append(names, c.policy.key.String())
 		call(c, "policy "+c.policy.key.String())
 	}
 	switch {
-	case len(policies) > 0 && admin != nil:
-		rules.Rules = append(rules.Rules, nft.PolicyRule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: nft.Deny})
-	case len(policies) > 0:
-		rules.Rules = append(rules.Rules, itself, nft.PolicyRule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: nft.Deny})
+	case len(ofPolicies) > 0 && admin != nil:
+		rules.Rules = append(rules.Rules, policies.Rule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: policies.Deny})
+	case len(ofPolicies) > 0:
+		rules.Rules = append(rules.Rules, itself, policies.Rule{Comment: "allowed by none of " + strings.Join(names, ", "), Then: policies.Deny})
 	case baseline != nil:
 		call(baseline, "baseline tier")
 	}
@@ -387,7 +388,7 @@ func (e *engine) acquireGroup(d nft.Direction, v6 bool, ns *namespace, p *pod) *
 	for _, c := range chains {
 		content.WriteString(c.name + "\n")
 	}
-	name := named("judge-"+d.String()+familySuffix(v6), content.String())
+	name := hashedName("judge-"+d.String()+familySuffix(v6), content.String())
 	if g := e.groups[name]; g != nil {
 		g.refs++
 		for _, c := range chains {

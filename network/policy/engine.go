@@ -8,26 +8,26 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 
 	"kedge/network/cni"
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-// directions in the order in which a connection is judged.
-var directions = [2]nft.Direction{nft.Egress, nft.Ingress}
+// directions is the order in which the policies of a connection apply.
+var directions = [2]policies.Direction{policies.Egress, policies.Ingress}
 
-// engine keeps what should be true in step with what the API and the node say.
-// Every change touches only what depends on it:
+// engine keeps the table in step with the API and with the node's pods. Every change affects
+// only the objects that depend on it:
 //
 //	pod or its address     elements of the sets whose selectors match it
-//	pod of this node       and its own entries in the maps of judged pods
-//	policy                 its chains, and the judgement of pods of its namespace
+//	pod of this node       and its own entries in the maps of subjects
+//	policy                 its chains, and the assignment of the pods of its namespace
 //
-// Sets and chains exist while something refers to them, and what refers to all
-// of them in the end is a pod of this node. So policies for pods of other nodes
-// cost a node nothing but their objects.
+// Sets and chains exist while something refers to them, and all references start at pods
+// of this node. Policies for pods of other nodes cost a node only the memory of their
+// objects.
 //
 // It is not safe for concurrent use.
 type engine struct {
-	table      *nft.PolicyTable
+	table      *policies.Table
 	namespaces map[string]*namespace
 	owners     map[string]*attachment
 	byPod      map[podKey][]*attachment
@@ -36,28 +36,29 @@ type engine struct {
 	cluster    map[string]*clusterPolicy
 	inOrder    []*clusterPolicy  // of both tiers, by priority
 	tiers      map[string]*chain // of cluster-wide policies, by name
-	synced     bool              // the API's objects are known: pods may be judged
+	synced     bool              // the API's objects have been read: policies may be applied
 }
 
-// namespace holds what belongs to it, whether the API has told of it or not.
+// namespace holds the content of a namespace, whether the API has delivered the namespace
+// or not.
 type namespace struct {
 	labels   labels.Set
 	pods     map[string]*podEntry
 	policies map[string]*policy
 }
 
-// podEntry is a pod twice: as the API has it, and with the addresses that this
-// node has given it, which the API learns later.
+// podEntry is a pod in two forms: as the API has it, and with the addresses that this node
+// has assigned, which the API receives later.
 type podEntry struct{ api, now *pod }
 
-// attachment is what this node has given a pod.
+// attachment is a pod of this node with its addresses.
 type attachment struct {
-	owner   string
-	pod     podKey
-	uid     string // empty if not known
-	addrs   []netip.Addr
-	groups  map[subject]*group // that judge it
-	certain bool               // judged by what is known about the pod
+	owner    string
+	pod      podKey
+	uid      string // empty if not known
+	addrs    []netip.Addr
+	groups   map[subject]*group // that apply to it
+	resolved bool               // the policies of the pod are known and applied
 }
 
 func newAttachment(a cni.Attachment) *attachment {
@@ -65,11 +66,11 @@ func newAttachment(a cni.Attachment) *attachment {
 }
 
 type subject struct {
-	direction nft.Direction
+	direction policies.Direction
 	addr      netip.Addr
 }
 
-func newEngine(table *nft.PolicyTable) *engine {
+func newEngine(table *policies.Table) *engine {
 	return &engine{
 		table:      table,
 		namespaces: map[string]*namespace{},
@@ -88,17 +89,17 @@ func (e *engine) namespace(name string) *namespace {
 	return ns
 }
 
-// tidy forgets a namespace of which nothing is left.
-func (e *engine) tidy(name string) {
+// pruneNamespace removes a namespace without content.
+func (e *engine) pruneNamespace(name string) {
 	if ns := e.namespaces[name]; ns != nil && ns.labels == nil && len(ns.pods) == 0 && len(ns.policies) == 0 {
 		delete(e.namespaces, name)
 	}
 }
 
-// setNamespace says which labels a namespace has; nil if it is gone.
+// setNamespace sets the labels of a namespace; nil if it is gone.
 func (e *engine) setNamespace(name string, to labels.Set) {
 	ns := e.namespace(name)
-	defer e.tidy(name)
+	defer e.pruneNamespace(name)
 	if labels.Equals(ns.labels, to) && (ns.labels == nil) == (to == nil) {
 		return
 	}
@@ -125,14 +126,14 @@ func (e *engine) setNamespace(name string, to labels.Set) {
 	}
 	ns.labels = to
 	if len(e.cluster) > 0 {
-		e.judgeNamespace(name)
+		e.applyNamespace(name)
 	}
 }
 
-// setPod says what a pod is; nil if it is gone.
+// setPod sets a pod; nil if it is gone.
 func (e *engine) setPod(key podKey, to *pod) {
 	ns := e.namespace(key.namespace)
-	defer e.tidy(key.namespace)
+	defer e.pruneNamespace(key.namespace)
 	entry := ns.pods[key.name]
 	if entry == nil {
 		if to == nil {
@@ -146,19 +147,19 @@ func (e *engine) setPod(key podKey, to *pod) {
 	if to == nil {
 		delete(ns.pods, key.name)
 	} else {
-		e.name(key, to.addrs)
+		e.nameAttachments(key, to.addrs)
 	}
 	if !changed {
 		return
 	}
 	for _, a := range e.byPod[key] {
-		e.judge(a)
+		e.apply(a)
 	}
 }
 
-// name finds attachments whose pod nobody remembers by the addresses that the
-// API has of the pod.
-func (e *engine) name(key podKey, addrs []netip.Addr) {
+// nameAttachments assigns a pod to the attachments without a name that have one of its
+// addresses.
+func (e *engine) nameAttachments(key podKey, addrs []netip.Addr) {
 	for _, a := range slices.Clone(e.byPod[podKey{}]) {
 		if slices.ContainsFunc(a.addrs, func(addr netip.Addr) bool { return slices.Contains(addrs, addr) }) {
 			e.attach(&attachment{owner: a.owner, pod: key, addrs: a.addrs})
@@ -166,14 +167,14 @@ func (e *engine) name(key podKey, addrs []netip.Addr) {
 	}
 }
 
-// refreshPod brings the sets in step with what is now known about a pod, and says
-// whether that is something new.
+// refreshPod updates the sets after a change of a pod, and reports whether its effective
+// state changed.
 func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) (changed bool) {
 	now := entry.api
 	if now != nil {
 		addrs := slices.Clone(now.addrs)
 		for _, a := range e.byPod[key] {
-			if a.is(now) {
+			if a.belongsTo(now) {
 				addrs = append(addrs, a.addrs...)
 			}
 		}
@@ -191,7 +192,7 @@ func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) (changed
 		if s.follows == nil {
 			continue
 		}
-		var old, fresh []nft.Element
+		var old, fresh []policies.Element
 		if before != nil && s.follows.matches(key.namespace, ns.labels, before) {
 			old = s.elements(before)
 		}
@@ -208,17 +209,16 @@ func (e *engine) refreshPod(ns *namespace, key podKey, entry *podEntry) (changed
 	return true
 }
 
-// is says whether an attachment is of this pod and not of an earlier or later
-// one with its name. The runtime knows a static pod by another identifier than
-// the API.
-func (a *attachment) is(p *pod) bool {
+// belongsTo reports whether an attachment is of this pod and not of an earlier or later one
+// with the same name. The runtime has another UID for a static pod than the API.
+func (a *attachment) belongsTo(p *pod) bool {
 	return a.uid == "" || a.uid == p.uid || a.uid == p.static
 }
 
-// setPolicy says what a policy is; nil if it is gone.
+// setPolicy sets a policy; nil if it is gone.
 func (e *engine) setPolicy(key podKey, to *policy) {
 	ns := e.namespace(key.namespace)
-	defer e.tidy(key.namespace)
+	defer e.pruneNamespace(key.namespace)
 	before := ns.policies[key.name]
 	switch {
 	case to == nil && before == nil:
@@ -235,19 +235,20 @@ func (e *engine) setPolicy(key podKey, to *policy) {
 			e.rewriteChain(c)
 		}
 	}
-	e.judgeNamespace(key.namespace)
+	e.applyNamespace(key.namespace)
 }
 
-// judgeNamespace judges the pods of a namespace, known to the API or not.
-func (e *engine) judgeNamespace(name string) {
+// applyNamespace applies policies to the attached pods of a namespace, known to the API or
+// not.
+func (e *engine) applyNamespace(name string) {
 	for _, a := range e.owners {
 		if a.pod.namespace == name {
-			e.judge(a)
+			e.apply(a)
 		}
 	}
 }
 
-// attach says which addresses a pod of this node has. The pod's name may be lost.
+// attach adds an attached pod of this node. The pod's name may be unknown.
 func (e *engine) attach(a *attachment) {
 	e.detach(a.owner)
 	a.groups = map[subject]*group{}
@@ -255,13 +256,13 @@ func (e *engine) attach(a *attachment) {
 	e.byPod[a.pod] = append(e.byPod[a.pod], a)
 	e.eachLocal(a, e.table.Insert)
 	e.refreshAttached(a)
-	e.judge(a)
+	e.apply(a)
 	if a.pod != (podKey{}) {
 		return
 	}
 	for namespace, ns := range e.namespaces {
 		for name, p := range ns.pods {
-			e.name(podKey{namespace, name}, p.api.addrs)
+			e.nameAttachments(podKey{namespace, name}, p.api.addrs)
 		}
 	}
 }
@@ -281,7 +282,7 @@ func (e *engine) detach(owner string) {
 	e.refreshAttached(a)
 	for _, d := range directions {
 		for _, addr := range a.addrs {
-			e.table.Judge(d, addr, "")
+			e.table.Apply(d, addr, "")
 		}
 	}
 	for _, g := range a.groups {
@@ -295,21 +296,20 @@ func (e *engine) refreshAttached(a *attachment) {
 	}
 }
 
-// eachLocal does something with an attachment's elements in the sets of
-// addresses that may connect to themselves.
-func (e *engine) eachLocal(a *attachment, do func(string, nft.Element)) {
+// eachLocal calls do for an attachment's elements in the sets of addresses that may connect
+// to themselves.
+func (e *engine) eachLocal(a *attachment, do func(string, policies.Element)) {
 	for _, addr := range a.addrs {
 		if name := itselfName(addr.Is6()); e.sets[name] != nil {
-			do(name, nft.SameAddrElement(addr))
+			do(name, policies.SameAddrElement(addr))
 		}
 	}
 }
 
-// judge chooses who decides about an attachment's connections. Without any policy
-// in its namespace that is nobody, whatever the pod may be. With policies, a pod
-// of which nothing is known is refused everything until something is, and so is
-// one of which not even the name is left.
-func (e *engine) judge(a *attachment) {
+// apply assigns the chains that decide about an attachment's connections. Without a policy
+// in its namespace, no chain is assigned. With policies, all connections of an unknown pod
+// are denied until it is known; the same applies to an attachment without a pod's name.
+func (e *engine) apply(a *attachment) {
 	if !e.synced {
 		return
 	}
@@ -318,24 +318,24 @@ func (e *engine) judge(a *attachment) {
 	if ns != nil && ns.pods[a.pod.name] != nil {
 		p = ns.pods[a.pod.name].now
 	}
-	// Cluster-wide policies select by labels of namespaces, which come by a watch of
-	// their own.
-	known := p != nil && a.is(p) && (ns.labels != nil || len(e.cluster) == 0)
-	a.certain = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0) && !e.clusterMaySelect(ns)
+	// Cluster-wide policies select by labels of namespaces, which arrive through another
+	// watch.
+	known := p != nil && a.belongsTo(p) && (ns.labels != nil || len(e.cluster) == 0)
+	a.resolved = known || a.pod != (podKey{}) && (ns == nil || len(ns.policies) == 0) && !e.clusterMaySelect(ns)
 	for _, d := range directions {
 		for _, addr := range a.addrs {
 			s := subject{d, addr}
 			before := a.groups[s]
 			delete(a.groups, s)
 			verdict := ""
-			if !a.certain {
-				verdict = nft.Refuse
+			if !a.resolved {
+				verdict = policies.DenyAll
 			} else if known {
 				if g := e.acquireGroup(d, addr.Is6(), ns, p); g != nil {
 					a.groups[s], verdict = g, g.name
 				}
 			}
-			e.table.Judge(d, addr, verdict)
+			e.table.Apply(d, addr, verdict)
 			if before != nil {
 				e.releaseGroup(before)
 			}
@@ -343,8 +343,8 @@ func (e *engine) judge(a *attachment) {
 	}
 }
 
-// selecting returns the policies that judge a pod in a direction, by name.
-func (ns *namespace) selecting(d nft.Direction, p *pod) []*policy {
+// selecting returns the policies that select a pod in a direction, by name.
+func (ns *namespace) selecting(d policies.Direction, p *pod) []*policy {
 	var out []*policy
 	for _, name := range slices.Sorted(maps.Keys(ns.policies)) {
 		if np := ns.policies[name]; np.applies[d] && np.subjects.Matches(p.labels) {
@@ -354,10 +354,10 @@ func (ns *namespace) selecting(d nft.Direction, p *pod) []*policy {
 	return out
 }
 
-// judgeAll judges every attachment: what the API says is known for the first time.
-func (e *engine) judgeAll() {
+// applyAll applies policies to every attachment, once the API's objects have been read.
+func (e *engine) applyAll() {
 	e.synced = true
 	for _, a := range e.owners {
-		e.judge(a)
+		e.apply(a)
 	}
 }

@@ -3,24 +3,24 @@ package policy
 import (
 	"testing"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-func (c connection) nft() nft.Connection {
-	return nft.Connection{From: c.from, To: c.to, Protocol: protocolNumber(&c.protocol), Port: uint16(c.port)}
+func (c connection) nft() policies.Connection {
+	return policies.Connection{From: c.from, To: c.to, Protocol: protocolNumber(&c.protocol), Port: uint16(c.port)}
 }
 
 // allows goes through the rules that the engine has made.
 func (e *engine) allows(c connection) bool {
-	_, egress := e.table.Trace(nft.Egress, c.nft())
-	_, ingress := e.table.Trace(nft.Ingress, c.nft())
+	_, egress := e.table.Trace(policies.Egress, c.nft())
+	_, ingress := e.table.Trace(policies.Ingress, c.nft())
 	return egress && ingress
 }
 
 func TestDecisions(t *testing.T) {
 	for seed := range uint64(6) {
-		e := newEngine(nft.NewPolicyTable("node1"))
-		e.judgeAll()
+		e := newEngine(policies.NewTable("node1"))
+		e.applyAll()
 		w := newWorld(seed, e)
 		allowed, refused := 0, 0
 		for range 60 {
@@ -32,8 +32,8 @@ func TestDecisions(t *testing.T) {
 			for _, c := range all[:800] {
 				want := w.allows(c)
 				if got := e.allows(c); got != want {
-					steps, _ := e.table.Trace(nft.Egress, c.nft())
-					more, _ := e.table.Trace(nft.Ingress, c.nft())
+					steps, _ := e.table.Trace(policies.Egress, c.nft())
+					more, _ := e.table.Trace(policies.Ingress, c.nft())
 					t.Fatalf("seed %d: %+v allowed: %v, want %v\n%+v\n%+v\n%s", seed, c, got, want, steps, more, e.table)
 				}
 				if want {
@@ -46,9 +46,9 @@ func TestDecisions(t *testing.T) {
 		if allowed == 0 || refused == 0 {
 			t.Errorf("seed %d: %d connections allowed, %d refused: the test shows nothing", seed, allowed, refused)
 		}
-		fresh := newEngine(nft.NewPolicyTable("node1"))
+		fresh := newEngine(policies.NewTable("node1"))
 		w.replay(fresh)
-		fresh.judgeAll()
+		fresh.applyAll()
 		if got, want := e.table.String(), fresh.table.String(); got != want {
 			t.Fatalf("seed %d: after changes\n%s\nafter a start\n%s", seed, got, want)
 		}

@@ -13,10 +13,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-// podKey names a pod.
+// podKey is the namespace and name of a pod.
 type podKey struct{ namespace, name string }
 
 func (k podKey) String() string { return k.namespace + "/" + k.name }
@@ -27,24 +27,23 @@ type port struct {
 	number   uint16
 }
 
-// pod is what policies see of a pod. It is not changed; a pod that changes is
-// replaced.
+// pod is the part of a pod that policies use. It is immutable: a changed pod is replaced.
 type pod struct {
 	key    podKey
 	uid    string
-	static string // identifier that the runtime knows a static pod by; empty for others
+	static string // UID of a static pod in the runtime; empty for other pods
 	labels labels.Set
-	addrs  []netip.Addr      // none while unknown, and for pods that share their node's
+	addrs  []netip.Addr      // empty while unknown, and for pods in the host network
 	ports  map[string][]port // by name
-	peer   bool              // may be the other end of a connection: has not ended
+	peer   bool              // may be the other end of a connection: has not terminated
 }
 
-// configMirror is the annotation of a static pod's image in the API: the
-// identifier under which the kubelet runs it.
+// configMirror is the annotation of a mirror pod: the UID under which the kubelet runs the
+// static pod.
 const configMirror = corev1.MirrorPodAnnotationKey
 
-// newPod reads a pod of the API. Pods on the node's own network have no address
-// of their own: for policies they are the node.
+// newPod reads a pod of the API. Pods in the host network have no address of their own: for
+// policies they are the node.
 func newPod(p *corev1.Pod) *pod {
 	out := &pod{
 		key: podKey{p.Namespace, p.Name}, uid: string(p.UID), static: p.Annotations[configMirror],
@@ -76,7 +75,7 @@ func newPod(p *corev1.Pod) *pod {
 	return out
 }
 
-// samePod says whether policies see no difference.
+// samePod reports whether two pods are equal for policies.
 func samePod(p, o *pod) bool {
 	if p == nil || o == nil {
 		return p == o
@@ -97,8 +96,7 @@ func samePorts(a, b map[string][]port) bool {
 	return true
 }
 
-// resolve returns the ports of a name that have the protocol. A pod that has ended
-// has none.
+// resolve returns the ports with a name and protocol. A terminated pod has none.
 func (p *pod) resolve(protocol uint8, name string) []uint16 {
 	var out []uint16
 	if !p.peer {
@@ -137,7 +135,7 @@ func protocolName(p uint8) string {
 	return fmt.Sprint("protocol ", p)
 }
 
-// policy is a NetworkPolicy, read.
+// policy is a parsed NetworkPolicy.
 type policy struct {
 	key      podKey // of the policy
 	subjects labels.Selector
@@ -146,25 +144,25 @@ type policy struct {
 	chains   map[chainKey]*chain
 }
 
-// rule allows what comes from, or goes to, one of the peers by one of the ports.
+// rule allows connections from, or to, one of the peers on one of the ports.
 type rule struct {
 	selectors []podSelector
-	blocks    []span // sorted, with gaps between them
+	blocks    []addrRange // sorted, with gaps between them
 	anyPeer   bool
 	ports     []portRange
 	named     []namedPort
 	anyPort   bool
 }
 
-// podSelector selects pods by their labels and those of their namespaces.
+// podSelector selects pods by their labels and the labels of their namespaces.
 type podSelector struct {
-	namespace  string          // exactly this one, or
-	namespaces labels.Selector // those with these labels
+	namespace  string          // this one, or
+	namespaces labels.Selector // the ones with these labels
 	pods       labels.Selector
 }
 
-// span is a range of addresses of one family, both ends included.
-type span struct{ first, last netip.Addr }
+// addrRange is a range of addresses of one family, both ends included.
+type addrRange struct{ first, last netip.Addr }
 
 type portRange struct {
 	protocol    uint8
@@ -176,8 +174,8 @@ type namedPort struct {
 	name     string
 }
 
-// newPolicy reads a policy of the API, which has validated it. Of one with rules
-// that cannot be read it returns the others, with an error: they allow less.
+// newPolicy parses a policy, which the API has validated. If some rules are invalid, it
+// returns the others with an error: they allow less.
 func newPolicy(np *networkingv1.NetworkPolicy) (*policy, error) {
 	p := &policy{key: podKey{np.Namespace, np.Name}, chains: map[chainKey]*chain{}}
 	var err error
@@ -185,17 +183,17 @@ func newPolicy(np *networkingv1.NetworkPolicy) (*policy, error) {
 		return nil, fmt.Errorf("network policy %s: %w", p.key, err)
 	}
 	if len(np.Spec.PolicyTypes) == 0 { // as the API's default has it
-		p.applies = [2]bool{nft.Ingress: true, nft.Egress: len(np.Spec.Egress) > 0}
+		p.applies = [2]bool{policies.Ingress: true, policies.Egress: len(np.Spec.Egress) > 0}
 	}
 	for _, t := range np.Spec.PolicyTypes {
 		switch t {
 		case networkingv1.PolicyTypeIngress:
-			p.applies[nft.Ingress] = true
+			p.applies[policies.Ingress] = true
 		case networkingv1.PolicyTypeEgress:
-			p.applies[nft.Egress] = true
+			p.applies[policies.Egress] = true
 		}
 	}
-	read := func(d nft.Direction, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort) {
+	read := func(d policies.Direction, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort) {
 		r, readErr := newRule(np.Namespace, peers, ports)
 		if readErr != nil {
 			err = fmt.Errorf("network policy %s: %w", p.key, readErr)
@@ -204,10 +202,10 @@ func newPolicy(np *networkingv1.NetworkPolicy) (*policy, error) {
 		p.rules[d] = append(p.rules[d], r)
 	}
 	for _, r := range np.Spec.Ingress {
-		read(nft.Ingress, r.From, r.Ports)
+		read(policies.Ingress, r.From, r.Ports)
 	}
 	for _, r := range np.Spec.Egress {
-		read(nft.Egress, r.To, r.Ports)
+		read(policies.Egress, r.To, r.Ports)
 	}
 	return p, err
 }
@@ -216,7 +214,7 @@ func newRule(namespace string, peers []networkingv1.NetworkPolicyPeer, ports []n
 	r := rule{anyPeer: len(peers) == 0, anyPort: len(ports) == 0}
 	for _, peer := range peers {
 		if peer.IPBlock != nil {
-			spans, err := newSpans(peer.IPBlock)
+			spans, err := newRanges(peer.IPBlock)
 			if err != nil {
 				return rule{}, err
 			}
@@ -261,61 +259,61 @@ func newRule(namespace string, peers []networkingv1.NetworkPolicyPeer, ports []n
 	return r, nil
 }
 
-// newSpans returns what a block contains without its exceptions.
-func newSpans(b *networkingv1.IPBlock) ([]span, error) {
+// newRanges returns a block without its exceptions.
+func newRanges(b *networkingv1.IPBlock) ([]addrRange, error) {
 	cidr, err := netip.ParsePrefix(b.CIDR)
 	if err != nil {
 		return nil, err
 	}
-	out := []span{spanOf(cidr)}
+	out := []addrRange{rangeOf(cidr)}
 	for _, e := range b.Except {
 		except, err := netip.ParsePrefix(e)
 		if err != nil {
 			return nil, err
 		}
-		out = subtract(out, spanOf(except))
+		out = subtract(out, rangeOf(except))
 	}
 	return out, nil
 }
 
-func spanOf(p netip.Prefix) span {
+func rangeOf(p netip.Prefix) addrRange {
 	p = p.Masked()
 	last := p.Addr().AsSlice()
 	for i := p.Bits(); i < len(last)*8; i++ {
 		last[i/8] |= 0x80 >> (i % 8)
 	}
 	end, _ := netip.AddrFromSlice(last)
-	return span{p.Addr(), end}
+	return addrRange{p.Addr(), end}
 }
 
-func (s span) contains(a netip.Addr) bool {
+func (s addrRange) contains(a netip.Addr) bool {
 	return s.first.BitLen() == a.BitLen() && s.first.Compare(a) <= 0 && a.Compare(s.last) <= 0
 }
 
-// subtract takes x out of every span.
-func subtract(spans []span, x span) []span {
-	var out []span
+// subtract removes x from every range.
+func subtract(spans []addrRange, x addrRange) []addrRange {
+	var out []addrRange
 	for _, s := range spans {
 		if s.first.BitLen() != x.first.BitLen() || x.last.Less(s.first) || s.last.Less(x.first) {
 			out = append(out, s)
 			continue
 		}
 		if s.first.Less(x.first) {
-			out = append(out, span{s.first, x.first.Prev()})
+			out = append(out, addrRange{s.first, x.first.Prev()})
 		}
 		if x.last.Less(s.last) {
-			out = append(out, span{x.last.Next(), s.last})
+			out = append(out, addrRange{x.last.Next(), s.last})
 		}
 	}
 	return out
 }
 
-// union sorts spans and joins those that overlap or touch.
-func union(spans []span) []span {
-	slices.SortFunc(spans, func(a, b span) int {
+// union sorts ranges and joins the ones that overlap or touch.
+func union(spans []addrRange) []addrRange {
+	slices.SortFunc(spans, func(a, b addrRange) int {
 		return cmp.Or(cmp.Compare(a.first.BitLen(), b.first.BitLen()), a.first.Compare(b.first))
 	})
-	var out []span
+	var out []addrRange
 	for _, s := range spans {
 		if n := len(out) - 1; n >= 0 && out[n].first.BitLen() == s.first.BitLen() &&
 			(!out[n].last.Less(s.first) || out[n].last.Next() == s.first) {
@@ -329,7 +327,7 @@ func union(spans []span) []span {
 	return out
 }
 
-// mergePorts sorts ranges and joins those that overlap or touch.
+// mergePorts sorts port ranges and joins the ones that overlap or touch.
 func mergePorts(ports []portRange) []portRange {
 	slices.SortFunc(ports, func(a, b portRange) int {
 		return cmp.Or(cmp.Compare(a.protocol, b.protocol), cmp.Compare(a.first, b.first))
@@ -371,7 +369,7 @@ func (s podSelector) String() string {
 	return pods + " " + namespaces
 }
 
-func (s span) String() string { return s.first.String() + "-" + s.last.String() }
+func (s addrRange) String() string { return s.first.String() + "-" + s.last.String() }
 
 func (p portRange) String() string {
 	switch {

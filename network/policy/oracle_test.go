@@ -12,7 +12,7 @@ import (
 	"sigs.k8s.io/network-policy-api/apis/v1alpha2"
 )
 
-// cluster is what the API says, in its own words.
+// cluster is the API's content, as API objects.
 type cluster struct {
 	namespaces map[string]labels.Set
 	pods       map[podKey]*corev1.Pod
@@ -23,15 +23,14 @@ type cluster struct {
 // thisNode is the node whose decisions are looked at.
 const thisNode = "node1"
 
-// connection is one that somebody tries to open.
+// connection is an attempted connection.
 type connection struct {
 	from, to netip.Addr
 	protocol corev1.Protocol
 	port     int
 }
 
-// podAt finds the pod that the other end of a connection is. One that has ended
-// does not count.
+// podAt returns the pod at the other end of a connection. Terminated pods do not count.
 func (c *cluster) podAt(a netip.Addr) *corev1.Pod {
 	p := c.owner(a)
 	if p == nil || p.Status.Phase == corev1.PodFailed || p.Status.Phase == corev1.PodSucceeded {
@@ -40,8 +39,8 @@ func (c *cluster) podAt(a netip.Addr) *corev1.Pod {
 	return p
 }
 
-// owner finds whose address it is. Pods that have ended are still judged: they
-// may not have ended quite yet.
+// owner returns the pod with an address. Policies still apply to terminated pods: they may
+// not have terminated completely.
 func (c *cluster) owner(a netip.Addr) *corev1.Pod {
 	for _, p := range c.pods {
 		if p.Spec.HostNetwork {
@@ -56,15 +55,16 @@ func (c *cluster) owner(a netip.Addr) *corev1.Pod {
 	return nil
 }
 
-// allows judges a connection by reading the specifications of NetworkPolicy and
-// ClusterNetworkPolicy from top to bottom, with nothing prepared and nothing shared with the engine.
+// allows evaluates a connection by reading the specifications of NetworkPolicy and
+// ClusterNetworkPolicy from top to bottom, without preparation and without code of the
+// engine.
 func (c *cluster) allows(conn connection) bool {
 	if conn.from == conn.to {
 		return true
 	}
 	from, to := c.owner(conn.from), c.owner(conn.to)
 	if from != nil && from.Spec.NodeName != thisNode {
-		from = nil // judged where it is
+		from = nil // policies apply on its node
 	}
 	if to != nil && to.Spec.NodeName != thisNode {
 		to = nil

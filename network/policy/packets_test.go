@@ -14,16 +14,17 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
+	"kedge/internal/namespaces"
+	"kedge/internal/test/host"
 	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
 // lab is a node (the test program's own namespace) with pods that are namespaces,
 // joined to it as the pod network does it.
 type lab struct {
 	t    testing.TB
-	pods map[netip.Addr]*netns.NS
+	pods map[netip.Addr]*namespaces.Network
 }
 
 var (
@@ -33,13 +34,13 @@ var (
 
 func newLab(t testing.TB) *lab {
 	t.Helper()
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	for _, f := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
 		if err := os.WriteFile("/proc/sys/net/"+f, []byte("1"), 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return &lab{t: t, pods: map[netip.Addr]*netns.NS{}}
+	return &lab{t: t, pods: map[netip.Addr]*namespaces.Network{}}
 }
 
 func (l *lab) must(err error) {
@@ -50,9 +51,9 @@ func (l *lab) must(err error) {
 }
 
 // join makes pod number i.
-func (l *lab) join(i int) *netns.NS {
+func (l *lab) join(i int) *namespaces.Network {
 	l.t.Helper()
-	ns, err := netns.New()
+	ns, err := namespaces.NewNetwork()
 	l.must(err)
 	l.t.Cleanup(func() { ns.Close() })
 	attrs := netlink.NewLinkAttrs()
@@ -103,13 +104,13 @@ func (l *lab) join(i int) *netns.NS {
 	return ns
 }
 
-// quick is how long a test waits for a packet that is not expected to come back.
+// quick is the wait for a packet that is not expected to return.
 const quick = 60 * time.Millisecond
 
 func setSysctl(path, value string) error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0) }
 
-// TestPackets sends real packets through the rules of random policies and compares
-// what gets through with the specification.
+// TestPackets sends real packets through the rules of random policies and compares the
+// result with the specification.
 func TestPackets(t *testing.T) {
 	l := newLab(t)
 	s := &station{lab: l}
@@ -120,10 +121,10 @@ func TestPackets(t *testing.T) {
 			return errors.Join(setSysctl("net/ipv4/icmp_ratelimit", "0"), setSysctl("net/ipv6/icmp/ratelimit", "0"))
 		}))
 	}
-	table := nft.NewPolicyTable("node1")
+	table := policies.NewTable("node1")
 	t.Cleanup(func() { nft.RemoveTables("node1") })
 	e := newEngine(table)
-	e.judgeAll()
+	e.applyAll()
 	w := newWorld(7, e)
 	allowed, refused := 0, 0
 	for round := range 15 {
@@ -138,8 +139,7 @@ func TestPackets(t *testing.T) {
 		}
 		all := slices.DeleteFunc(w.connections(), func(c connection) bool { return l.pods[c.from] == nil || l.pods[c.to] == nil })
 		w.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-		// As many of those that pass as of those that do not; waiting for the latter
-		// takes long.
+		// The same number of allowed and denied ones; waiting for the latter takes long.
 		seen := map[bool]int{}
 		for _, c := range all {
 			want := w.allows(c)
@@ -150,8 +150,8 @@ func TestPackets(t *testing.T) {
 				return s.reaches(l.pods[c.from], strings.ToLower(string(c.protocol)), c.to, uint16(c.port))
 			}
 			if got := as(want, try); got != want {
-				steps, _ := table.Trace(nft.Egress, c.nft())
-				more, _ := table.Trace(nft.Ingress, c.nft())
+				steps, _ := table.Trace(policies.Egress, c.nft())
+				more, _ := table.Trace(policies.Ingress, c.nft())
 				t.Fatalf("round %d: %s to %s %s %d passes: %v, want %v\n%+v\n%+v\n%s", round, c.from, c.to, c.protocol, c.port, got, want, steps, more, table)
 			}
 			if want {

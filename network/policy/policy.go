@@ -18,38 +18,40 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
 
+	"kedge/internal/lifecycle"
 	"kedge/network/cni"
 	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
-// Config is what the policies of a node are told.
+// Config is the configuration of the policies of a node.
 type Config struct {
 	NodeName string
-	// DNS are the addresses of the cluster's resolver. It is no pod, but policies
-	// are written as if it were: it is reached through rules that select pods with
-	// the label k8s-app=kube-dns of namespace kube-system, or all pods of that.
+	// DNS are the addresses of the cluster's resolver. It is not a pod, but policies are
+	// written as if it were: rules that select pods with the label k8s-app=kube-dns in
+	// namespace kube-system, or all pods there, include it.
 	DNS []netip.Addr
 }
 
 const (
-	// patience is how long a new pod waits to become known before it starts with
-	// all its connections refused. Kubelet and policies follow the same API, so
-	// one has seen the pod not long after the other.
-	patience = 2 * time.Second
+	// attachTimeout is the time for which a new pod waits to become known before it starts
+	// with all connections denied. Kubelet and policies watch the same API, so the policies
+	// see the pod soon after the kubelet.
+	attachTimeout = 2 * time.Second
 	// retryPause is the time between attempts to write rules after a failure.
 	retryPause = time.Second
-	// settle is how long repair waits after rules were changed by others: those
-	// who load a firewall make several changes.
+	// settle is the delay of the second comparison after a foreign change of rules:
+	// programs that load a firewall make several changes.
 	settle = 200 * time.Millisecond
-	// repairPause is the least time between two comparisons but the one after settle.
+	// repairPause is the minimum time between two comparisons, except for the one after
+	// settle.
 	repairPause = time.Second
-	// repairEvery is how often the rules are compared even though no event said
-	// that somebody changed them.
+	// repairEvery is the interval of comparisons that no event has requested.
 	repairEvery = 5 * time.Minute
 )
 
-// ErrNotSynced says that the API's objects have not been read yet.
-var ErrNotSynced = errors.New("network policies are not known yet")
+// ErrNotSynced means that the API's objects have not been read yet.
+var ErrNotSynced = errors.New("network policies have not been read from the API yet")
 
 // Policy is the component that enforces network policies on one node.
 type Policy struct {
@@ -59,20 +61,20 @@ type Policy struct {
 
 	mu      sync.Mutex // guards what follows
 	engine  *engine
-	failure error         // why the rules are not what they should be
-	changed chan struct{} // closed at the next change of what is known, and replaced
+	failure error         // of the last write or repair
+	changed chan struct{} // closed and replaced at the next change of the engine
 
-	wake chan struct{} // asks Run to write what has changed; holds one request
+	wake lifecycle.Wakeup // requests a write
 }
 
-// New returns the policies of a node; factory is where it asks for pods,
-// namespaces and policies, and client, unless it is nil, for cluster-wide ones.
-// Until the factory runs and all of them are known, new pods are refused everything
-// and the rules of an earlier process stay.
+// New returns the policies of a node; factory provides pods, namespaces and policies, and
+// client, unless it is nil, cluster-wide policies. Until the factory runs and all objects
+// have been read, all connections of new pods are denied and the rules of an earlier
+// process stay.
 func New(cfg Config, factory informers.SharedInformerFactory, client dynamic.Interface, log *slog.Logger) (*Policy, error) {
 	p := &Policy{
-		log: log, engine: newEngine(nft.NewPolicyTable(cfg.NodeName)),
-		changed: make(chan struct{}), wake: make(chan struct{}, 1),
+		log: log, engine: newEngine(policies.NewTable(cfg.NodeName)),
+		changed: make(chan struct{}), wake: lifecycle.NewWakeup(),
 	}
 	if client != nil {
 		p.cluster = &clusterWatch{policy: p, client: client}
@@ -107,7 +109,7 @@ func New(cfg Config, factory informers.SharedInformerFactory, client dynamic.Int
 			}
 			read, err := newPolicy(np)
 			if err != nil {
-				p.log.Warn("part of a network policy is not understood and allows nothing", "error", err)
+				p.log.Warn("cannot read part of a NetworkPolicy; that part allows nothing", "err", err)
 			}
 			p.engine.setPolicy(key, read)
 		}),
@@ -118,8 +120,8 @@ func New(cfg Config, factory informers.SharedInformerFactory, client dynamic.Int
 	return p, nil
 }
 
-// newResolver is the pod as which policies see the resolver: that of other
-// clusters, which they were written for.
+// newResolver returns the resolver as a pod: the DNS pod of other clusters, for which
+// policies are written.
 func newResolver(addrs []netip.Addr) *pod {
 	return &pod{
 		key: podKey{metav1.NamespaceSystem, "resolver of kedge"}, labels: labels.Set{"k8s-app": "kube-dns"}, addrs: addrs, peer: true,
@@ -140,7 +142,7 @@ func follow[T any](p *Policy, informer cache.SharedIndexInformer, set func(obj T
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		set(typed, gone)
-		p.announce()
+		p.notify()
 	}
 	reg, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(obj any) { change(obj, false) },
@@ -154,30 +156,22 @@ func follow[T any](p *Policy, informer cache.SharedIndexInformer, set func(obj T
 	return nil
 }
 
-// announce asks for what was staged to be written, and wakes those who wait for
-// a pod to become known. Caller holds mu.
-func (p *Policy) announce() {
+// notify requests a write of the staged changes, and wakes the requests that wait for a pod
+// to become known. Caller holds mu.
+func (p *Policy) notify() {
 	if !p.engine.synced {
-		return // nothing is written before all is known
+		return // nothing is written before all objects have been read
 	}
-	p.wakeUp()
+	p.wake.Wake()
 	close(p.changed)
 	p.changed = make(chan struct{})
-}
-
-func (p *Policy) wakeUp() {
-	select {
-	case p.wake <- struct{}{}:
-	default: // asked for already
-	}
 }
 
 // Name returns "policy".
 func (p *Policy) Name() string { return "policy" }
 
-// Run keeps the rules in step until ctx is cancelled. It is ready when the rules
-// say what the API does. The pods that the node has must be known by then: see
-// Restore.
+// Run keeps the rules in step until ctx is cancelled. It is ready when the rules match the
+// API's objects. The node's pods must be known by then: see Restore.
 func (p *Policy) Run(ctx context.Context, ready func()) error {
 	ready = sync.OnceFunc(ready)
 	inner, fail := context.WithCancelCause(ctx)
@@ -191,27 +185,24 @@ func (p *Policy) Run(ctx context.Context, ready func()) error {
 		return nil
 	}
 	p.mu.Lock()
-	p.engine.judgeAll()
-	p.announce()
+	p.engine.applyAll()
+	p.notify()
 	p.mu.Unlock()
 
-	damaged := make(chan struct{}, 1)
+	damaged := lifecycle.NewWakeup()
 	parts.Go(func() {
 		err := nft.Watch(inner, func() {
-			select {
-			case damaged <- struct{}{}:
-			default:
-			}
+			damaged.Wake()
 		})
 		if err != nil {
 			fail(err)
 		}
 	})
-	p.work(inner, damaged, ready)
+	p.loop(inner, damaged, ready)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := p.engine.table.Close(); err != nil {
-		p.log.Debug("nftables not closed", "error", err)
+		p.log.Debug("nftables not closed", "err", err)
 	}
 	if ctx.Err() != nil {
 		return nil
@@ -219,18 +210,18 @@ func (p *Policy) Run(ctx context.Context, ready func()) error {
 	return context.Cause(inner)
 }
 
-// work writes, and repairs, until ctx ends.
-func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()) {
+// loop writes and repairs rules until ctx ends.
+func (p *Policy) loop(ctx context.Context, damaged lifecycle.Wakeup, ready func()) {
 	regular := time.NewTicker(repairEvery)
 	defer regular.Stop()
 	retry := time.NewTimer(retryPause)
 	retry.Stop()
 	defer retry.Stop()
-	again := time.NewTimer(settle)
-	again.Stop()
-	defer again.Stop()
-	var looked time.Time // when the rules were last compared
-	said := ""           // what the log has of the failure at hand
+	recheck := time.NewTimer(settle)
+	recheck.Stop()
+	defer recheck.Stop()
+	var lastCheck time.Time // when the rules were last compared
+	logged := ""            // the failure that the log has already
 	for {
 		var err error
 		select {
@@ -241,31 +232,31 @@ func (p *Policy) work(ctx context.Context, damaged <-chan struct{}, ready func()
 		case <-retry.C:
 			err = p.commit()
 		case <-damaged:
-			// At once, since until then nothing may be enforced, and once more when
-			// whoever changes rules is likely to be done. Not all the time, though:
-			// there may be another node on the machine, with tables of its own.
-			if time.Since(looked) < repairPause {
-				again.Reset(repairPause)
+			// At once, because policies may not be enforced until then, and again when the
+			// other program is likely to have finished. Not all the time, though: another
+			// node on the machine may change tables of its own.
+			if time.Since(lastCheck) < repairPause {
+				recheck.Reset(repairPause)
 				continue
 			}
 			err = p.repair()
-			looked = time.Now()
-			again.Reset(settle)
-		case <-again.C:
+			lastCheck = time.Now()
+			recheck.Reset(settle)
+		case <-recheck.C:
 			err = p.repair()
-			looked = time.Now()
+			lastCheck = time.Now()
 		case <-regular.C:
 			err = p.repair()
 		}
 		if err != nil {
-			if text := err.Error(); text != said {
-				p.log.Error("network policies cannot be enforced as they are; trying again", "error", err)
-				said = text
+			if text := err.Error(); text != logged {
+				p.log.Error("cannot write the rules of network policies; retrying", "err", err)
+				logged = text
 			}
 			retry.Reset(retryPause)
 			continue
 		}
-		said = ""
+		logged = ""
 		ready()
 	}
 }
@@ -280,17 +271,17 @@ func (p *Policy) repair() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.failure != nil {
-		return nil // commit is tried again, and writes all
+		return nil // commit is retried, and writes all
 	}
 	repaired, err := p.engine.table.Repair()
 	if repaired {
-		p.log.Warn("rules repaired: somebody removed or changed them", "table", p.engine.table.Name())
+		p.log.Warn("nftables rules repaired: another program had removed or changed them", "table", p.engine.table.Name())
 	}
 	p.failure = err
 	return err
 }
 
-// Check says why policies are not enforced as they are, or nil.
+// Check returns why policies are not enforced, or nil.
 func (p *Policy) Check(context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -300,22 +291,21 @@ func (p *Policy) Check(context.Context) error {
 	return p.failure
 }
 
-// Restore says which pods the node has from before this process began. What is
-// decided about them stays as it is until the API's objects are known.
+// Restore sets the pods that were attached before this process started. Their rules stay
+// unchanged until the API's objects have been read.
 func (p *Policy) Restore(all []cni.Attachment) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, a := range all {
 		p.engine.attach(newAttachment(a))
 	}
-	p.announce()
+	p.notify()
 }
 
-// Attach returns when the policies for a new pod are in force: call it before the
-// pod can send anything. Where it must be known more about the pod than is, it
-// waits a moment, and then lets the pod start with all connections refused until
-// that is known. An error means that the pod must not start; Detach is to be
-// called all the same.
+// Attach returns when the policies for a new pod are in force: call it before the pod can
+// send anything. If the pod is not known yet, it waits a moment, and then lets the pod
+// start with all connections denied until it is known. After an error the pod must not
+// start; Detach is to be called nevertheless.
 func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -324,9 +314,9 @@ func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 	if err := p.enforce(at); err != nil {
 		return fmt.Errorf("enforce network policies for %s: %w", at.pod, err)
 	}
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(attachTimeout)
 	defer deadline.Stop()
-	for !at.certain {
+	for !at.resolved {
 		changed := p.changed
 		p.mu.Unlock()
 		var late error
@@ -339,7 +329,7 @@ func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 		}
 		p.mu.Lock()
 		if late != nil {
-			p.log.Warn("pod starts with all its connections refused: the API has not told of it yet", "pod", at.pod.String())
+			p.log.Warn("pod starts with all connections denied: the watch of pods has not delivered it yet", "pod", at.pod.String())
 			return nil
 		}
 	}
@@ -349,43 +339,42 @@ func (p *Policy) Attach(ctx context.Context, a cni.Attachment) error {
 	return nil
 }
 
-// enforce makes the kernel know what is decided about an attachment. Caller holds mu.
+// enforce writes the rules of an attachment. Caller holds mu.
 func (p *Policy) enforce(at *attachment) error {
 	if !p.engine.synced {
-		return p.engine.table.Hold(at.addrs)
+		return p.engine.table.Isolate(at.addrs)
 	}
 	return p.writeNow()
 }
 
-// writeNow is [Policy.write] for those who do not try again themselves: Run does.
-// Caller holds mu.
+// writeNow is [Policy.write] for callers that do not retry themselves: Run retries. Caller
+// holds mu.
 func (p *Policy) writeNow() error {
 	err := p.write()
 	if err != nil {
-		p.wakeUp()
+		p.wake.Wake()
 	}
 	return err
 }
 
-// write commits what is staged. Caller holds mu.
+// write commits the staged changes. Caller holds mu.
 func (p *Policy) write() error {
 	p.failure = p.engine.table.Commit()
 	if damage := p.engine.table.Damaged(); damage != nil {
-		p.log.Warn("rules written anew: somebody removed or changed them", "table", p.engine.table.Name(), "cause", damage)
+		p.log.Warn("nftables rules rewritten: another program had removed or changed them", "table", p.engine.table.Name(), "err", damage)
 	}
 	return p.failure
 }
 
-// Detach says that a pod is gone. Call it before its addresses are given to
-// another one.
+// Detach removes a pod. Call it before its addresses are given to another pod.
 func (p *Policy) Detach(owner string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.engine.detach(owner)
 	if !p.engine.synced {
-		return nil // an entry that is left over goes with the first Commit
+		return nil // the first Commit removes a remaining entry
 	}
 	return p.writeNow()
 }
 
-var _ cni.Judge = (*Policy)(nil)
+var _ cni.PolicyEngine = (*Policy)(nil)

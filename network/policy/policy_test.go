@@ -15,9 +15,10 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 	"kedge/network/cni"
 	"kedge/network/nft"
+	"kedge/network/nft/policies"
 )
 
 // process is one run of the component against an API.
@@ -31,7 +32,7 @@ type process struct {
 // newProcess makes the component without running it.
 func newProcess(t *testing.T, api *fake.Clientset) *process {
 	t.Helper()
-	testhost.RequireIsolation(t)
+	host.RequireIsolation(t)
 	t.Cleanup(func() { nft.RemoveTables("node1") })
 	factory := informers.NewSharedInformerFactory(api, 0)
 	p, err := New(Config{NodeName: "node1"}, factory, nil, slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -87,20 +88,20 @@ func attachmentOf(name string, i int) cni.Attachment {
 
 func restored(name string, i int) []cni.Attachment { return []cni.Attachment{attachmentOf(name, i)} }
 
-// kernel says what the kernel does with connections that a pod opens.
+// kernel returns the kernel's decision about connections that a pod opens.
 func (pr *process) kernel(i int) string {
 	pr.t.Helper()
-	chain, err := pr.policy.engine.table.KernelVerdict(nft.Egress, podAddr(i, false))
+	chain, err := pr.policy.engine.table.KernelVerdict(policies.Egress, podAddr(i, false))
 	if err != nil {
 		pr.t.Fatal(err)
 	}
 	switch {
 	case chain == "":
 		return "free"
-	case chain == nft.Refuse:
+	case chain == policies.DenyAll:
 		return "refused"
 	case strings.HasPrefix(chain, "judge-"):
-		return "judged"
+		return "enforced"
 	}
 	return chain
 }
@@ -125,14 +126,14 @@ func TestAttach(t *testing.T) {
 	}
 	p.want("before the API is known", 0, "refused")
 
-	// One that waits is let go as soon as it is known.
+	// A waiting pod continues as soon as it is known.
 	waited := make(chan error)
 	go func() { waited <- p.policy.Attach(ctx, attachmentOf("bound", 1)) }()
 	p.start()
 	if err := <-waited; err != nil {
 		t.Fatal(err)
 	}
-	p.want("selected", 1, "judged")
+	p.want("selected", 1, "enforced")
 	p.want("not selected", 0, "free")
 
 	// The API tells of the pod after the runtime does.
@@ -152,7 +153,7 @@ func TestAttach(t *testing.T) {
 	if err := <-waited; err != nil {
 		t.Fatal(err)
 	}
-	p.want("when it is known", 2, "judged")
+	p.want("when it is known", 2, "enforced")
 
 	// A pod of the same name, but not the same pod.
 	another := attachmentOf("free", 3)
@@ -177,7 +178,7 @@ func TestAttach(t *testing.T) {
 	if err := p.policy.Attach(ctx, attachmentOf("nobody", 5)); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(begin); took > patience/2 {
+	if took := time.Since(begin); took > attachTimeout/2 {
 		t.Errorf("a pod waited %s for nothing", took)
 	}
 	for _, name := range []string{"free", "bound", "late", "nobody"} {
@@ -187,7 +188,7 @@ func TestAttach(t *testing.T) {
 	}
 }
 
-// A process that starts leaves what the last one enforced, until it knows better.
+// A new process leaves the rules of the last one until it has read the API.
 func TestRestart(t *testing.T) {
 	ctx := t.Context()
 	api := fake.NewClientset(somePod("bound", "a"), somePod("free", "x"), denyApp("a"))
@@ -198,7 +199,7 @@ func TestRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	first.want("before", 0, "judged")
+	first.want("before", 0, "enforced")
 	before, err := first.policy.engine.table.KernelGeneration()
 	if err != nil {
 		t.Fatal(err)
@@ -206,15 +207,15 @@ func TestRestart(t *testing.T) {
 	first.stop()
 
 	second := newProcess(t, api)
-	second.want("while nothing runs", 0, "judged")
+	second.want("while nothing runs", 0, "enforced")
 	second.policy.Restore([]cni.Attachment{attachmentOf("bound", 0), attachmentOf("free", 1)})
-	second.want("when it starts", 0, "judged")
+	second.want("when it starts", 0, "enforced")
 	second.want("when it starts", 1, "free")
 	second.start()
-	second.want("after", 0, "judged")
+	second.want("after", 0, "enforced")
 	second.want("after", 1, "free")
 	if after, err := second.policy.engine.table.KernelGeneration(); err != nil || after != before {
-		t.Errorf("the table was written anew: %d, %d, %v", before, after, err)
+		t.Errorf("the table was rewritten: %d, %d, %v", before, after, err)
 	}
 	second.stop()
 
@@ -229,6 +230,6 @@ func TestRestart(t *testing.T) {
 		{Owner: "1", Addrs: []netip.Addr{podAddr(0, false)}}, {Owner: "2", Addrs: []netip.Addr{podAddr(2, false)}},
 	})
 	third.start()
-	third.want("found by its address", 0, "judged")
+	third.want("found by its address", 0, "enforced")
 	third.want("of which nothing is known", 2, "refused")
 }

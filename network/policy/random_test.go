@@ -55,7 +55,7 @@ func (r random) selector() *metav1.LabelSelector {
 
 const (
 	randomPods = 12 // that may exist; pod i has address i of each family
-	outsiders  = 3  // addresses that are nobody's
+	outsiders  = 3  // addresses without a pod
 )
 
 func podAddr(i int, v6 bool) netip.Addr {
@@ -189,7 +189,7 @@ func (r random) protocols() []v1alpha2.ClusterNetworkPolicyProtocol {
 	return out
 }
 
-// clusterPolicy makes one whose priority is that of no other name.
+// clusterPolicy returns a policy with a unique priority.
 func (r random) clusterPolicy(name string) *v1alpha2.ClusterNetworkPolicy {
 	p := &v1alpha2.ClusterNetworkPolicy{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	p.Spec.Tier = pick(r, v1alpha2.AdminTier, v1alpha2.BaselineTier)
@@ -216,7 +216,7 @@ func (r random) clusterPolicy(name string) *v1alpha2.ClusterNetworkPolicy {
 	return p
 }
 
-// world is a cluster and an engine that is told of it.
+// world is a cluster and an engine that receives its changes.
 type world struct {
 	random
 	cluster
@@ -240,7 +240,7 @@ func (w *world) label(name string) {
 	w.engine.setNamespace(name, w.namespaces[name])
 }
 
-// onNode says whether a pod is on the node; the others are peers only.
+// onNode reports whether a pod is on the node; the others are peers only.
 func onNode(i int) bool { return i%4 != 3 }
 
 // step lets something happen.
@@ -308,7 +308,7 @@ func (w *world) attachment(i int, p *corev1.Pod) *attachment {
 	})
 }
 
-// replay tells a new engine what there is, in any order.
+// replay passes all objects to a new engine, in any order.
 func (w *world) replay(e *engine) {
 	var steps []func()
 	for name, set := range w.namespaces {

@@ -4,15 +4,15 @@ import (
 	"context"
 	"fmt"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 	"kedge/network/trace"
 )
 
 var _ trace.Part = (*Policy)(nil)
 
-// Trace implements trace.Part: it says which policies a connection meets, rule by
-// rule, and which of them allows or what refuses it. What the rules are is known
-// here; that the kernel has the same is looked at.
+// Trace implements trace.Part: it returns the policies that a connection meets, rule by
+// rule, and which of them allows or denies it. The rules are those in memory; the kernel's
+// rules are compared with them.
 func (p *Policy) Trace(_ context.Context, stage trace.Stage, pkt *trace.Packet) ([]trace.Step, error) {
 	if stage != trace.Filter {
 		return nil, nil
@@ -29,25 +29,25 @@ func (p *Policy) Trace(_ context.Context, stage trace.Stage, pkt *trace.Packet) 
 	} else if !ok {
 		problem = "the kernel's rules differ from what they should be; they are repaired in a moment"
 	}
-	conn := nft.Connection{From: pkt.From.Addr.Addr(), To: pkt.To.Addr.Addr(), Protocol: pkt.Protocol, Port: pkt.To.Addr.Port()}
+	conn := policies.Connection{From: pkt.From.Addr.Addr(), To: pkt.To.Addr.Addr(), Protocol: pkt.Protocol, Port: pkt.To.Addr.Port()}
 	var out []trace.Step
 	for _, d := range directions {
 		subject, end := pkt.From, "from"
-		if d == nft.Ingress {
+		if d == policies.Ingress {
 			subject, end = pkt.To, "to"
 		}
 		step := trace.Step{Table: table.Name(), Problem: problem}
 		switch {
-		case d == nft.Ingress && pkt.From.Place == trace.Node:
+		case d == policies.Ingress && pkt.From.Place == trace.Node:
 			step.Effect = "allowed: a node always reaches its pods"
 			out = append(out, step)
 			continue
 		case subject.Place != trace.Pod:
-			continue // judged where it is, or not at all
+			continue // policies apply on that node, or not at all
 		}
 		rules, allowed := table.Trace(d, conn)
 		if len(rules) == 0 {
-			step.Effect = fmt.Sprintf("allowed: no policy is about the %s of %s", d, name(subject))
+			step.Effect = fmt.Sprintf("allowed: no policy selects %[2]s for %[1]s", d, name(subject))
 			out = append(out, step)
 			continue
 		}
@@ -57,18 +57,18 @@ func (p *Policy) Trace(_ context.Context, stage trace.Stage, pkt *trace.Packet) 
 			switch {
 			case !r.Matched:
 				s.Effect = "does not match"
-			case r.Then == nft.Call:
-				s.Effect = "looks into it"
-			case r.Then == nft.Pass:
-				s.Effect = "leaves it to the next tier"
-			case r.Then == nft.Allow:
+			case r.Then == policies.Call:
+				s.Effect = "continues in this policy's chain"
+			case r.Then == policies.Pass:
+				s.Effect = "passes to the next tier"
+			case r.Then == policies.Allow:
 				s.Effect = fmt.Sprintf("allows the connection %s %s", end, name(subject))
 			default:
 				s.Effect = fmt.Sprintf("refuses the connection %s %s", end, name(subject))
 			}
 			out = append(out, s)
 		}
-		if last := rules[len(rules)-1]; allowed && (!last.Matched || last.Then != nft.Allow) {
+		if last := rules[len(rules)-1]; allowed && (!last.Matched || last.Then != policies.Allow) {
 			step.Effect = fmt.Sprintf("allowed: no rule refuses the connection %s %s", end, name(subject))
 			out = append(out, step)
 		}

@@ -11,7 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"kedge/network/nft"
+	"kedge/network/nft/policies"
 	"kedge/network/trace"
 )
 
@@ -50,9 +50,9 @@ func TestTrace(t *testing.T) {
 		ended    bool
 		want     []string
 	}{
-		{podA, podB, false, []string{"default/deny-a rule 1: pods app=b of namespace default|10.42.0.17 is in pods4-", "|allows the connection from default/a|", "allowed: no policy is about the ingress of default/b"}},
+		{podA, podB, false, []string{"default/deny-a rule 1: pods app=b of namespace default|10.42.0.17 is in pods4-", "|allows the connection from default/a|", "allowed: no policy selects default/b for ingress"}},
 		{podA, other, true, []string{"|192.0.2.1 is not in pods4-", "|does not match|", "allowed by none of default/deny-a||refuses the connection from default/a|"}},
-		{podB, podA, false, []string{"no policy is about the egress of default/b", "no policy is about the ingress of default/a"}},
+		{podB, podA, false, []string{"no policy selects default/b for egress", "no policy selects default/a for ingress"}},
 		{end(netip.MustParseAddr("192.0.2.9"), trace.Node, ""), podA, false, []string{"a node always reaches its pods"}},
 	} {
 		got, ended := ask(c.from, c.to)
@@ -66,10 +66,10 @@ func TestTrace(t *testing.T) {
 		}
 	}
 	p.stop()
-	if err := nft.RemovePolicyTable("node1"); err != nil {
+	if err := policies.RemoveTable("node1"); err != nil {
 		t.Fatal(err)
 	}
 	if got, _ := ask(podA, podB); !strings.Contains(got, "the kernel's rules differ") {
-		t.Errorf("the table is gone, and nobody says so:\n%s", got)
+		t.Errorf("the table is gone, and the trace does not report it:\n%s", got)
 	}
 }

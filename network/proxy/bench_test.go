@@ -17,21 +17,19 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"kedge/internal/netns"
-	"kedge/internal/testhost"
+	"kedge/internal/namespaces"
+	"kedge/internal/test/host"
 )
-
-func TestMain(m *testing.M) { testhost.Main(m) }
 
 // contender is a proxy in the benchmarks.
 type contender interface {
-	// begin is told all that there is, and returns when the rules are written.
+	// begin receives all objects, and returns when the rules are written.
 	begin([]*corev1.Service, []*discoveryv1.EndpointSlice) error
 	change(old, now *discoveryv1.EndpointSlice)
 	end()
 }
 
-// ourProxy calls what the informers would.
+// ourProxy calls the functions that the informers would call.
 type ourProxy struct {
 	*Proxy
 	stop context.CancelFunc
@@ -85,14 +83,14 @@ var (
 // benchNet joins the test's namespace, the node, to one with two servers, which
 // answer datagrams with their names on the ports 8081 and 8082.
 func benchNet(b *testing.B) {
-	testhost.RequireIsolation(b)
+	host.RequireIsolation(b)
 	must := func(err error) {
 		b.Helper()
 		if err != nil {
 			b.Fatal(err)
 		}
 	}
-	peer, err := netns.New()
+	peer, err := namespaces.NewNetwork()
 	must(err)
 	cable := netlink.NewVeth(netlink.NewLinkAttrs())
 	cable.Name, cable.PeerName, cable.PeerNamespace = "up", "up", netlink.NsFd(peer.FD())

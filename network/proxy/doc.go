@@ -1,12 +1,11 @@
-// Package proxy decides what happens to connections to services on a node: which
-// endpoints a service has here, under which policy, and for how long a client
-// stays with one. What is decided is written as rules by package nft; packets
-// never pass this process.
+// Package proxy selects the endpoints of services on a node: which endpoints a service has
+// here, under which traffic policy, and with which session affinity. Package nft/services
+// writes the result as rules; packets never pass this process.
 //
-// The decisions are Kubernetes' own: its change trackers, its choice of
-// endpoints by topology and traffic policy, and its health checks are imported,
-// in embed_trackers.go and nowhere else. Rules stay when the process stops.
+// The decisions are Kubernetes' own: its change trackers, its selection of endpoints by
+// topology and traffic policy, and its health checks are imported, in embed_trackers.go and
+// nowhere else. Rules stay when the process stops.
 //
-// It does not hand out addresses of load balancers, answer names or judge
+// The package does not assign addresses of load balancers, resolve names or enforce
 // policies. Only package main imports it.
 package proxy

@@ -16,8 +16,8 @@ import (
 	proxyutil "k8s.io/kubernetes/pkg/proxy/util"
 )
 
-// upstreamProxy is kube-proxy's own nftables mode, for the benchmarks: what it
-// does with objects, without the program around it that fetches them.
+// upstreamProxy is kube-proxy's own nftables mode, for the benchmarks: the processing of
+// objects, without the program around it that fetches them.
 type upstreamProxy struct{ *kubeproxy.Proxier }
 
 func newUpstreamProxy(b *testing.B) contender {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -17,29 +18,27 @@ import (
 	"k8s.io/kubernetes/pkg/proxy/metrics"
 	proxyutil "k8s.io/kubernetes/pkg/proxy/util"
 
-	"golang.org/x/sys/unix"
-
-	"kedge/network/nft"
+	"kedge/network/nft/services"
 )
 
-// tracker follows the services and endpoints of one address family.
+// tracker tracks the services and endpoints of one address family.
 type tracker struct {
 	family   corev1.IPFamily
 	nodeName string
 	nodeIP   netip.Addr // or the zero Addr
 
-	// These two may be told of changes at any time.
+	// The trackers may be updated at any time.
 	serviceChanges  *upstream.ServiceChangeTracker
 	endpointChanges *upstream.EndpointsChangeTracker
 
-	// What follows belongs to the goroutine that calls update.
-	services  upstream.ServicePortMap
-	endpoints upstream.EndpointsMap
-	ports     map[types.NamespacedName][]upstream.ServicePortName
-	checks    map[types.NamespacedName]uint16 // health-check node ports
-	health    healthcheck.ServiceHealthServer
-	answerAt  func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer // makes health
-	listening bool
+	// The following fields belong to the goroutine that calls update.
+	services        upstream.ServicePortMap
+	endpoints       upstream.EndpointsMap
+	ports           map[types.NamespacedName][]upstream.ServicePortName
+	checks          map[types.NamespacedName]uint16 // health-check node ports
+	health          healthcheck.ServiceHealthServer
+	newHealthServer func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer // makes health
+	listening       bool
 }
 
 func newTracker(family corev1.IPFamily, cfg Config, recorder events.EventRecorder, healthy func() bool) *tracker {
@@ -51,24 +50,24 @@ func newTracker(family corev1.IPFamily, cfg Config, recorder events.EventRecorde
 	}
 	t.serviceChanges = upstream.NewServiceChangeTracker(family, nil, t.portsChanged)
 	t.endpointChanges = upstream.NewEndpointsChangeTracker(family, cfg.NodeName, nil, nil)
-	t.answerAt = func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer {
+	t.newHealthServer = func(nodeIPs []netip.Addr) healthcheck.ServiceHealthServer {
 		var ranges []string
 		for _, p := range cfg.nodePortsOn(nodeIPs) {
 			ranges = append(ranges, p.String())
 		}
 		return healthcheck.NewServiceHealthServer(cfg.NodeName, recorder, proxyutil.NewNodePortAddresses(family, ranges), healthFunc(healthy), family)
 	}
-	t.health = t.answerAt(cfg.NodeIPs)
+	t.health = t.newHealthServer(cfg.NodeIPs)
 	t.nodeIP = ofFamily(cfg.NodeIPs, family)
 	return t
 }
 
-// setNodeIPs says which addresses the node has. Health checks are answered there after the
-// next update; the error is that they are still answered where they were.
+// setNodeIPs sets the addresses of the node. Health checks are served there after the next
+// update; the error means that they are still served at the old addresses.
 func (t *tracker) setNodeIPs(addrs []netip.Addr) error {
 	t.nodeIP = ofFamily(addrs, t.family)
 	err := t.health.SyncServices(nil)
-	t.health = t.answerAt(addrs)
+	t.health = t.newHealthServer(addrs)
 	return err
 }
 
@@ -81,7 +80,7 @@ func ofFamily(addrs []netip.Addr, family corev1.IPFamily) netip.Addr {
 	return netip.Addr{}
 }
 
-// healthFunc tells the health checks of services whether this proxy works.
+// healthFunc reports to the health checks of services whether this proxy works.
 type healthFunc func() bool
 
 // Health is called for every check of a load balancer.
@@ -89,7 +88,7 @@ func (f healthFunc) Health() healthcheck.ProxyHealth {
 	return healthcheck.ProxyHealth{Healthy: f(), CurrentTime: time.Now()}
 }
 
-// portsChanged keeps which ports a service has; update calls it.
+// portsChanged records the ports of a service; update calls it.
 func (t *tracker) portsChanged(previous, current upstream.ServicePortMap) {
 	for name := range previous {
 		delete(t.ports, name.NamespacedName)
@@ -103,16 +102,16 @@ func (t *tracker) portsChanged(previous, current upstream.ServicePortMap) {
 	}
 }
 
-// changes is what an update found.
+// changes is the result of update.
 type changes struct {
-	services map[types.NamespacedName]bool // those that changed in some way
-	triggers []time.Time                   // when what changed in the API did
-	flows    bool                          // whether tracked datagram flows may be stale
+	services map[types.NamespacedName]bool // changed services
+	triggers []time.Time                   // times of the changes in the API
+	flows    bool                          // tracked UDP flows may be stale
 }
 
 func newChanges() changes { return changes{services: map[types.NamespacedName]bool{}} }
 
-// update takes over what the trackers were told since the last time.
+// update applies the changes that the trackers have received since the last update.
 func (t *tracker) update(c *changes) {
 	services := t.services.Update(t.serviceChanges)
 	endpoints := t.endpoints.Update(t.endpointChanges)
@@ -128,21 +127,21 @@ func (t *tracker) update(c *changes) {
 	c.flows = c.flows || endpoints.ConntrackCleanupRequired
 }
 
-// all marks every service as changed.
-func (t *tracker) all(c *changes) {
+// markAll marks every service as changed.
+func (t *tracker) markAll(c *changes) {
 	for name := range t.ports {
 		c.services[name] = true
 	}
 }
 
-// decide returns the ports of a service, with the endpoints that connections
-// from this node may use.
-func (t *tracker) decide(name types.NamespacedName, labels map[string]string) []nft.ServicePort {
-	var out []nft.ServicePort
+// servicePorts returns the ports of a service, with the endpoints that connections from
+// this node may use.
+func (t *tracker) servicePorts(name types.NamespacedName, labels map[string]string) []services.Port {
+	var out []services.Port
 	for _, id := range t.ports[name] {
 		s := t.services[id]
 		cluster, local, all, ready := upstream.CategorizeEndpoints(t.endpoints[id], s, t.nodeName, labels)
-		p := nft.ServicePort{
+		p := services.Port{
 			Name: id.Port, Protocol: protocols[s.Protocol()], Port: uint16(s.Port()), NodePort: uint16(s.NodePort()),
 			ClusterIP: addr(s.ClusterIP()), ExternalIPs: addrs(s.ExternalIPs()), LoadBalancerIPs: addrs(s.LoadBalancerVIPs()),
 			InternalLocal: s.InternalPolicyLocal(), ExternalLocal: s.ExternalPolicyLocal(),
@@ -152,22 +151,22 @@ func (t *tracker) decide(name types.NamespacedName, labels map[string]string) []
 			p.StickyFor = time.Duration(s.StickyMaxAgeSeconds()) * time.Second
 		}
 		for _, e := range all {
-			if a, err := netip.ParseAddr(e.IP()); err == nil && e.IsLocal() && !slices.Contains(p.Here, a) {
-				p.Here = append(p.Here, a)
+			if a, err := netip.ParseAddr(e.IP()); err == nil && e.IsLocal() && !slices.Contains(p.OnNode, a) {
+				p.OnNode = append(p.OnNode, a)
 			}
 		}
 		p.Sources = t.sources(s)
 		out = append(out, p)
 	}
-	slices.SortFunc(out, func(a, b nft.ServicePort) int {
+	slices.SortFunc(out, func(a, b services.Port) int {
 		return int(a.Port)<<8 + int(a.Protocol) - int(b.Port)<<8 - int(b.Protocol)
 	})
 	return out
 }
 
-// sources returns who may use the addresses of a load balancer. Where the node
-// may, so may the addresses themselves: a node that has one of them as its own
-// connects to it from it.
+// sources returns the clients that may use the addresses of a load balancer. If the node
+// may, so may the addresses themselves: a node that has one of them as its own uses it as
+// the source address.
 func (t *tracker) sources(s upstream.ServicePort) []netip.Prefix {
 	var out []netip.Prefix
 	node := false
@@ -185,9 +184,8 @@ func (t *tracker) sources(s upstream.ServicePort) []netip.Prefix {
 	return out
 }
 
-// answerHealthChecks opens and closes health-check node ports, and sets what
-// they answer.
-func (t *tracker) answerHealthChecks() error {
+// syncHealthChecks opens and closes health check node ports, and sets their answers.
+func (t *tracker) syncHealthChecks() error {
 	if len(t.checks) == 0 && !t.listening {
 		return nil
 	}
@@ -204,13 +202,13 @@ func (t *tracker) answerHealthChecks() error {
 	return t.health.SyncEndpoints(here.LocalReadyEndpoints())
 }
 
-// close ends the health checks: a node whose proxy has stopped should get no new
-// connections from load balancers.
+// close closes the health checks: load balancers should send no new connections to a node
+// whose proxy has stopped.
 func (t *tracker) close() error { return t.health.SyncServices(nil) }
 
-// checkFlows asks to look at the flows of a service's UDP ports. Any endpoint that
-// serves may keep them, whatever the policies say now: as with connections, what
-// changes in a service does not end what was begun.
+// checkFlows requests the check of the flows to a service's UDP ports. Flows to any serving
+// endpoint stay, whatever the traffic policies are now: as with connections, a change of a
+// service does not end existing ones.
 func (t *tracker) checkFlows(f *flows, name types.NamespacedName, nodeIPs []netip.Addr) {
 	for _, id := range t.ports[name] {
 		s := t.services[id]
@@ -219,14 +217,14 @@ func (t *tracker) checkFlows(f *flows, name types.NamespacedName, nodeIPs []neti
 		}
 		serving := addrPorts(slices.DeleteFunc(slices.Clone(t.endpoints[id]), func(e upstream.Endpoint) bool { return !e.IsServing() }))
 		for _, ip := range slices.Concat([]net.IP{s.ClusterIP()}, s.LoadBalancerVIPs(), s.ExternalIPs()) {
-			f.check(netip.AddrPortFrom(addr(ip), uint16(s.Port())), serving)
+			f.enqueue(netip.AddrPortFrom(addr(ip), uint16(s.Port())), serving)
 		}
 		if s.NodePort() == 0 {
 			continue
 		}
 		for _, a := range nodeIPs {
 			if familyOf(a) == t.family {
-				f.check(netip.AddrPortFrom(a, uint16(s.NodePort())), serving)
+				f.enqueue(netip.AddrPortFrom(a, uint16(s.NodePort())), serving)
 			}
 		}
 	}
@@ -247,16 +245,15 @@ func (t *tracker) observe(began time.Time, full bool, triggers []time.Time) {
 	metrics.SyncProxyRulesLastTimestamp.WithLabelValues(family).SetToCurrentTime()
 }
 
-func (t *tracker) queued() {
+func (t *tracker) observeQueued() {
 	metrics.SyncProxyRulesLastQueuedTimestamp.WithLabelValues(string(t.family)).SetToCurrentTime()
 }
 
-func (t *tracker) failed() {
+func (t *tracker) observeFailure() {
 	metrics.NFTablesSyncFailuresTotal.WithLabelValues(string(t.family)).Inc()
 }
 
-// registerMetrics adds those of kube-proxy's metrics that we fill to the
-// process's.
+// registerMetrics registers the metrics of kube-proxy that this proxy provides.
 var registerMetrics = sync.OnceFunc(func() {
 	legacyregistry.MustRegister(
 		metrics.SyncProxyRulesLatency, metrics.SyncFullProxyRulesLatency, metrics.SyncPartialProxyRulesLatency,
@@ -271,10 +268,10 @@ var protocols = map[corev1.Protocol]uint8{
 	corev1.ProtocolTCP: unix.IPPROTO_TCP, corev1.ProtocolUDP: unix.IPPROTO_UDP, corev1.ProtocolSCTP: unix.IPPROTO_SCTP,
 }
 
-// serviceChanged tells of a change; nil means that there is no such service.
+// serviceChanged passes on a change; nil means that the service does not exist.
 func (t *tracker) serviceChanged(old, now *corev1.Service) { t.serviceChanges.Update(old, now) }
 
-// sliceChanged tells of a change of endpoints.
+// sliceChanged passes on a change of endpoints.
 func (t *tracker) sliceChanged(s *discoveryv1.EndpointSlice, gone bool) bool {
 	return t.endpointChanges.EndpointSliceUpdate(s, gone)
 }

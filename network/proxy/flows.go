@@ -9,39 +9,41 @@ import (
 	"slices"
 	"sync"
 
+	"kedge/internal/lifecycle"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// flows makes the kernel decide anew about datagrams to services whose endpoint is
-// gone, or that were not translated before there was one: a client that goes on
-// sending keeps its entry alive. Connections of the other protocols end with their
+// flows deletes the tracked UDP flows of services whose endpoint is gone, or that were not
+// translated before the service had one, so that the kernel translates them again: a client
+// that keeps sending keeps its entry alive. Connections of other protocols end with their
 // endpoint and need no help.
 //
-// It works beside the writing of rules, because one walk through the kernel's
-// table takes longer than a hundred changes of rules.
+// It runs beside the writing of rules, because one walk through the kernel's table takes
+// longer than a hundred changes of rules.
 type flows struct {
 	log  *slog.Logger
-	wake chan struct{} // holds one request
+	wake lifecycle.Wakeup
 
 	mu      sync.Mutex // guards what follows
 	pending map[netip.AddrPort][]netip.AddrPort
 }
 
 func newFlows(log *slog.Logger) *flows {
-	return &flows{log: log, wake: make(chan struct{}, 1), pending: map[netip.AddrPort][]netip.AddrPort{}}
+	return &flows{log: log, wake: lifecycle.NewWakeup(), pending: map[netip.AddrPort][]netip.AddrPort{}}
 }
 
-// check asks to look at the flows to a frontend: those to other endpoints than the
-// given ones will be forgotten. Node ports have the node's addresses.
-func (f *flows) check(frontend netip.AddrPort, endpoints []netip.AddrPort) {
+// enqueue requests the deletion of the flows to a frontend that go to other endpoints than
+// the given ones. Node ports have the node's addresses.
+func (f *flows) enqueue(frontend netip.AddrPort, endpoints []netip.AddrPort) {
 	f.mu.Lock()
 	f.pending[frontend] = endpoints
 	f.mu.Unlock()
-	ask(f.wake)
+	f.wake.Wake()
 }
 
-// run works until ctx ends.
+// run processes requests until ctx ends.
 func (f *flows) run(ctx context.Context) {
 	for {
 		select {
@@ -54,14 +56,14 @@ func (f *flows) run(ctx context.Context) {
 		f.pending = map[netip.AddrPort][]netip.AddrPort{}
 		f.mu.Unlock()
 		for _, family := range stale.families() {
-			if err := stale.forget(family); err != nil {
-				f.log.Warn("datagrams to services may go to endpoints that are gone, until their senders pause", "err", err)
+			if err := stale.deleteFrom(family); err != nil {
+				f.log.Warn("UDP packets to services may go to removed endpoints until their senders pause", "err", err)
 			}
 		}
 	}
 }
 
-// staleFlows says to which endpoints flows to a frontend may go.
+// staleFlows has, for each frontend, the endpoints to which flows may go.
 type staleFlows map[netip.AddrPort][]netip.AddrPort
 
 func (s staleFlows) families() []netlink.InetFamily {
@@ -78,9 +80,10 @@ func (s staleFlows) families() []netlink.InetFamily {
 	return out
 }
 
-// forget deletes the stale flows of a family. The kernel interrupts walks through
-// a table that changes; what was seen until then is deleted, and the rest after that.
-func (s staleFlows) forget(family netlink.InetFamily) error {
+// deleteFrom deletes the stale flows of a family. The kernel interrupts walks through a
+// table that changes; the flows seen until then are deleted, and the others in the next
+// attempt.
+func (s staleFlows) deleteFrom(family netlink.InetFamily) error {
 	const attempts = 5
 	var err error
 	for range attempts {
@@ -91,7 +94,7 @@ func (s staleFlows) forget(family netlink.InetFamily) error {
 	return err
 }
 
-// MatchConntrackFlow chooses the flows to forget.
+// MatchConntrackFlow selects the flows to delete.
 func (s staleFlows) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	if flow.Forward.Protocol != unix.IPPROTO_UDP {
 		return false

@@ -15,63 +15,63 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/events"
 
+	"kedge/internal/lifecycle"
 	"kedge/network/nft"
+	"kedge/network/nft/services"
 	"kedge/network/trace"
 )
 
 const (
-	// repairEvery is how often the rules are compared with the kernel's even
-	// though no event said that somebody changed them.
+	// repairEvery is the interval of comparisons with the kernel's rules that no event has
+	// requested.
 	repairEvery = 5 * time.Minute
-	// repairPause is the least time between two comparisons: others who change
-	// rules, such as container engines, do it often.
+	// repairPause is the minimum time between two comparisons: other programs, such as
+	// container engines, change rules often.
 	repairPause = 3 * time.Second
-	// retryAfter is how long a failed change of the rules is left alone.
+	// retryAfter is the delay after a failed change of the rules.
 	retryAfter = time.Second
 )
 
 // Proxy is the service proxy of one node: a component of the process.
 type Proxy struct {
-	cfg         Config
-	log         *slog.Logger
-	table       *nft.ServiceTable
-	trackers    []*tracker
-	broadcaster events.EventBroadcaster
-	informed    []cache.ResourceEventHandlerRegistration
-	flows       *flows
-	pending     changes // not written yet; of the goroutine that calls update
+	cfg           Config
+	log           *slog.Logger
+	table         *services.Table
+	trackers      []*tracker
+	recorder      *recorder
+	registrations []cache.ResourceEventHandlerRegistration
+	flows         *flows
+	pending       changes // not written yet; belongs to the goroutine that calls update
 
-	wake chan struct{} // asks for an update of the rules; holds one request
-	look chan struct{} // asks for a comparison with the kernel; holds one request
+	wake  lifecycle.Wakeup // requests an update of the rules
+	check lifecycle.Wakeup // requests a comparison with the kernel
 
-	mu      sync.Mutex // guards what follows
-	nodeIPs []netip.Addr
-	moved   bool // nodeIPs changed since the last update
-	labels  map[string]string
-	relabel bool  // labels changed since the last update
-	failure error // why the last update or comparison failed
+	mu             sync.Mutex // guards what follows
+	nodeIPs        []netip.Addr
+	nodeIPsChanged bool // nodeIPs changed since the last update
+	labels         map[string]string
+	labelsChanged  bool  // labels changed since the last update
+	failure        error // of the last update or comparison
 }
 
-// New makes the component. What it watches must be started by others.
+// New returns the component. The caller starts the watches.
 func New(cfg Config, shared informers.SharedInformerFactory, client kubernetes.Interface, log *slog.Logger) (*Proxy, error) {
 	registerMetrics()
 	p := &Proxy{
 		cfg: cfg, log: log, nodeIPs: cfg.NodeIPs,
-		table:       nft.NewServiceTable(cfg.NodeName, cfg.rules()),
-		broadcaster: events.NewBroadcaster(&events.EventSinkImpl{Interface: client.EventsV1()}),
-		flows:       newFlows(log),
-		pending:     newChanges(),
-		wake:        make(chan struct{}, 1),
-		look:        make(chan struct{}, 1),
+		table:    services.NewTable(cfg.NodeName, cfg.rules()),
+		recorder: &recorder{sink: &events.EventSinkImpl{Interface: client.EventsV1()}},
+		flows:    newFlows(log),
+		pending:  newChanges(),
+		wake:     lifecycle.NewWakeup(),
+		check:    lifecycle.NewWakeup(),
 	}
-	recorder := p.broadcaster.NewRecorder(scheme.Scheme, "kedge-proxy")
 	for _, family := range []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol} {
 		if slices.ContainsFunc(cfg.ServiceRanges, func(r netip.Prefix) bool { return familyOf(r.Addr()) == family }) {
-			p.trackers = append(p.trackers, newTracker(family, cfg, recorder, func() bool { return p.Check(context.Background()) == nil }))
+			p.trackers = append(p.trackers, newTracker(family, cfg, p.recorder, func() bool { return p.Check(context.Background()) == nil }))
 		}
 	}
 	for _, watch := range []struct {
@@ -84,15 +84,15 @@ func New(cfg Config, shared informers.SharedInformerFactory, client kubernetes.I
 	} {
 		registration, err := watch.informer.AddEventHandler(watch.handler)
 		if err != nil {
-			return nil, fmt.Errorf("watch what the service proxy needs: %w", err)
+			return nil, fmt.Errorf("watch services, endpoint slices and nodes: %w", err)
 		}
-		p.informed = append(p.informed, registration)
+		p.registrations = append(p.registrations, registration)
 	}
 	return p, nil
 }
 
-// handler makes an informer's handler of a function that is told of the object
-// before and after; nil for none.
+// handler returns an informer's handler that calls changed with the object before and
+// after; nil if there is none.
 func handler[T any](changed func(old, now *T)) cache.ResourceEventHandlerFuncs {
 	return cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(now any) { changed(nil, now.(*T)) },
@@ -106,34 +106,34 @@ func handler[T any](changed func(old, now *T)) cache.ResourceEventHandlerFuncs {
 	}
 }
 
-// Rules returns the part of the node's rules that is about services, for those
-// who want to see what it does.
+// Rules returns the node's rules for services, for tracing.
 func (p *Proxy) Rules() trace.Part { return p.table }
 
 // Name implements lifecycle.Component.
 func (p *Proxy) Name() string { return "proxy" }
 
-// Run implements lifecycle.Component. It is ready when the rules of all services
-// that there are have been written. They stay when it ends.
+// Run implements lifecycle.Component. It is ready when the rules of all existing services
+// have been written. They stay when it ends.
 func (p *Proxy) Run(ctx context.Context, ready func()) error {
-	for _, i := range p.informed {
+	for _, i := range p.registrations {
 		select {
 		case <-i.HasSyncedChecker().Done():
 		case <-ctx.Done():
 			return nil
 		}
 	}
-	p.noted(ensureRoutes(p.cfg.ServiceRanges, p.addresses()), "processes of the node may not reach services")
-	if err := p.broadcaster.StartRecordingToSinkWithContext(ctx); err != nil {
-		return fmt.Errorf("record events of services: %w", err)
-	}
-	defer p.broadcaster.Shutdown()
-	defer p.close()
-
+	p.recordResult(ensureRoutes(p.cfg.ServiceRanges, p.addresses()), "processes on the node may be unable to reach services")
 	inner, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
+	end, err := p.recorder.begin(inner)
+	if err != nil {
+		return fmt.Errorf("record events of services: %w", err)
+	}
+	defer end()
+	defer p.close()
+
 	var watch sync.WaitGroup
-	watch.Go(func() { fail(nft.Watch(inner, func() { ask(p.look) })) })
+	watch.Go(func() { fail(nft.Watch(inner, func() { p.check.Wake() })) })
 	watch.Go(func() { p.flows.run(inner) })
 	p.loop(inner, ready)
 	watch.Wait()
@@ -149,20 +149,20 @@ func (p *Proxy) loop(ctx context.Context, ready func()) {
 	defer regular.Stop()
 	quiet := time.NewTimer(repairPause)
 	defer quiet.Stop()
-	var look chan struct{} // p.look when the last comparison is long enough ago
-	ask(p.wake)
+	var look chan struct{} // p.check once repairPause has passed
+	p.wake.Wake()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-p.wake:
-			if p.noted(p.update(), "rules of services could not be written") {
+			if p.recordResult(p.update(), "cannot write the rules of services") {
 				ready()
 			} else {
-				time.AfterFunc(retryAfter, func() { ask(p.wake) })
+				time.AfterFunc(retryAfter, func() { p.wake.Wake() })
 			}
 		case <-quiet.C:
-			look = p.look
+			look = p.check
 		case <-look:
 			began := time.Now()
 			p.repair()
@@ -175,16 +175,8 @@ func (p *Proxy) loop(ctx context.Context, ready func()) {
 	}
 }
 
-// ask puts a request into a channel that holds one.
-func ask(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default: // asked for already
-	}
-}
-
-// noted keeps err for Check, logs it, and says whether there was none.
-func (p *Proxy) noted(err error, what string) bool {
+// recordResult stores err for Check, logs it, and reports whether it is nil.
+func (p *Proxy) recordResult(err error, what string) bool {
 	p.mu.Lock()
 	p.failure = err
 	p.mu.Unlock()
@@ -194,14 +186,14 @@ func (p *Proxy) noted(err error, what string) bool {
 	return err == nil
 }
 
-// Check says why rules are not what they should be, or nil.
+// Check returns why the rules are not the wanted ones, or nil.
 func (p *Proxy) Check(context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.failure
 }
 
-// update writes the rules of all services that changed since the last time.
+// update writes the rules of all services that changed since the last update.
 func (p *Proxy) update() error {
 	began := time.Now()
 	labels, full := p.takeLabels()
@@ -209,7 +201,7 @@ func (p *Proxy) update() error {
 	if moved {
 		for _, t := range p.trackers {
 			if err := t.setNodeIPs(nodeIPs); err != nil {
-				p.log.Warn("health checks of services could not be closed", "err", err)
+				p.log.Warn("cannot close the health check node ports of services", "err", err)
 			}
 		}
 		p.table.SetNodePortsOn(p.cfg.nodePortsOn(nodeIPs))
@@ -219,27 +211,27 @@ func (p *Proxy) update() error {
 	for _, t := range p.trackers {
 		t.update(c)
 		if full {
-			t.all(c)
+			t.markAll(c)
 		}
 	}
-	rules := make(map[string]nft.Service, len(c.services))
+	rules := make(map[string]services.Service, len(c.services))
 	for name := range c.services {
-		var s nft.Service
+		var s services.Service
 		for _, t := range p.trackers {
-			s.Ports = append(s.Ports, t.decide(name, labels)...)
+			s.Ports = append(s.Ports, t.servicePorts(name, labels)...)
 		}
 		rules[name.String()] = s
 	}
 	if err := p.table.Apply(rules); err != nil {
 		for _, t := range p.trackers {
-			t.failed()
+			t.observeFailure()
 		}
 		return err
 	}
 	var errs []error
 	for _, t := range p.trackers {
 		t.observe(began, full, c.triggers)
-		errs = append(errs, t.answerHealthChecks())
+		errs = append(errs, t.syncHealthChecks())
 		if c.flows {
 			for name := range c.services {
 				t.checkFlows(p.flows, name, nodeIPs)
@@ -254,22 +246,22 @@ func (p *Proxy) update() error {
 func (p *Proxy) takeLabels() (labels map[string]string, changed bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	labels, changed = p.labels, p.relabel
-	p.relabel = false
+	labels, changed = p.labels, p.labelsChanged
+	p.labelsChanged = false
 	return labels, changed
 }
 
-// SetNodeIPs says which addresses the node has from now on.
+// SetNodeIPs sets the addresses of the node.
 func (p *Proxy) SetNodeIPs(addrs []netip.Addr) {
 	p.mu.Lock()
 	changed := !slices.Equal(p.nodeIPs, addrs)
 	if changed {
-		p.nodeIPs, p.moved = addrs, true
+		p.nodeIPs, p.nodeIPsChanged = addrs, true
 	}
 	p.mu.Unlock()
 	if changed {
-		p.soon()
-		ask(p.look) // for the route to services, which may have gone with the address
+		p.trigger()
+		p.check.Wake() // for the route to services, which may have been removed with the address
 	}
 }
 
@@ -282,38 +274,38 @@ func (p *Proxy) addresses() []netip.Addr {
 func (p *Proxy) takeAddresses() (addrs []netip.Addr, changed bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	addrs, changed = p.nodeIPs, p.moved
-	p.moved = false
+	addrs, changed = p.nodeIPs, p.nodeIPsChanged
+	p.nodeIPsChanged = false
 	return addrs, changed
 }
 
 // repair compares rules and routes with the kernel's.
 func (p *Proxy) repair() {
 	n, err := p.table.Repair()
-	if p.noted(errors.Join(err, ensureRoutes(p.cfg.ServiceRanges, p.addresses())), "rules of services, or the way to them, could not be repaired") && n > 0 {
-		p.log.Warn("rules repaired: somebody removed or changed them", "table", p.table.Name(), "differences", n)
+	if p.recordResult(errors.Join(err, ensureRoutes(p.cfg.ServiceRanges, p.addresses())), "cannot repair the rules of services or the route to them") && n > 0 {
+		p.log.Warn("nftables rules repaired: another program had removed or changed them", "table", p.table.Name(), "differences", n)
 	}
 }
 
 func (p *Proxy) close() {
 	if err := p.table.Close(); err != nil {
-		p.log.Debug("connection to nftables", "err", err)
+		p.log.Debug("cannot close the connection to nftables", "err", err)
 	}
 	for _, t := range p.trackers {
 		if err := t.close(); err != nil {
-			p.log.Warn("health checks of services could not be closed", "err", err)
+			p.log.Warn("cannot close the health check node ports of services", "err", err)
 		}
 	}
 }
 
-func (p *Proxy) soon() {
+func (p *Proxy) trigger() {
 	for _, t := range p.trackers {
-		t.queued()
+		t.observeQueued()
 	}
-	ask(p.wake)
+	p.wake.Wake()
 }
 
-// serviceChanged is told of services by the informer.
+// serviceChanged is called by the informer of services.
 func (p *Proxy) serviceChanged(old, now *corev1.Service) {
 	old, now = p.proxied(old), p.proxied(now)
 	if old == nil && now == nil {
@@ -322,14 +314,13 @@ func (p *Proxy) serviceChanged(old, now *corev1.Service) {
 	for _, t := range p.trackers {
 		t.serviceChanged(old, now)
 	}
-	p.soon()
+	p.trigger()
 }
 
-// serviceProxyName is the label by which a service or its endpoints belong to
-// another proxy.
+// serviceProxyName is the label of services and endpoints of another proxy.
 const serviceProxyName = "service.kubernetes.io/service-proxy-name"
 
-// proxied returns the service, or nil if others take care of it.
+// proxied returns the service, or nil if another component serves it.
 func (p *Proxy) proxied(s *corev1.Service) *corev1.Service {
 	if s == nil {
 		return nil
@@ -345,7 +336,7 @@ func (p *Proxy) proxied(s *corev1.Service) *corev1.Service {
 	return s
 }
 
-// sliceChanged is told of endpoints by the informer.
+// sliceChanged is called by the informer of endpoint slices.
 func (p *Proxy) sliceChanged(old, now *discoveryv1.EndpointSlice) {
 	slice, gone := now, false
 	if now == nil {
@@ -362,11 +353,11 @@ func (p *Proxy) sliceChanged(old, now *discoveryv1.EndpointSlice) {
 		changed = t.sliceChanged(slice, gone) || changed
 	}
 	if changed {
-		p.soon()
+		p.trigger()
 	}
 }
 
-// nodeChanged is told of nodes by the informer. Only where this one is matters.
+// nodeChanged is called by the informer of nodes. Only the labels of this node matter.
 func (p *Proxy) nodeChanged(_, now *corev1.Node) {
 	if now == nil || now.Name != p.cfg.NodeName {
 		return
@@ -380,11 +371,11 @@ func (p *Proxy) nodeChanged(_, now *corev1.Node) {
 	p.mu.Lock()
 	changed := !maps.Equal(p.labels, labels)
 	if changed {
-		p.labels, p.relabel = labels, true
+		p.labels, p.labelsChanged = labels, true
 	}
 	p.mu.Unlock()
 	if changed {
-		p.soon()
+		p.trigger()
 	}
 }
 

@@ -17,10 +17,10 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 
-	"kedge/network/nft"
+	"kedge/network/nft/services"
 )
 
-// newProxy makes one whose informers are never started: tests call what they would.
+// newProxy returns a proxy whose informers are never started: tests call its handlers.
 func newProxy(t *testing.T, change func(*Config)) *Proxy {
 	t.Helper()
 	cfg := DefaultConfig()
@@ -46,14 +46,14 @@ func proxyOf(t testing.TB, cfg Config) *Proxy {
 	return p
 }
 
-// ports are what the proxy decides for a service at this moment.
-func (p *Proxy) ports(name string) []nft.ServicePort {
+// ports returns the proxy's current rules for a service.
+func (p *Proxy) ports(name string) []services.Port {
 	labels, _ := p.takeLabels()
 	c := newChanges()
-	var out []nft.ServicePort
+	var out []services.Port
 	for _, t := range p.trackers {
 		t.update(&c)
-		out = append(out, t.decide(types.NamespacedName{Namespace: "default", Name: name}, labels)...)
+		out = append(out, t.servicePorts(types.NamespacedName{Namespace: "default", Name: name}, labels)...)
 	}
 	return out
 }
@@ -104,7 +104,7 @@ func texts(list []netip.AddrPort) string {
 	return strings.Join(out, " ")
 }
 
-// TestEndpointsInUse has who may be connected to, by policy, condition and hint.
+// TestEndpointsInUse has the endpoints in use, by traffic policy, condition and hint.
 func TestEndpointsInUse(t *testing.T) {
 	local := func(s *corev1.Service) {
 		s.Spec.Type, s.Spec.ExternalTrafficPolicy, s.Spec.Ports[0].NodePort = corev1.ServiceTypeNodePort, corev1.ServiceExternalTrafficPolicyLocal, 30080
@@ -145,7 +145,7 @@ func TestEndpointsInUse(t *testing.T) {
 				t.Fatalf("%d ports", len(got))
 			}
 			var here []string
-			for _, a := range got[0].Here {
+			for _, a := range got[0].OnNode {
 				here = append(here, a.String())
 			}
 			if texts(got[0].Cluster) != c.cluster || texts(got[0].Local) != c.local || strings.Join(here, " ") != c.here || got[0].Ready != c.ready {
@@ -155,7 +155,7 @@ func TestEndpointsInUse(t *testing.T) {
 	}
 }
 
-// TestWhereAServiceAnswers has the addresses and the rest of what a service says.
+// TestWhereAServiceAnswers has the addresses and the other fields of a service.
 func TestWhereAServiceAnswers(t *testing.T) {
 	p := newProxy(t, nil)
 	proxied := corev1.LoadBalancerIPModeProxy
@@ -181,7 +181,7 @@ func TestWhereAServiceAnswers(t *testing.T) {
 	if len(got) != 6 {
 		t.Fatalf("%d ports, want 3 of each family", len(got))
 	}
-	want := nft.ServicePort{
+	want := services.Port{
 		Name: "http", ClusterIP: netip.MustParseAddr("10.43.0.80"), Protocol: unix.IPPROTO_TCP, Port: 80, NodePort: 30080,
 		ExternalIPs: []netip.Addr{netip.MustParseAddr("198.51.100.1")}, LoadBalancerIPs: []netip.Addr{netip.MustParseAddr("203.0.113.1")},
 		// The node is in a range, so the load balancer's own address is allowed too.
@@ -200,8 +200,8 @@ func TestWhereAServiceAnswers(t *testing.T) {
 	}
 }
 
-// TestServicesOfOthers are left alone: headless ones, names, those of another
-// proxy, and those whose address the node answers itself.
+// TestServicesOfOthers: headless services, ExternalName services, services of another
+// proxy, and services with an address that the node serves itself are left alone.
 func TestServicesOfOthers(t *testing.T) {
 	own := netip.MustParseAddr("10.43.0.10")
 	for name, change := range map[string]func(*corev1.Service){

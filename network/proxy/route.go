@@ -10,14 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// routeProtocol marks routes as kedge's: `ip route` prints it. Numbers above 192 are
-// for anybody.
+// routeProtocol marks kedge's routes: `ip route` prints it. Numbers above 192 are
+// unassigned.
 const routeProtocol = 212
 
-// ensureRoutes lets the node's own processes connect to services on a machine that
-// has no default route. The kernel looks for a route before it translates the
-// destination; where the first one leads does not matter, but without any the
-// connection fails. Machines that have a route are left as they are.
+// ensureRoutes lets the node's own processes connect to services on a machine without a
+// default route. The kernel looks for a route before it translates the destination; the
+// target of that route does not matter, but without one the connection fails. Machines with
+// a route are left unchanged.
 func ensureRoutes(ranges []netip.Prefix, nodeIPs []netip.Addr) error {
 	for _, r := range ranges {
 		var unreachable bool
@@ -44,7 +44,7 @@ func ensureRoutes(ranges []netip.Prefix, nodeIPs []netip.Addr) error {
 	return nil
 }
 
-// Cleanup removes what a node's proxy has left besides rules, which go with the
+// Cleanup removes the routes that a node's proxy has left; its rules are removed with the
 // network's. The node's processes must have ended.
 func Cleanup(cfg Config) error {
 	var errs []error

@@ -4,9 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
-// Stage is a point on a packet's way, in the order in which packets pass them.
+// Stage is a point on a packet's path, in the order in which packets pass them.
 type Stage int
 
 // The stages.
@@ -16,55 +17,65 @@ const (
 	Source                   // on the way out: hook postrouting
 )
 
-// Place is where one end of a connection is, seen from the node.
+// Place is the location of one end of a connection, seen from the node.
 type Place string
 
 // The places.
 const (
 	Pod     Place = "pod"     // of this node, behind a link of its own
-	Node    Place = "node"    // the node itself, or a pod with the node's network
-	Outside Place = "outside" // everything else, pods of other nodes included
+	Node    Place = "node"    // the node itself, or a pod in the host network
+	Outside Place = "outside" // any other machine, and pods of other nodes
 )
 
 // End is one end of a connection.
 type End struct {
 	Addr  netip.AddrPort `json:"addr"`
 	Place Place          `json:"place"`
-	Name  string         `json:"name,omitempty"` // of the pod, "namespace/name", where one has the address
+	Name  string         `json:"name,omitempty"` // "namespace/name" of the pod with the address, if any
 }
 
-// Packet is the first packet of a connection, as it is at a stage. Parts change
-// it as their rules do.
+// Packet is the first packet of a connection, as it is at a stage. Parts change it as their
+// rules do.
 type Packet struct {
 	Protocol uint8          `json:"protocol"` // IPPROTO_TCP, IPPROTO_UDP or IPPROTO_SCTP
 	From     End            `json:"from"`
 	To       End            `json:"to"`
-	Original netip.AddrPort `json:"original"` // where it was sent to
+	Original netip.AddrPort `json:"original"` // destination that the client used
 	Ended    bool           `json:"ended"`    // dropped or refused: no later stage sees it
 }
 
-// Step is one thing that happens to a packet.
+// Step is the effect of one rule on a packet.
 type Step struct {
 	Table   string `json:"table,omitempty"`
 	Chain   string `json:"chain,omitempty"`
 	Rule    string `json:"rule,omitempty"`    // the comment of the rule
-	Element string `json:"element,omitempty"` // of a set or map that decided, "set: key -> value"
-	Effect  string `json:"effect"`            // what happens by it, and why
-	Problem string `json:"problem,omitempty"` // how the kernel differs from what should be
+	Element string `json:"element,omitempty"` // of the set or map that decided, "set: key -> value"
+	Effect  string `json:"effect"`            // the effect, and the reason
+	Problem string `json:"problem,omitempty"` // difference between the kernel and the wanted rules
 }
 
-// Part is one that has rules: services, policies, pods.
+// RuleStep returns the step that a rule makes, with a problem if the rule is not among
+// rules: the comments of the table's rules in the kernel, by chain.
+func RuleStep(rules map[string][]string, table, chain, rule, element, effect string) Step {
+	s := Step{Table: table, Chain: chain, Rule: rule, Element: element, Effect: effect}
+	if !slices.Contains(rules[chain], rule) {
+		s.Problem = "the kernel does not have this rule"
+	}
+	return s
+}
+
+// Part is a part of the network that has rules: services, policies, pods.
 type Part interface {
-	// Trace says what the part's rules do to the packet at a stage, and does it
-	// to the packet. It returns no steps for a stage at which it has no rules.
+	// Trace returns what the part's rules do to the packet at a stage, and changes the
+	// packet accordingly. It returns no steps for a stage at which it has no rules.
 	Trace(ctx context.Context, stage Stage, p *Packet) ([]Step, error)
 }
 
-// Resolver says where an address is and whose it is.
+// Resolver returns the place of an address, and the name of the pod that has it.
 type Resolver func(netip.Addr) (Place, string)
 
-// Run follows a packet through the parts and returns its steps. Parts are asked
-// in their order at each stage; the packet is as it came out at the end.
+// Run takes a packet through the parts and returns its steps. At each stage the parts are
+// called in their order; afterwards the packet is in its final state.
 func Run(ctx context.Context, parts []Part, resolve Resolver, p *Packet) ([]Step, error) {
 	var steps []Step
 	p.Original = p.To.Addr

@@ -1,10 +1,9 @@
-// Package ctr is containerd's own command line client, wired to a node of kedge: for
-// looking at containers when something is wrong. It is apart from package runtime
-// because it is the only user of a second command line library, and because being
-// linked is not free: upstream's package silences gRPC's log of the whole process
-// when it is initialised.
+// Package ctr is containerd's own command line client, configured for a node of kedge, for inspecting
+// containers when something is wrong. It is separate from package runtime because it is the only user of a
+// second command line library, and because linking it has a side effect: upstream's package silences the gRPC
+// log of the whole process when it is initialised.
 //
-// Package main may import it, nothing else.
+// Only package main may import it.
 package ctr
 
 import (
@@ -14,8 +13,7 @@ import (
 	"github.com/urfave/cli/v3"
 )
 
-// Run runs ctr with the arguments that follow its name. Without --address and
-// --namespace it looks at what the kubelet of the node at socket sees.
+// Run runs ctr with args. The defaults of --address and --namespace are socket and the kubelet's namespace.
 func Run(ctx context.Context, socket string, args []string) error {
 	cmd := app.New()
 	for _, f := range cmd.Flags {

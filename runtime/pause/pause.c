@@ -1,11 +1,11 @@
 /*
- * The first process of every pod: it holds the pod's namespaces, reaps the
- * processes that are left to it, and ends on SIGTERM or SIGINT.
+ * The first process of every pod: it holds the pod's namespaces, reaps orphaned
+ * processes, and exits on SIGTERM or SIGINT.
  *
- * No libc and no dynamic linker, so that the image is one small file. Signals
- * are blocked and waited for rather than handled: a blocked signal is delivered
- * even to process 1, for which the kernel ignores signals without a handler,
- * and no handler needs a restorer trampoline per architecture.
+ * It uses neither libc nor a dynamic linker, so that the image is one small
+ * file. It blocks signals and waits for them instead of handling them: a blocked
+ * signal is delivered even to PID 1, for which the kernel ignores signals without
+ * a handler, and a handler would need a restorer trampoline per architecture.
  */
 
 #define SIGINT 2
@@ -47,7 +47,7 @@ static long call(long n, long a, long b, long c, long d)
 	return x0;
 }
 #else
-#error "no system calls written down for this architecture"
+#error "system calls are not defined for this architecture"
 #endif
 
 #define BIT(sig) (1UL << ((sig) - 1))

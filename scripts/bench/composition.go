@@ -16,37 +16,36 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"kedge/internal/testimage"
+	testimage "kedge/internal/test/image"
 )
 
-// composition is one way to put Kubernetes together.
+// composition is a way to compose Kubernetes.
 type composition interface {
 	name() string
-	// prepare does what is not measured, on an empty machine.
+	// prepare makes the preparations that are not measured, on an empty machine.
 	prepare(ctx context.Context, images string) error
-	// startIn makes all processes of the composition start in a folder of a control
-	// group's hierarchy; their shims stay there, pods do not.
+	// startIn makes all processes of the composition start in a folder of the cgroup hierarchy. Their shims
+	// stay there; pods have cgroups of their own.
 	startIn(group string)
-	// start returns when the first process has been started.
+	// start returns when the first process has started.
 	start(ctx context.Context) error
-	// client fails as long as there are no credentials.
+	// client returns an error as long as there are no credentials.
 	client() (*kubernetes.Clientset, error)
-	// processes are those whose memory and work count: no shims, no containers.
+	// processes returns the processes that are measured: no shims, no containers.
 	processes() []int
-	// failed says why it cannot become ready any more.
+	// failed returns the reason why the composition cannot become ready any more.
 	failed() error
 	stop() error
-	// remove ends whatever still runs and removes every trace.
+	// remove ends all processes and removes all traces.
 	remove() error
 	sizes(r *report) error
 	tail(lines int) string
 }
 
-// image is what the measured pods run: a shell and its tools, to be imported like
-// any bundled image.
+// image is the image of the measured pods: a shell and its tools, imported like any bundled image.
 const image = "docker.io/library/bench:1"
 
-// pauseImage is what the plain composition uses for sandboxes; kedge has its own.
+// pauseImage is the sandbox image of the plain composition; kedge has its own.
 const pauseImage = "registry.k8s.io/pause:bench"
 
 func writeImages(path, pause string) error {
@@ -59,20 +58,20 @@ func writeImages(path, pause string) error {
 		return err
 	}
 	sandbox := testimage.Image{Name: pauseImage, Files: map[string]testimage.File{"/pause": {Data: program, Mode: 0o755}}, Entrypoint: []string{"/pause"}}
-	// The measured pods do nothing and end when they are told to.
+	// The measured pods do nothing, and exit on a signal.
 	box.Files["/pause"] = testimage.File{Data: program, Mode: 0o755}
 	box.Cmd = []string{"/pause"}
 	return testimage.WriteFile(path, testimage.Docker, box, sandbox)
 }
 
-// process is a program that this one has started.
+// process is a program that the benchmark has started.
 type process struct {
 	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
+	done chan struct{} // closed when it has exited
 	err  error         // valid after done
 }
 
-// launch starts a program, in a control group's folder if one is given.
+// launch starts a program, in a cgroup folder if one is given.
 func launch(log, group string, env []string, argv ...string) (*process, error) {
 	if group != "" {
 		argv = append([]string{"/bin/sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(group, "cgroup.procs")}, argv...)
@@ -85,7 +84,7 @@ func launch(log, group string, env []string, argv ...string) (*process, error) {
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = f, f
 	cmd.Env = append(os.Environ(), env...)
-	// An interrupt at the terminal is for the benchmark, which then cleans up.
+	// An interrupt at the terminal is handled by the benchmark, which then cleans up.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -111,10 +110,10 @@ func (p *process) failed() error {
 	if p == nil || !p.ended() {
 		return nil
 	}
-	return fmt.Errorf("%s ended: %w", filepath.Base(p.cmd.Path), errors.Join(p.err, errors.New("unexpectedly")))
+	return fmt.Errorf("%s exited: %w", filepath.Base(p.cmd.Path), errors.Join(p.err, errors.New("unexpectedly")))
 }
 
-// end asks nicely first.
+// end sends SIGTERM first.
 func (p *process) end() error {
 	if p == nil || p.ended() {
 		return nil
@@ -127,10 +126,10 @@ func (p *process) end() error {
 	}
 	_ = p.cmd.Process.Kill()
 	<-p.done
-	return fmt.Errorf("%s did not end when it was told to", filepath.Base(p.cmd.Path))
+	return fmt.Errorf("%s did not exit after a signal", filepath.Base(p.cmd.Path))
 }
 
-// clientFrom makes a client that is not slowed down.
+// clientFrom returns a client without rate limits.
 func clientFrom(kubeconfig string) (*kubernetes.Clientset, error) {
 	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
@@ -150,7 +149,7 @@ func tailOf(path string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// appendFile keeps a log beyond the life of its folder.
+// appendFile saves a log before its folder is removed.
 func appendFile(to, from string) error {
 	if to == "" {
 		return nil
@@ -167,7 +166,7 @@ func appendFile(to, from string) error {
 	return errors.Join(err, f.Close())
 }
 
-// below are the processes with dir in their command line, besides this one.
+// below returns the processes with dir in their command line, except this process.
 func below(dir string) []int {
 	var out []int
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")

@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// ticks is USER_HZ, which Linux shows to programs as 100 on every architecture of ours.
+// ticks is USER_HZ, which is 100 on all supported architectures.
 const ticks = 100
 
-// usage is what /proc says of one or more processes, in bytes and seconds.
+// usage has the figures of one or more processes from /proc, in bytes and seconds.
 type usage struct {
 	resident, anonymous, file, proportional float64
 	cpu, written                            float64
@@ -24,7 +24,7 @@ func (u usage) plus(v usage) usage {
 	return usage{u.resident + v.resident, u.anonymous + v.anonymous, u.file + v.file, u.proportional + v.proportional, u.cpu + v.cpu, u.written + v.written}
 }
 
-// fieldsOf reads the "name: number unit" lines of a file in /proc.
+// fieldsOf parses the "name: number unit" lines of a file in /proc.
 func fieldsOf(path string) (map[string]float64, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -69,7 +69,7 @@ func usageOf(pids []int) (usage, error) {
 		if err != nil {
 			return sum, err
 		}
-		// The second field is the name, which may contain anything.
+		// The second field is the name, which may contain any character.
 		f := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 		if len(f) < 13 {
 			return sum, fmt.Errorf("%s/stat: %q", dir, stat)
@@ -90,8 +90,8 @@ func usageOf(pids []int) (usage, error) {
 	return sum, nil
 }
 
-// deviceWritten is how many bytes went to the block device below dir, from
-// whatever process; false where it is not on one.
+// deviceWritten returns the number of bytes that all processes have written to the block device below dir, and
+// false if dir is not on a block device.
 func deviceWritten(dir string) (float64, bool) {
 	var st syscall.Stat_t
 	if err := syscall.Stat(dir, &st); err != nil {
@@ -110,7 +110,7 @@ func deviceWritten(dir string) (float64, bool) {
 	return sectors * 512, err == nil
 }
 
-// idle measures a composition that nobody asks for anything and that runs no pod.
+// idle measures a composition without requests and pods.
 func idle(ctx context.Context, o options, c composition, r *report) error {
 	if err := sleep(ctx, o.rest); err != nil {
 		return err

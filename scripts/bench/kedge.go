@@ -11,13 +11,13 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// kedgeNode is kedge with directories and ports of its own.
+// kedgeNode is a kedge with its own directories and ports.
 type kedgeNode struct {
 	o   options
 	dir string
 	p   *process
 
-	group string // in which it starts
+	group string // cgroup in which it starts
 }
 
 func newKedge(o options) *kedgeNode { return &kedgeNode{o: o, dir: filepath.Join(o.dir, "k")} }
@@ -48,7 +48,7 @@ func (k *kedgeNode) prepare(_ context.Context, images string) error {
 }
 
 func (k *kedgeNode) start(context.Context) error {
-	// Else it might find its program unpacked by another kedge on this machine.
+	// Otherwise it might use a program unpacked by another kedge on this machine.
 	env := []string{"HOME=" + k.dir, "XDG_CACHE_HOME=", "TMPDIR=" + k.dir}
 	var err error
 	k.p, err = launch(k.log(), k.group, env, append([]string{k.o.kedge, "server"}, k.args()...)...)

@@ -19,17 +19,16 @@ import (
 	"kedge/internal/cgroup"
 )
 
-// limitCgroup holds the processes under test; pods are in groups of their own, their
-// shims in this one.
+// limitCgroup is the cgroup of the measured processes. It includes shims; pods have cgroups of their own.
 const limitCgroup = "/kbench-limit"
 
-// limitSteps are what is tried, in MiB.
+// limitSteps are the limits that are tried, in MiB.
 var limitSteps = []int{96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 272, 288, 320, 352, 384, 416, 448, 480, 512}
 
-// limitPods is how many pods a limit must carry.
+// limitPods is the number of pods that must run within a limit.
 const limitPods = 10
 
-// smallestLimit searches between the steps, o.runs times.
+// smallestLimit searches the smallest sufficient step, o.runs times.
 func smallestLimit(ctx context.Context, o options, c composition, images string, r *report) error {
 	for i := range o.runs {
 		var failure error
@@ -59,10 +58,10 @@ func smallestLimit(ctx context.Context, o options, c composition, images string,
 	return nil
 }
 
-// tryLimit returns nil when the composition boots in a group of that size, runs the pods, and
-// then answers in a second each time it is asked.
+// tryLimit returns nil if the composition starts in a cgroup of that size, runs the pods, and then answers each
+// request within a second.
 func tryLimit(ctx context.Context, c composition, images string, mib int) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("it takes longer than two minutes"))
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("timed out after two minutes"))
 	defer cancel()
 	if err := cgroup.EnsureGroup(limitCgroup); err != nil {
 		return err
@@ -129,7 +128,7 @@ func waitAllRunning(ctx context.Context, c composition, client kubernetes.Interf
 	}
 }
 
-// answers fails when a question takes longer than a second.
+// answers returns an error if a request takes longer than a second.
 func answers(ctx context.Context, client *kubernetes.Clientset) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, errors.New("no answer within a second"))
 	defer cancel()
@@ -142,7 +141,7 @@ func answers(ctx context.Context, client *kubernetes.Clientset) error {
 	return nil
 }
 
-// limitMemory limits the group and returns its folder in the memory hierarchy.
+// limitMemory limits the cgroup and returns its folder in the memory hierarchy.
 func limitMemory(mib int) (string, error) {
 	dirs, err := cgroup.Dirs(limitCgroup)
 	if err != nil {
@@ -156,10 +155,10 @@ func limitMemory(mib int) (string, error) {
 			}
 		}
 	}
-	return "", errors.New("no control group of this machine limits memory")
+	return "", errors.New("no cgroup hierarchy of this machine can limit memory")
 }
 
-// killed says whether the kernel had to kill something in the group.
+// killed returns an error if the kernel has killed a process of the cgroup for memory.
 func killed(group string) error {
 	for _, file := range []string{"memory.events", "memory.oom_control"} {
 		data, err := os.ReadFile(filepath.Join(group, file))
@@ -168,7 +167,7 @@ func killed(group string) error {
 		}
 		for line := range bytes.Lines(data) {
 			if n, ok := bytes.CutPrefix(bytes.TrimSpace(line), []byte("oom_kill ")); ok && string(n) != "0" {
-				return errors.New("the kernel has killed for memory")
+				return errors.New("the kernel has killed a process (out of memory)")
 			}
 		}
 	}

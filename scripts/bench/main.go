@@ -1,11 +1,10 @@
-// Command bench measures kedge and, beside it in the same run, the same Kubernetes
-// put together from plain upstream parts: how fast they start, what they need at
-// idle, how small a machine may be, how fast pods come, how large the files are.
-// docs/performance.md says what each figure means; `make bench` builds all that is
-// needed and calls it.
+// Command bench measures kedge and, in the same run, the same Kubernetes composed of plain upstream components:
+// the duration of a start, the usage at idle, the smallest sufficient machine, the duration of starting pods,
+// and the sizes of the files. docs/performance.md explains each figure; `make bench` builds all programs and
+// calls it.
 //
-// It needs root, runs real containers, and leaves nothing behind. It is no test:
-// nothing here fails because a figure is bad.
+// It needs root, runs real containers, and removes all traces. It is not a test: it does not fail because of a
+// bad figure.
 package main
 
 import (
@@ -23,10 +22,10 @@ import (
 	"time"
 )
 
-// groups are what -only selects from.
+// groups are the values of -only.
 var groups = []string{"start", "idle", "limit", "pods", "size"}
 
-// options are the flags.
+// options are the flags of the command.
 type options struct {
 	runs    int
 	only    []string
@@ -60,19 +59,19 @@ func parseFlags(args []string) (options, error) {
 	var o options
 	var only, which string
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	fs.IntVar(&o.runs, "n", 3, "how often each figure is measured")
+	fs.IntVar(&o.runs, "n", 3, "number of measurements of each figure")
 	fs.StringVar(&only, "only", strings.Join(groups, ","), "groups of figures to measure")
 	fs.StringVar(&which, "of", "kedge,plain", "compositions to measure")
 	fs.StringVar(&o.out, "o", "", "write all values as JSON to `FILE`")
 	fs.StringVar(&o.kedge, "kedge", "bin/kedge", "the executable to measure")
-	fs.StringVar(&o.program, "program", filepath.Join("build/program", goruntime.GOARCH, "kedge"), "the program inside it, for its size")
+	fs.StringVar(&o.program, "program", filepath.Join("build/program", goruntime.GOARCH, "kedge"), "the large program, for its size")
 	fs.StringVar(&o.plain, "plain", "build/bench/plain", "folder with the programs of the plain composition")
 	fs.StringVar(&o.payload, "payload", filepath.Join("build/payload", goruntime.GOARCH), "folder with shim, runc and pause")
-	fs.StringVar(&o.dir, "dir", "", "folder to work in (default: a new one in /tmp); its filesystem is what is measured")
+	fs.StringVar(&o.dir, "dir", "", "working folder (default: a new folder in /tmp); its file system is measured")
 	fs.IntVar(&o.port, "port", 27443, "first of ten ports to use")
 	fs.IntVar(&o.pods, "pods", 30, "pods to start one after the other in each run")
 	fs.DurationVar(&o.rest, "rest", 60*time.Second, "rest before idleness is measured")
-	fs.DurationVar(&o.idle, "idle", time.Minute, "how long idleness is measured")
+	fs.DurationVar(&o.idle, "idle", time.Minute, "duration of the measurement of idleness")
 	fs.StringVar(&o.keepLog, "log", "", "append the compositions' logs to `FILE`")
 	if err := fs.Parse(args); err != nil {
 		return o, err
@@ -80,7 +79,7 @@ func parseFlags(args []string) (options, error) {
 	o.only, o.which = strings.Split(only, ","), strings.Split(which, ",")
 	for _, g := range o.only {
 		if !slices.Contains(groups, g) {
-			return o, fmt.Errorf("-only: there is no %q; there are %s", g, strings.Join(groups, ", "))
+			return o, fmt.Errorf("-only: unknown group %q; use %s", g, strings.Join(groups, ", "))
 		}
 	}
 	for _, path := range []*string{&o.kedge, &o.program, &o.plain, &o.payload} {
@@ -99,10 +98,10 @@ func run(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	if os.Geteuid() != 0 {
-		return errors.New("containers need root; run it with sudo")
+		return errors.New("running containers requires root; run it with sudo")
 	}
 	if o.dir == "" {
-		// Short, because unix sockets are below it.
+		// The path is short, because it contains Unix sockets.
 		if o.dir, err = os.MkdirTemp("/tmp", "kbench"); err != nil {
 			return err
 		}
@@ -116,7 +115,7 @@ func run(ctx context.Context, args []string) (err error) {
 		case "plain":
 			all = append(all, newPlain(o))
 		default:
-			return fmt.Errorf("-of: there is no %q; there are kedge and plain", name)
+			return fmt.Errorf("-of: unknown composition %q; use kedge or plain", name)
 		}
 	}
 	images := filepath.Join(o.dir, "images.tar")
@@ -128,14 +127,14 @@ func run(ctx context.Context, args []string) (err error) {
 	r := newReport()
 	fmt.Println(r.Machine)
 	err = measure(ctx, o, all, images, r)
-	r.print(os.Stdout) // also what was measured before something failed
+	r.print(os.Stdout) // also the figures measured before a failure
 	if err == nil && o.out != "" {
 		err = r.writeJSON(o.out)
 	}
 	return err
 }
 
-// measure takes the groups of figures that are asked for, one after the other.
+// measure measures the requested groups of figures, one after the other.
 func measure(ctx context.Context, o options, all []composition, images string, r *report) error {
 	if o.wants("size") {
 		for _, c := range all {
@@ -164,8 +163,7 @@ func measure(ctx context.Context, o options, all []composition, images string, r
 	return nil
 }
 
-// once takes one composition through its life: an empty machine, idleness, pods,
-// and a restart.
+// once measures one composition from an empty machine over idleness and pods to a restart.
 func once(ctx context.Context, o options, c composition, images string, r *report) (err error) {
 	defer func() {
 		if err != nil {
@@ -204,7 +202,7 @@ func once(ctx context.Context, o options, c composition, images string, r *repor
 		if err := c.stop(); err != nil {
 			return err
 		}
-		// Heartbeats have no finer clock than a second.
+		// Heartbeats have a resolution of one second.
 		if err := sleep(ctx, 2*time.Second); err != nil {
 			return err
 		}

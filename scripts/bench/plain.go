@@ -24,39 +24,37 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"kedge/internal/cgroup"
-	"kedge/internal/hostaddr"
+	"kedge/internal/kernelnet"
 	"kedge/internal/mounts"
 	"kedge/internal/pki"
 )
 
-// Names that the plain composition leaves its traces under.
+// Names of the kernel objects of the plain composition.
 const (
 	plainCgroup  = "/kbench-plain"
 	plainBridge  = "kbench0"
 	plainNetwork = "kbench"
 )
 
-// plainNode is Kubernetes as its upstream parts are meant to be run, on one
-// machine, with nothing tuned: a control plane process with etcd over TCP (see
-// plain/control), upstream's kubelet, upstream's containerd with the same shim and
-// runc as kedge, and the reference network plug-ins. The kubelet is started when
-// the API is ready, as a unit file would, since otherwise it would wait longer
-// after its first refused connections. There is one server, so leader election is
-// off, as it is in kedge.
+// plainNode is Kubernetes with its upstream components on one machine, without tuning: a control plane process
+// with etcd over TCP (see plain/control), upstream's kubelet, upstream's containerd with the same shim and runc
+// as kedge, and the reference CNI plugins. The kubelet is started when the API is ready, as a unit file would
+// do; otherwise it would wait longer after its first refused connections. There is one server, so leader
+// election is off, as in kedge.
 type plainNode struct {
 	o   options
 	dir string
 	ip  netip.Addr
 
-	group string // in which all three processes start
+	group string // cgroup in which all three processes start
 
-	hadKubeletDir bool // a kubelet was here before: its folder is not ours to remove
+	hadKubeletDir bool // the folder of an earlier kubelet exists, and must not be removed
 
 	control, containerd *process
 
 	mu      sync.Mutex
 	kubelet *process
-	late    error // why the kubelet could not be started
+	late    error // the reason why the kubelet could not be started
 	waiting sync.WaitGroup
 	cancel  context.CancelFunc
 }
@@ -86,7 +84,7 @@ func (p *plainNode) tail(lines int) string {
 }
 
 func (p *plainNode) prepare(ctx context.Context, images string) error {
-	addrs, err := hostaddr.Find(true, false, nil)
+	addrs, err := kernelnet.FindAddresses(true, false, nil)
 	if err != nil {
 		return err
 	}
@@ -121,7 +119,7 @@ func (p *plainNode) prepare(ctx context.Context, images string) error {
 	return p.importImages(ctx, images)
 }
 
-// identity makes the certificates and kubeconfigs that an installer would.
+// identity creates the certificates and kubeconfigs, like an installer.
 func (p *plainNode) identity() error {
 	now := time.Now()
 	dir := p.path("tls")
@@ -168,7 +166,7 @@ func (p *plainNode) identity() error {
 	return nil
 }
 
-// importImages fills containerd's store and stops it again.
+// importImages imports images into containerd's store and stops containerd again.
 func (p *plainNode) importImages(ctx context.Context, images string) (err error) {
 	if err := p.startContainerd(); err != nil {
 		return err
@@ -177,7 +175,7 @@ func (p *plainNode) importImages(ctx context.Context, images string) (err error)
 	if err := p.waitContainerd(ctx); err != nil {
 		return err
 	}
-	// The plug-ins behind the socket may come a moment after it.
+	// The plugins behind the socket may be ready a moment later.
 	var out []byte
 	for range 20 {
 		if out, err = exec.CommandContext(ctx, p.tool("ctr"), "--address", p.socket(), "--namespace", "k8s.io", "images", "import", images).CombinedOutput(); err == nil {
@@ -192,7 +190,7 @@ func (p *plainNode) importImages(ctx context.Context, images string) (err error)
 
 func (p *plainNode) startContainerd() error {
 	var err error
-	// containerd finds the shim through PATH.
+	// containerd looks for the shim in PATH.
 	env := []string{"PATH=" + p.o.payload + ":" + os.Getenv("PATH"), "TMPDIR=" + p.path("tmp")}
 	p.containerd, err = launch(p.path("containerd.log"), p.group, env, p.tool("containerd"), "--config", p.path("containerd.toml"))
 	return err
@@ -234,7 +232,7 @@ func (p *plainNode) start(ctx context.Context) error {
 	return nil
 }
 
-// startKubelet waits for what it needs, then starts it.
+// startKubelet waits for the components that the kubelet needs, and starts it.
 func (p *plainNode) startKubelet(ctx context.Context) (*process, error) {
 	if err := p.waitContainerd(ctx); err != nil {
 		return nil, err
@@ -313,7 +311,7 @@ func (p *plainNode) remove() error {
 	if link, err := netlink.LinkByName(plainBridge); err == nil {
 		errs = append(errs, netlink.LinkDel(link))
 	}
-	// These folders are not configurable.
+	// The paths of these folders are fixed.
 	cached, _ := filepath.Glob("/var/lib/cni/results/" + plainNetwork + "-*")
 	logs, _ := filepath.Glob("/var/log/containers/*.log")
 	for _, l := range logs {
@@ -351,7 +349,7 @@ func (p *plainNode) sizes(r *report) error {
 	return nil
 }
 
-// mayLowerOOMScore is false on machines inside machines; containerd must be told.
+// mayLowerOOMScore is false on nested machines; containerd must be configured for that.
 func mayLowerOOMScore() bool {
 	data, err := os.ReadFile("/proc/self/status")
 	if err != nil {

@@ -2,8 +2,8 @@ package main
 
 import "fmt"
 
-// controlSettings is what plain/control reads. The flags are those without which
-// the components do not run or would not be secure, none that make them faster.
+// controlSettings returns the settings of plain/control. The flags are required for running, or for security;
+// none of them is for speed.
 func (p *plainNode) controlSettings() any {
 	etcd := fmt.Sprintf("http://127.0.0.1:%d", p.port(2))
 	return struct {
@@ -44,9 +44,8 @@ func (p *plainNode) controlSettings() any {
 	}
 }
 
-// kubeletConfig differs from upstream's defaults where the folders, ports and the
-// machine ask for it: cgroup v1, swap and a disk with less than 15 % left are no reason to
-// fail, and the host's iptables are not touched.
+// kubeletConfig differs from upstream's defaults in folders, ports and properties of the machine: it does not
+// fail because of cgroup v1, swap, or a disk with less than 15 % free, and does not change the host's iptables.
 func (p *plainNode) kubeletConfig() string {
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -75,8 +74,8 @@ volumePluginDir: %[9]s
 		p.socket(), plainCgroup, p.path("pod-logs"), p.path("volume-plugins"))
 }
 
-// containerdConfig differs from the defaults in paths only, and where the machine
-// does not allow to lower a process's OOM score.
+// containerdConfig differs from the defaults in paths, and if the machine does not allow lowering a process's
+// OOM score.
 func (p *plainNode) containerdConfig() string {
 	return fmt.Sprintf(`version = 3
 root = %[1]q

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// figure is what is measured, and in what.
+// figure is the name and unit of a measured value.
 type figure struct{ Name, Unit string }
 
 // report collects the values of all runs.
@@ -55,7 +55,7 @@ func (r *report) print(w io.Writer) {
 	_ = t.Flush()
 }
 
-// middle is the median, a tab, and the range.
+// middle returns the median, a tab, and the range.
 func middle(v []float64) string {
 	if len(v) == 0 {
 		return "-\t"
@@ -86,7 +86,7 @@ func (r *report) writeJSON(path string) error {
 	return os.WriteFile(path, append(data, '\n'), 0o644)
 }
 
-// machine describes what the figures depend on, and how busy it is.
+// machine describes the machine on which the figures depend, and its load.
 func machine() string {
 	var kernel, model string
 	var u unix.Utsname

@@ -16,13 +16,13 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// startLimit is how long a start may take before it counts as failed.
+// startLimit is the time limit of a start.
 const startLimit = 3 * time.Minute
 
-// poll is how often it is asked whether the API is ready.
+// poll is the interval between checks whether the API is ready.
 const poll = 10 * time.Millisecond
 
-// startTimes are seconds since the first process was started.
+// startTimes are the seconds since the first process was started.
 type startTimes struct{ api, node, pod float64 }
 
 func (s startTimes) record(r *report, composition, how string) {
@@ -31,9 +31,9 @@ func (s startTimes) record(r *report, composition, how string) {
 	r.add(figure{"start to new pod Running, " + how, "s"}, composition, s.pod)
 }
 
-// start starts the composition and creates one pod as soon as the API takes it.
+// start starts the composition and creates one pod as soon as the API accepts it.
 func start(ctx context.Context, c composition, podName string) (startTimes, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, startLimit, errors.New("it took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, startLimit, errors.New("timed out"))
 	defer cancel()
 	var s startTimes
 	began := time.Now()
@@ -74,12 +74,12 @@ func start(ctx context.Context, c composition, podName string) (startTimes, erro
 	return s, nil
 }
 
-// waitAPI waits until /readyz answers through the port.
+// waitAPI waits until /readyz on the API's port is ok.
 func waitAPI(ctx context.Context, c composition) (*kubernetes.Clientset, error) {
 	var client *kubernetes.Clientset
 	for {
 		if client == nil {
-			client, _ = c.client() // its kubeconfig may have to be written first
+			client, _ = c.client() // the composition may have to write its kubeconfig first
 		}
 		if client != nil {
 			if err := client.RESTClient().Get().AbsPath("/readyz").Do(ctx).Error(); err == nil {
@@ -95,7 +95,7 @@ func waitAPI(ctx context.Context, c composition) (*kubernetes.Clientset, error) 
 	}
 }
 
-// waitNode waits for a heartbeat that says Ready and is newer than the start.
+// waitNode waits for a Ready heartbeat that is newer than the start.
 func waitNode(ctx context.Context, client kubernetes.Interface, began time.Time) error {
 	return follow(ctx, func(ctx context.Context) (watch.Interface, error) {
 		return client.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{})
@@ -117,7 +117,7 @@ func createPod(ctx context.Context, client kubernetes.Interface, name string) er
 			return nil
 		}
 		if sleep(ctx, poll) != nil {
-			return fmt.Errorf("create it: %w", err)
+			return fmt.Errorf("create the pod: %w", err)
 		}
 	}
 }
@@ -145,7 +145,7 @@ func waitRunning(ctx context.Context, client kubernetes.Interface, name string) 
 	return time.Now(), err
 }
 
-// follow watches, again if it must, until an object is as wanted.
+// follow watches an object, repeatedly if necessary, until it has the wanted state.
 func follow[T any](ctx context.Context, open func(context.Context) (watch.Interface, error), wanted func(T) bool) error {
 	for {
 		w, err := open(ctx)
@@ -164,9 +164,9 @@ func follow[T any](ctx context.Context, open func(context.Context) (watch.Interf
 	}
 }
 
-// deletePod returns when it is gone.
+// deletePod returns when the pod is gone.
 func deletePod(ctx context.Context, client kubernetes.Interface, name string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("pod %s does not go away", name))
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("pod %s was not deleted in time", name))
 	defer cancel()
 	zero := int64(0)
 	if err := client.CoreV1().Pods("default").Delete(ctx, name, metav1.DeleteOptions{GracePeriodSeconds: &zero}); err != nil && !apierrors.IsNotFound(err) {
@@ -182,13 +182,12 @@ func deletePod(ctx context.Context, client kubernetes.Interface, name string) er
 	}
 }
 
-// pods measures pods one after the other, from before the call that creates them
-// to the event that says Running.
+// pods measures pods one after the other, from before the create request to the event of the phase Running.
 func pods(ctx context.Context, o options, c composition, client kubernetes.Interface, r *report) error {
 	var took []float64
 	for i := range o.pods {
 		name := fmt.Sprint("pod-", i)
-		one, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("pod %s does not run", name))
+		one, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("pod %s is not running", name))
 		w, err := client.CoreV1().Pods("default").Watch(one, byName(name))
 		if err != nil {
 			cancel()
@@ -210,7 +209,7 @@ func pods(ctx context.Context, o options, c composition, client kubernetes.Inter
 		err = context.Cause(one)
 		cancel()
 		if !running {
-			return errors.Join(fmt.Errorf("pod %s does not run", name), err)
+			return errors.Join(fmt.Errorf("pod %s is not running", name), err)
 		}
 		if err := deletePod(ctx, client, name); err != nil {
 			return err
@@ -222,7 +221,7 @@ func pods(ctx context.Context, o options, c composition, client kubernetes.Inter
 	return nil
 }
 
-// quantile is the nearest rank of sorted values.
+// quantile returns the nearest rank of sorted values.
 func quantile(sorted []float64, q float64) float64 {
 	return sorted[max(0, int(math.Ceil(q*float64(len(sorted))))-1)]
 }

@@ -1,5 +1,5 @@
-// Demo writes the image archive of the application that `make run` runs: the probe
-// of the end-to-end tests, serving one line of text. No registry is needed.
+// Demo writes the image archive of the application that `make run` runs: the probe of the end-to-end tests,
+// which serves one line of text. It needs no registry.
 package main
 
 import (
@@ -8,11 +8,11 @@ import (
 	"os"
 	"runtime"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 func main() {
-	arch := flag.String("arch", runtime.GOARCH, "what PROGRAM runs on")
+	arch := flag.String("arch", runtime.GOARCH, "architecture of PROGRAM")
 	flag.Parse()
 	if flag.NArg() != 2 {
 		fmt.Fprintln(os.Stderr, "usage: demo [-arch ARCH] PROGRAM ARCHIVE")
@@ -20,10 +20,10 @@ func main() {
 	}
 	data, err := os.ReadFile(flag.Arg(0))
 	if err == nil {
-		err = testimage.WriteFile(flag.Arg(1), testimage.Docker, testimage.Image{
+		err = image.WriteFile(flag.Arg(1), image.Docker, image.Image{
 			Name:         "kedge.local/hello:1",
 			Architecture: *arch,
-			Files:        map[string]testimage.File{"/hello": {Data: data, Mode: 0o755}},
+			Files:        map[string]image.File{"/hello": {Data: data, Mode: 0o755}},
 			Entrypoint:   []string{"/hello"},
 			Cmd:          []string{"serve", ":8080", "Hello from kedge!"},
 		})

@@ -1,5 +1,5 @@
-// Pack compresses the large program into the folder from which the launcher embeds
-// it. The Makefile calls it; it is no part of the product.
+// Pack compresses the large program into the folder that the launcher embeds. The Makefile calls it; it is no
+// part of the product.
 package main
 
 import (
@@ -8,7 +8,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"kedge/internal/packed"
+	"kedge/launcher/packedprogram"
 )
 
 func main() {
@@ -27,6 +27,6 @@ func run(program, dir string) error {
 	if err != nil {
 		return err
 	}
-	_, err = packed.Pack(dir, data, zstd.SpeedBetterCompression)
+	_, err = packedprogram.Pack(dir, data, zstd.SpeedBetterCompression)
 	return err
 }

@@ -1,6 +1,5 @@
-// Command payload compresses the programs that kedge carries inside its
-// executable and writes the manifest that names them by hash. It is called by
-// scripts/build-payload.sh and is no part of the product.
+// Command payload compresses the programs that are embedded in the executable, and writes the manifest with
+// their hashes. scripts/build-payload.sh calls it; it is not part of the product.
 package main
 
 import (
@@ -14,7 +13,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// entry is one line of the manifest; package runtime reads it back.
+// entry is an entry of the manifest, which package runtime reads.
 type entry struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
@@ -33,7 +32,7 @@ func main() {
 }
 
 func run(out string, programs []string) error {
-	// A node must find memory for the window when it unpacks.
+	// The window is limited, because a node needs memory for it when it unpacks.
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(2<<20))
 	if err != nil {
 		return err
@@ -59,6 +58,6 @@ func run(out string, programs []string) error {
 	if err != nil {
 		return err
 	}
-	// Compressed like the rest, so that one ignore rule covers what is built.
+	// The manifest is compressed too, so that one ignore rule covers all built files.
 	return os.WriteFile(filepath.Join(out, "manifest.json.zst"), enc.EncodeAll(text, nil), 0o644)
 }

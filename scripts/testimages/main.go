@@ -1,11 +1,9 @@
-// Testimages builds the images that Kubernetes' own end-to-end tests ask for, under
-// the names that they ask for, without a registry: the programs are built from Go
-// modules, everything else is out of Debian packages.
+// Testimages builds the images of Kubernetes' own end-to-end tests under their original names, without a
+// registry: it builds the programs from Go modules, and takes everything else from Debian packages.
 //
 //	e2e.test --list-images | testimages -programs DIR -debs DIR -o ARCHIVE
 //
-// Images for which there is no recipe are named at the end; tests that need one
-// cannot run. It is no part of the product.
+// It names images without a recipe at the end; tests that need one cannot run. It is not part of the product.
 package main
 
 import (
@@ -21,12 +19,12 @@ import (
 	"slices"
 	"strings"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 func main() {
 	programs := flag.String("programs", "", "folder of the programs that go into images")
-	debs := flag.String("debs", "", "folder to keep Debian packages in")
+	debs := flag.String("debs", "", "folder for Debian packages")
 	out := flag.String("o", "", "archive to write")
 	flag.Parse()
 	if *programs == "" || *debs == "" || *out == "" || flag.NArg() > 0 {
@@ -39,9 +37,9 @@ func main() {
 	}
 }
 
-// run builds all images that are named in list, one a line.
+// run builds all images in list, which has one name per line.
 func run(list io.Reader, w workshop, out string) error {
-	var images []testimage.Image
+	var images []image.Image
 	var unknown []string
 	for s := bufio.NewScanner(list); s.Scan(); {
 		name := strings.TrimSpace(s.Text())
@@ -66,7 +64,7 @@ func run(list io.Reader, w workshop, out string) error {
 	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 		return err
 	}
-	if err := testimage.WriteFile(out, testimage.Docker, images...); err != nil {
+	if err := image.WriteFile(out, image.Docker, images...); err != nil {
 		return err
 	}
 	fmt.Printf("built %d images\n", len(images))
@@ -77,20 +75,20 @@ func run(list io.Reader, w workshop, out string) error {
 	return nil
 }
 
-// mustBeMissing are registries whose images tests expect not to get.
+// mustBeMissing are registries whose images must not exist, according to the tests.
 var mustBeMissing = []string{"invalid.registry.k8s.io/", "gcr.io/k8s-authenticated-test/"}
 
-// repository is the last part of an image's name, as in "agnhost".
+// repository returns the last part of an image's name, as in "agnhost".
 func repository(name string) string {
 	base, _, _ := strings.Cut(path.Base(name), ":")
 	return base
 }
 
-// recipe makes an image but for its name.
-type recipe func(w workshop) (testimage.Image, error)
+// recipe returns an image without its name.
+type recipe func(w workshop) (image.Image, error)
 
-// recipes are the images by repository. What each must hold is in the Dockerfiles
-// below test/images of the Kubernetes module.
+// recipes are the recipes by repository. The Dockerfiles in test/images of the Kubernetes module define the
+// contents.
 var recipes = map[string]recipe{
 	"agnhost":                agnhost,
 	"busybox":                busybox,
@@ -109,44 +107,44 @@ var recipes = map[string]recipe{
 	"sample-apiserver":       single("sample-apiserver", "/sample-apiserver", []string{"/sample-apiserver"}, nil),
 }
 
-// single is an image with one program.
+// single returns an image with one program.
 func single(program, at string, entrypoint, cmd []string) recipe {
-	return func(w workshop) (testimage.Image, error) {
+	return func(w workshop) (image.Image, error) {
 		f, err := w.program(program)
 		if err != nil {
-			return testimage.Image{}, err
+			return image.Image{}, err
 		}
-		return testimage.Image{Files: map[string]testimage.File{at: f}, Entrypoint: entrypoint, Cmd: cmd}, nil
+		return image.Image{Files: map[string]image.File{at: f}, Entrypoint: entrypoint, Cmd: cmd}, nil
 	}
 }
 
-// debian is an image of packages with what they depend on, and a shell.
+// debian returns an image with packages, their dependencies, and a shell.
 func debian(cmd []string, packages ...string) recipe {
-	return func(w workshop) (testimage.Image, error) {
+	return func(w workshop) (image.Image, error) {
 		files, err := w.packages(packages...)
 		if err != nil {
-			return testimage.Image{}, err
+			return image.Image{}, err
 		}
-		return testimage.Image{Files: files, Cmd: cmd, Env: searchPath}, nil
+		return image.Image{Files: files, Cmd: cmd, Env: searchPath}, nil
 	}
 }
 
 var searchPath = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-// busybox is Debian's with all of its tools. Its shell is that, or bash where it would
-// lose something: see musl/sh.c.
-func busybox(w workshop) (testimage.Image, error) {
-	img, err := testimage.NewBusybox("")
+// busybox returns Debian's busybox with all of its tools. Its shell is busybox's, or bash where busybox's would
+// lose data: see musl/sh.c.
+func busybox(w workshop) (image.Image, error) {
+	img, err := image.NewBusybox("")
 	if err != nil {
 		return img, err
 	}
-	tools, err := exec.Command(testimage.Busybox, "--list").Output()
+	tools, err := exec.Command(image.Busybox, "--list").Output()
 	if err != nil {
 		return img, fmt.Errorf("list the tools of busybox: %w", err)
 	}
 	for tool := range strings.FieldsSeq(string(tools)) {
 		if name := "/bin/" + tool; img.Files[name].Data == nil {
-			img.Files[name] = testimage.File{Link: "busybox"}
+			img.Files[name] = image.File{Link: "busybox"}
 		}
 	}
 	const shell = "/usr/bin/bash-static"
@@ -166,42 +164,42 @@ func busybox(w workshop) (testimage.Image, error) {
 	return img, nil
 }
 
-// agnhost is the program that most tests run, with the tools that they call beside
-// it. (Its wget is a real one: that of Debian's static busybox crashes with -T.)
-func agnhost(w workshop) (testimage.Image, error) {
+// agnhost returns the image that most tests use, with the tools that they call. (Its wget is the original: wget
+// of Debian's static busybox crashes with -T.)
+func agnhost(w workshop) (image.Image, error) {
 	files, err := w.packages("bash", "bind9-dnsutils", "coreutils", "curl", "grep", "iperf", "iproute2", "iputils-ping", "netcat-openbsd", "procps", "sed", "socat", "util-linux", "wget")
 	if err != nil {
-		return testimage.Image{}, err
+		return image.Image{}, err
 	}
 	program, err := w.program("agnhost")
 	if err != nil {
-		return testimage.Image{}, err
+		return image.Image{}, err
 	}
 	coredns, err := w.program("coredns")
 	if err != nil {
-		return testimage.Image{}, err
+		return image.Image{}, err
 	}
 	getent, err := w.program("getent")
 	if err != nil {
-		return testimage.Image{}, err
+		return image.Image{}, err
 	}
-	box, err := testimage.NewBusybox("")
+	box, err := image.NewBusybox("")
 	if err != nil {
-		return testimage.Image{}, err
+		return image.Image{}, err
 	}
-	// Alpine's small tools are busybox's as well.
+	// Alpine's small tools are busybox's too.
 	for name, f := range box.Files {
 		if _, ok := files["/usr"+name]; !ok && name != "/etc/passwd" && name != "/etc/group" {
 			files["/usr"+name] = f
 		}
 	}
-	maps.Copy(files, map[string]testimage.File{
+	maps.Copy(files, map[string]image.File{
 		"/agnhost":        program,
 		"/agnhost-2":      {Link: "agnhost"},
 		"/coredns":        coredns,
 		"/usr/bin/getent": getent, // musl's, as in the original image
-		// Alpine's wget asks once. This one would ask twenty times, for four minutes,
-		// where tests want to see that nobody answers.
+		// Alpine's wget tries once. This wget would try twenty times, for four minutes, where tests expect no
+		// answer.
 		"/etc/wgetrc": {Data: []byte("tries = 1\n")},
 		"/uploads":    {Mode: os.ModeDir | 0o755},
 		"/etc/passwd": {Data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n" +
@@ -210,16 +208,16 @@ func agnhost(w workshop) (testimage.Image, error) {
 	})
 	for name, file := range map[string]string{"/localhost.crt": "porter/localhost.crt", "/localhost.key": "porter/localhost.key"} {
 		if files[name], err = w.source("agnhost/" + file); err != nil {
-			return testimage.Image{}, err
+			return image.Image{}, err
 		}
 	}
-	return testimage.Image{Files: files, Env: searchPath, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}, nil
+	return image.Image{Files: files, Env: searchPath, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}, nil
 }
 
-// picture is agnhost's web server with something to show. The original is built on
-// Alpine, and a test of volumes that are images reads this file in a folder of it.
+// picture returns agnhost's web server with content. The original is based on Alpine, and a test of image
+// volumes reads this file in a folder of it.
 func picture(name string) recipe {
-	return func(w workshop) (testimage.Image, error) {
+	return func(w workshop) (image.Image, error) {
 		img, err := single("agnhost", "/agnhost", []string{"/agnhost"}, []string{"test-webserver"})(w)
 		if err != nil {
 			return img, err
@@ -229,28 +227,28 @@ func picture(name string) recipe {
 				return img, err
 			}
 		}
-		img.Files["/etc/os-release"] = testimage.File{Data: []byte("NAME=\"Alpine Linux\"\nID=alpine\n")}
+		img.Files["/etc/os-release"] = image.File{Data: []byte("NAME=\"Alpine Linux\"\nID=alpine\n")}
 		return img, nil
 	}
 }
 
-// resolver has the C library's resolver, whose rules differ from musl's and Go's.
-func resolver(w workshop) (testimage.Image, error) {
+// resolver returns an image with the C library's resolver, whose rules differ from musl's and Go's.
+func resolver(w workshop) (image.Image, error) {
 	img, err := debian([]string{"bash"}, "bash", "bind9-dnsutils", "coreutils", "grep", "libc-bin", "libnss-myhostname", "sed", "mawk", "hostname", "base-files", "netbase")(w)
 	if err != nil {
 		return img, err
 	}
-	img.Files["/etc/nsswitch.conf"] = testimage.File{Data: []byte("passwd: files\ngroup: files\nhosts: files dns\n")}
+	img.Files["/etc/nsswitch.conf"] = image.File{Data: []byte("passwd: files\ngroup: files\nhosts: files dns\n")}
 	img.Files["/coredns"], err = w.program("coredns")
 	return img, err
 }
 
-func nginx(w workshop) (testimage.Image, error) {
+func nginx(w workshop) (image.Image, error) {
 	img, err := debian([]string{"/usr/sbin/nginx", "-g", "daemon off;"}, "nginx-light", "bash", "coreutils", "curl", "netbase")(w)
 	if err != nil {
 		return img, err
 	}
-	maps.Copy(img.Files, map[string]testimage.File{
+	maps.Copy(img.Files, map[string]image.File{
 		"/etc/passwd":                      {Data: []byte("root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/var/www:/bin/false\n")},
 		"/etc/group":                       {Data: []byte("root:x:0:\nwww-data:x:33:\nadm:x:4:\n")},
 		"/var/log/nginx":                   {Mode: os.ModeDir | 0o755},
@@ -263,7 +261,7 @@ func nginx(w workshop) (testimage.Image, error) {
 	return img, nil
 }
 
-func nonewprivs(w workshop) (testimage.Image, error) {
+func nonewprivs(w workshop) (image.Image, error) {
 	img, err := single("nonewprivs", "/usr/local/bin/nnp", nil, []string{"/usr/local/bin/nnp"})(w)
 	f := img.Files["/usr/local/bin/nnp"]
 	f.Mode |= os.ModeSetuid | os.ModeSetgid
@@ -272,13 +270,13 @@ func nonewprivs(w workshop) (testimage.Image, error) {
 	return img, err
 }
 
-func nonroot(workshop) (testimage.Image, error) {
-	img, err := testimage.NewBusybox("")
+func nonroot(workshop) (image.Image, error) {
+	img, err := image.NewBusybox("")
 	img.User = "1234"
 	return img, err
 }
 
-func consumer(w workshop) (testimage.Image, error) {
+func consumer(w workshop) (image.Image, error) {
 	img, err := debian(nil, "stress", "bash", "coreutils")(w)
 	if err != nil {
 		return img, err

@@ -13,42 +13,42 @@ import (
 	"slices"
 	"strings"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
-// workshop is where the parts of images come from.
+// workshop has the sources of the images' parts.
 type workshop struct {
 	programs string // folder of built programs
 	debs     string // folder of downloaded packages
 }
 
-func (w workshop) program(name string) (testimage.File, error) {
+func (w workshop) program(name string) (image.File, error) {
 	data, err := os.ReadFile(filepath.Join(w.programs, name))
-	return testimage.File{Data: data, Mode: 0o755}, err
+	return image.File{Data: data, Mode: 0o755}, err
 }
 
-// source is a file of test/images in the Kubernetes module.
-func (w workshop) source(name string) (testimage.File, error) {
+// source returns a file of test/images in the Kubernetes module.
+func (w workshop) source(name string) (image.File, error) {
 	module, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes").Output()
 	if err != nil {
-		return testimage.File{}, fmt.Errorf("find the Kubernetes module: %w", err)
+		return image.File{}, fmt.Errorf("find the Kubernetes module: %w", err)
 	}
 	data, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(module)), "test", "images", filepath.FromSlash(name)))
-	return testimage.File{Data: data}, err
+	return image.File{Data: data}, err
 }
 
-// unneeded are folders of packages that no test looks into.
+// unneeded are folders of packages that no test uses.
 var unneeded = []string{"/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/info/", "/usr/share/bash-completion/", "/usr/share/lintian/"}
 
-// alternatives are names that installing a package would have linked.
+// alternatives are links that installing a package would have created.
 var alternatives = map[string]string{
 	"/usr/bin/nc":  "/usr/bin/nc.openbsd",
 	"/usr/bin/awk": "/usr/bin/mawk",
 }
 
-// packages returns the files of Debian packages and of all that these depend on.
-// Nothing is installed and no script of a package runs.
-func (w workshop) packages(names ...string) (map[string]testimage.File, error) {
+// packages returns the files of Debian packages and their dependencies. Nothing is installed, and no script of
+// a package runs.
+func (w workshop) packages(names ...string) (map[string]image.File, error) {
 	dir, err := w.download(names)
 	if err != nil {
 		return nil, err
@@ -57,9 +57,9 @@ func (w workshop) packages(names ...string) (map[string]testimage.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := map[string]testimage.File{
+	files := map[string]image.File{
 		"/bin/sh": {Link: "bash"},
-		// What base-passwd's script would write.
+		// These are the files that base-passwd's script would write.
 		"/etc/passwd": {Data: []byte("root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")},
 		"/etc/group":  {Data: []byte("root:x:0:\nnogroup:x:65534:\n")},
 	}
@@ -71,14 +71,14 @@ func (w workshop) packages(names ...string) (map[string]testimage.File, error) {
 	files = merged(files)
 	for name, target := range alternatives {
 		if _, ok := files[target]; ok {
-			files[name] = testimage.File{Link: path.Base(target)}
+			files[name] = image.File{Link: path.Base(target)}
 		}
 	}
 	return files, nil
 }
 
-// download fetches the packages and their dependencies into a folder of their own,
-// once. An empty list of installed packages makes all of the dependencies count.
+// download fetches the packages and their dependencies into a folder of their own, once. With an empty list of
+// installed packages apt downloads all dependencies.
 func (w workshop) download(names []string) (string, error) {
 	dir, err := filepath.Abs(filepath.Join(w.debs, strings.Join(names, "+")))
 	if err != nil {
@@ -104,7 +104,7 @@ func (w workshop) download(names []string) (string, error) {
 }
 
 // unpack adds the files of a package.
-func unpack(deb string, files map[string]testimage.File) error {
+func unpack(deb string, files map[string]image.File) error {
 	cmd := exec.Command("dpkg-deb", "--fsys-tarfile", deb)
 	pipe, err := cmd.StdoutPipe()
 	if err != nil {
@@ -118,7 +118,7 @@ func unpack(deb string, files map[string]testimage.File) error {
 	return errors.Join(err, drained, cmd.Wait())
 }
 
-func readTar(r io.Reader, files map[string]testimage.File) error {
+func readTar(r io.Reader, files map[string]image.File) error {
 	archive := tar.NewReader(r)
 	for {
 		h, err := archive.Next()
@@ -138,19 +138,19 @@ func readTar(r io.Reader, files map[string]testimage.File) error {
 			if err != nil {
 				return err
 			}
-			files[name] = testimage.File{Data: data, Mode: h.FileInfo().Mode()}
+			files[name] = image.File{Data: data, Mode: h.FileInfo().Mode()}
 		case tar.TypeSymlink:
-			files[name] = testimage.File{Link: h.Linkname}
+			files[name] = image.File{Link: h.Linkname}
 		case tar.TypeLink:
 			files[name] = files[path.Join("/", h.Linkname)]
 		}
 	}
 }
 
-// merged moves what packages put into /bin, /lib and so on below /usr, where these
-// names lead on Debian.
-func merged(files map[string]testimage.File) map[string]testimage.File {
-	out := map[string]testimage.File{}
+// merged moves the files that packages put into /bin, /lib and so on below /usr, where these names are links on
+// Debian.
+func merged(files map[string]image.File) map[string]image.File {
+	out := map[string]image.File{}
 	links := []string{"/bin", "/sbin", "/lib", "/lib64"}
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		target := name
@@ -164,7 +164,7 @@ func merged(files map[string]testimage.File) map[string]testimage.File {
 		}
 	}
 	for _, dir := range links {
-		out[dir] = testimage.File{Link: "usr" + dir}
+		out[dir] = image.File{Link: "usr" + dir}
 	}
 	return out
 }

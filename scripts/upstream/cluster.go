@@ -26,8 +26,8 @@ type cluster struct {
 	registry   *registry
 }
 
-// The cluster has this name in a folder of its own, so that one that a killed run has
-// left is found and removed by the next.
+// The cluster has this name in a folder of its own, so that the next run finds and removes a cluster that a
+// killed run has left.
 const clusterName = "upstream"
 
 func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err error) {
@@ -54,7 +54,7 @@ func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err err
 	}
 	up := c.command(ctx, args...)
 	up.Stderr = os.Stderr
-	up.Cancel = func() error { return up.Process.Signal(os.Interrupt) } // it removes what it has made
+	up.Cancel = func() error { return up.Process.Signal(os.Interrupt) } // kedge removes the cluster on a signal
 	up.WaitDelay = time.Minute
 	if err := up.Run(); err != nil {
 		return nil, fmt.Errorf("kedge up: %w", errors.Join(context.Cause(ctx), err))
@@ -71,9 +71,9 @@ func newCluster(ctx context.Context, o options, dir string) (_ *cluster, err err
 	return c, nil
 }
 
-// configure gives the nodes what depends on their network, which is known only when they
-// run: a registry on this machine, at its address there, and a pool of addresses that
-// this machine reaches. They are restarted for it.
+// configure sets the settings of the nodes that depend on their network, which is known only when they run: a
+// registry on this machine, with its address on that network, and a pool of addresses that this machine can
+// reach. It restarts the nodes.
 func (c *cluster) configure(ctx context.Context) (err error) {
 	if c.registry, err = openRegistry(filepath.Join(c.o.build, "images.tar")); err != nil {
 		return err
@@ -90,7 +90,7 @@ func (c *cluster) configure(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// The kernel knows by which of its addresses it reaches the node.
+	// The kernel returns the source address for connections to the node.
 	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(node, 9)))
 	if err != nil {
 		return err
@@ -123,22 +123,22 @@ func (c *cluster) configure(ctx context.Context) (err error) {
 	return nil
 }
 
-// poolOf is a range of a node's network in which "kedge up" gives machines no addresses
-// before there are more than two hundred of them.
+// poolOf returns a range of a node's network from which "kedge up" assigns no address to the first two hundred
+// machines.
 func poolOf(node netip.Addr) string {
 	first, last := node.As4(), node.As4()
 	first[3], last[3] = 210, 250
 	return netip.AddrFrom4(first).String() + "-" + netip.AddrFrom4(last).String()
 }
 
-// command is kedge with the folder of this program's clusters.
+// command returns a kedge command with the folder of this program's clusters.
 func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, c.o.kedge, args...)
 	cmd.Env = append(os.Environ(), "KEDGE_CLUSTERS="+c.o.clusters)
 	return cmd
 }
 
-// remove ends the cluster, also when the run was cancelled.
+// remove removes the cluster, even if the run was cancelled.
 func (c *cluster) remove() error {
 	out, err := c.command(context.Background(), "down", clusterName).CombinedOutput()
 	if err != nil {
@@ -151,7 +151,7 @@ func (c *cluster) remove() error {
 	return err
 }
 
-// log is what a node's kedge has logged so far.
+// log returns the log of a node's kedge.
 func (c *cluster) log(node string) ([]byte, error) {
 	out, err := c.command(context.Background(), "logs", "--name", clusterName, node).Output()
 	if err != nil {
@@ -160,11 +160,11 @@ func (c *cluster) log(node string) ([]byte, error) {
 	return out, nil
 }
 
-// kubectl is a link by which kedge is kubectl.
+// kubectl is a link by which kedge acts as kubectl.
 func (c *cluster) kubectl() string { return filepath.Join(c.dir, "kubectl") }
 
-// within cuts the lines of a log that were written from begin to end. A line without
-// a time of its own belongs to the one before it.
+// within returns the lines of a log that were written between begin and end. A line without a time belongs to
+// the line before it.
 func within(log []byte, begin, end time.Time) []byte {
 	var out bytes.Buffer
 	inside := false

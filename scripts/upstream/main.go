@@ -2,14 +2,12 @@
 //
 //	upstream -focus '\[sig-network\] Services' -skip '\[Slow\]' -servers 1 -agents 2
 //
-// The cluster is made by "kedge up" and removed at the end; the suite runs on this
-// machine, as a user's does. What can run beside other specs runs in parallel, then
-// each [Serial] one alone. Every spec that ends is recorded at once, so that the next
-// run of the same executables with the same options goes on where this one was
-// interrupted and repeats what failed. The record, the suite's output, JUnit, a
-// summary, and the nodes' logs of the time of each failure are left in a folder per
-// kind of run. The Makefile builds the suite and its images; see docs/conformance.md.
-// It is no part of the product.
+// "kedge up" creates the cluster, which is removed at the end; the suite runs on this machine, like a user's.
+// Specs that can share the cluster run in parallel, then each [Serial] spec alone. The result of every spec is
+// recorded at once, so that the next run of the same executables with the same options continues after an
+// interruption and repeats failed specs. The record, the suite's output, JUnit, a summary, and the nodes' logs
+// during each failure are stored in a folder per kind of run. The Makefile builds the suite and its images; see
+// docs/conformance.md. Upstream is not part of the product.
 package main
 
 import (
@@ -27,7 +25,7 @@ import (
 type options struct {
 	build, kedge   string
 	focus, skip    string
-	list           string // file of the names of specs; all of the suite when empty
+	list           string // file with the names of specs; empty means the whole suite
 	procs          int
 	servers        int
 	agents         int
@@ -40,18 +38,18 @@ type options struct {
 
 func main() {
 	var o options
-	flag.StringVar(&o.build, "build", "build/conformance", "folder of the suite, ginkgo and the images; also of what is left of runs")
+	flag.StringVar(&o.build, "build", "build/conformance", "folder of the suite, ginkgo and the images, and of the results of runs")
 	flag.StringVar(&o.kedge, "kedge", "bin/kedge", "executable under test")
 	flag.StringVar(&o.focus, "focus", `\[Conformance\]`, "regular expression of the specs to run")
-	flag.StringVar(&o.skip, "skip", "", "regular expression of the specs to leave out")
-	flag.StringVar(&o.list, "list", "", "file with the names of the specs to choose from, one a line; # begins a comment")
-	flag.IntVar(&o.procs, "procs", 4, "specs that run at the same time, but for [Serial] ones")
-	flag.IntVar(&o.servers, "servers", 1, "servers of the cluster")
-	flag.IntVar(&o.agents, "agents", 2, "agents of the cluster")
+	flag.StringVar(&o.skip, "skip", "", "regular expression of the specs to skip")
+	flag.StringVar(&o.list, "list", "", "file with the names of the specs to choose from, one per line; # begins a comment")
+	flag.IntVar(&o.procs, "procs", 4, "number of specs that run in parallel, except [Serial] specs")
+	flag.IntVar(&o.servers, "servers", 1, "number of servers of the cluster")
+	flag.IntVar(&o.agents, "agents", 2, "number of agents of the cluster")
 	flag.BoolVar(&o.dualStack, "dual-stack", false, "a cluster with addresses of both families")
-	flag.BoolVar(&o.pool, "pool", false, "services of type LoadBalancer get addresses of their own, of a pool, rather than those of nodes")
-	flag.BoolVar(&o.resume, "resume", true, "go on with an earlier run of the same executables and options")
-	flag.DurationVar(&o.timeout, "timeout", 6*time.Hour, "how long the whole run may take")
+	flag.BoolVar(&o.pool, "pool", false, "services of type LoadBalancer get addresses of a pool instead of the nodes' addresses")
+	flag.BoolVar(&o.resume, "resume", true, "continue an earlier run of the same executables and options")
+	flag.DurationVar(&o.timeout, "timeout", 6*time.Hour, "time limit of the whole run")
 	flag.Parse()
 	if flag.NArg() > 0 || o.procs < 1 {
 		flag.Usage()
@@ -99,7 +97,7 @@ func run(ctx context.Context, o options) error {
 	return errors.Join(failure, err)
 }
 
-// runOn runs specs on a cluster that is there only for that.
+// runOn runs specs on a cluster created for them.
 func runOn(ctx context.Context, o options, rec *record, specs []string) (err error) {
 	c, err := newCluster(ctx, o, rec.dir)
 	if err != nil {

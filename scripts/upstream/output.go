@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// What becomes of a spec.
+// Results of a spec.
 const (
 	passed  = "passed"
 	failed  = "failed"
-	skipped = "skipped"     // by itself: the cluster is not one for it
+	skipped = "skipped"     // by itself, because the cluster lacks a feature
 	broken  = "interrupted" // says nothing about kedge
 )
 
-// result is how one spec ended.
+// result is the result of one spec.
 type result struct {
 	Name    string    `json:"name"`
 	Status  string    `json:"status"`
@@ -29,22 +29,21 @@ type result struct {
 
 func (r result) begin() time.Time { return r.End.Add(-time.Duration(r.Seconds * float64(time.Second))) }
 
-// header is the first line of what ginkgo says of a spec, after the dots of specs that
-// did not run: "• [1.234 seconds]", "• [FAILED] [1.234 seconds]".
+// header matches the first line of ginkgo's output of a spec, after the dots of specs that did not run: "•
+// [1.234 seconds]", "• [FAILED] [1.234 seconds]".
 var header = regexp.MustCompile(`^S*([•SP]) (?:\[([A-Z !]+)\] )?\[([0-9.]+) seconds\]$`)
 
-// rule is the line between specs.
+// rule matches the line between specs.
 const rule = "------------------------------"
 
-// parse reads ginkgo's verbose output and calls each for every spec of known that ends,
-// as soon as it has, with its part of the output. Of specs that run beside others, all
-// is printed when they end, the header first and the name below it; of one that runs
-// alone, the name is printed when it begins, and the header when it ends.
+// parse reads ginkgo's verbose output and calls each for every finished spec of known, at once, with its part
+// of the output. For specs in parallel ginkgo prints everything when they end, the header first and the name
+// below it; for a single spec it prints the name at the start, and the header at the end.
 func parse(out io.Reader, known map[string]bool, each func(result, []byte) error) error {
 	lines := bufio.NewReader(out)
 	var block bytes.Buffer // since the last rule
 	var r result
-	ended := false // the header was there
+	ended := false // the header was read
 	end := func() error {
 		defer func() { r, ended = result{}, false; block.Reset() }()
 		if !ended || r.Name == "" {
@@ -63,7 +62,7 @@ func parse(out io.Reader, known map[string]bool, each func(result, []byte) error
 			block.WriteString(line)
 		}
 		if m := header.FindStringSubmatch(text); m != nil {
-			r.Seconds, _ = strconv.ParseFloat(m[3], 64) // the expression lets numbers through only
+			r.Seconds, _ = strconv.ParseFloat(m[3], 64) // the expression matches only numbers
 			r.Status, ended = status(m[1], m[2]), true
 		} else if r.Name == "" {
 			r.Name = nameIn(text, known)
@@ -79,8 +78,8 @@ func parse(out io.Reader, known map[string]bool, each func(result, []byte) error
 	}
 }
 
-// reasonIn is what a line says of why a spec failed or did not run. (In the timeline,
-// only the place is behind the word.)
+// reasonIn returns the reason in a line why a spec failed or did not run. (In the timeline the word is followed
+// only by the place.)
 func reasonIn(line string) string {
 	for _, word := range []string{"[FAILED] ", "[SKIPPED] ", "[TIMEDOUT] ", "[PANICKED] "} {
 		if _, reason, ok := strings.Cut(line, word); ok && !strings.HasPrefix(reason, "in [") {
@@ -99,14 +98,14 @@ func status(sign, word string) string {
 	case word == "":
 		return passed
 	}
-	return failed // also timed out and panicked
+	return failed // also timeouts and panics
 }
 
-// nodeKind is where a spec failed.
+// nodeKind matches the kind of node in which a spec failed.
 var nodeKind = regexp.MustCompile(`\[(It|(Just)?(Before|After)Each|DeferCleanup \(Each\))\] `)
 
-// nameIn is the spec that a line names: with its labels behind it and, when it failed,
-// with the kind of node before its last part.
+// nameIn returns the spec that a line names: followed by its labels and, after a failure, with the kind of node
+// before its last part.
 func nameIn(line string, known map[string]bool) string {
 	line = strings.Replace(line, nodeKind.FindString(line), "", 1)
 	if known[line] {

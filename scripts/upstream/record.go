@@ -15,11 +15,11 @@ import (
 	"time"
 )
 
-// record is what is known of one kind of run: of these executables, with these options.
+// record has the results of one kind of run: of the same executables with the same options.
 //
-//	RUNS/KEY/specs.jsonl   one line per spec that has ended, oldest first
-//	RUNS/KEY/part-N/       output of the suite, each time that it was started
-//	RUNS/KEY/failures/     what there is to say about specs that failed
+//	RUNS/KEY/specs.jsonl   one line per finished spec, oldest first
+//	RUNS/KEY/part-N/       output of the suite, for each time it was started
+//	RUNS/KEY/failures/     details of failed specs
 //	RUNS/KEY/summary.txt, junit.xml
 type record struct {
 	dir     string
@@ -29,8 +29,7 @@ type record struct {
 
 const specsFile = "specs.jsonl"
 
-// openRecord takes the record of the options' kind of run, empty unless it is to be
-// resumed.
+// openRecord opens the record of the options' kind of run, empty unless it is to be resumed.
 func openRecord(o options) (*record, error) {
 	key, err := runKey(o)
 	if err != nil {
@@ -54,8 +53,8 @@ func openRecord(o options) (*record, error) {
 	return r, nil
 }
 
-// runKey names a kind of run, so that a person recognises it. What specs are to be run
-// belongs to it: to ask for one spec is to want to see it run.
+// runKey returns a readable name for a kind of run. It includes the selection of specs, because a request for
+// one spec should run it.
 func runKey(o options) (string, error) {
 	h := sha256.New()
 	for _, path := range []string{o.kedge, filepath.Join(o.build, "e2e.test"), filepath.Join(o.build, "stamp")} {
@@ -73,7 +72,7 @@ func runKey(o options) (string, error) {
 	return fmt.Sprintf("%dservers-%dagents-%s", o.servers, o.agents, hex.EncodeToString(h.Sum(nil))[:8]), nil
 }
 
-// read takes the lines that are whole; what a killed run has begun to write goes.
+// read reads the complete lines, and removes an incomplete line of a killed run.
 func (r *record) read() error {
 	data, err := io.ReadAll(r.file)
 	if err != nil {
@@ -96,7 +95,7 @@ func (r *record) read() error {
 
 func (r *record) close() error { return r.file.Close() }
 
-// add notes that a spec has ended.
+// add records the result of a spec.
 func (r *record) add(res result) error {
 	data, err := json.Marshal(res)
 	if err != nil {
@@ -107,7 +106,7 @@ func (r *record) add(res result) error {
 	return err
 }
 
-// latest is the last result of each spec.
+// latest returns the last result of each spec.
 func (r *record) latest() map[string]result {
 	m := map[string]result{}
 	for _, res := range r.results {
@@ -118,7 +117,7 @@ func (r *record) latest() map[string]result {
 	return m
 }
 
-// remaining are the specs that have not passed yet.
+// remaining returns the specs that have not passed yet.
 func (r *record) remaining(names []string) []string {
 	latest := r.latest()
 	var left []string
@@ -130,7 +129,7 @@ func (r *record) remaining(names []string) []string {
 	return left
 }
 
-// newPart makes a folder for one start of the suite.
+// newPart creates a folder for one start of the suite.
 func (r *record) newPart() (string, error) {
 	for i := 1; ; i++ {
 		dir := filepath.Join(r.dir, fmt.Sprint("part-", i))
@@ -140,7 +139,7 @@ func (r *record) newPart() (string, error) {
 	}
 }
 
-// failureDir is where files about a spec go, by a name that a file system takes.
+// failureDir returns the folder for files about a spec, with a valid file name.
 func (r *record) failureDir(name string) string {
 	sum := sha256.Sum256([]byte(name))
 	readable := strings.Map(func(c rune) rune {
@@ -155,7 +154,7 @@ func (r *record) failureDir(name string) string {
 	return filepath.Join(r.dir, "failures", fmt.Sprintf("%.100s-%x", readable, sum[:4]))
 }
 
-// span is when the first spec began and the last one ended.
+// span returns the start of the first spec and the end of the last one.
 func (r *record) span() (begin, end time.Time) {
 	for _, res := range r.results {
 		if b := res.begin(); begin.IsZero() || b.Before(begin) {

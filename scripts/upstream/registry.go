@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// registry serves the images of an archive of this project's making, for the few specs
-// that pull what the nodes have already. It knows GET and HEAD of manifests and blobs.
+// registry serves the images of an archive, for the few specs that pull images which the nodes have already. It
+// supports GET and HEAD of manifests and blobs.
 type registry struct {
 	archive   *os.File
 	blobs     map[string]*io.SectionReader // by digest: layers and configurations
@@ -30,7 +30,7 @@ const (
 	manifestType = "application/vnd.oci.image.manifest.v1+json"
 	configType   = "application/vnd.oci.image.config.v1+json"
 	layerType    = "application/vnd.oci.image.layer.v1.tar"
-	// mirrored is the registry in whose place it answers.
+	// mirrored is the registry that it replaces.
 	mirrored = "registry.k8s.io"
 )
 
@@ -52,8 +52,8 @@ func openRegistry(archive string) (*registry, error) {
 	return r, nil
 }
 
-// index notes where in the archive things are. Its files are named for their digests:
-// DIGEST.json is a configuration, DIGEST/layer.tar a layer.
+// index finds the objects in the archive. Its files are named by digest: DIGEST.json is a configuration,
+// DIGEST/layer.tar a layer.
 func (r *registry) index() error {
 	var images []struct {
 		Config   string
@@ -106,7 +106,7 @@ func (r *registry) index() error {
 func (r *registry) describe(mediaType, name string) (descriptor, error) {
 	blob, ok := r.blobs[digestOf(name)]
 	if !ok {
-		return descriptor{}, fmt.Errorf("it has no %s", name)
+		return descriptor{}, fmt.Errorf("no %s in the archive", name)
 	}
 	return descriptor{mediaType, digestOf(name), blob.Size()}, nil
 }
@@ -120,7 +120,7 @@ func sum(data []byte) string {
 	return "sha256:" + hex.EncodeToString(s[:])
 }
 
-// serve begins to answer at an address of this machine, and returns it with the port.
+// serve starts the server on an address of this machine, and returns the address with the port.
 func (r *registry) serve(address string) (string, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
 	if err != nil {
@@ -160,7 +160,7 @@ func (r *registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	case kind == "blobs":
 		if blob, ok := r.blobs[ref]; ok {
 			w.Header().Set("Content-Type", "application/octet-stream")
-			content = io.NewSectionReader(blob, 0, blob.Size()) // with a position of its own
+			content = io.NewSectionReader(blob, 0, blob.Size()) // an own read position
 		}
 	}
 	if content == nil {

@@ -12,10 +12,10 @@ import (
 	"strings"
 )
 
-// suiteName begins every text that ginkgo compares with -focus.
+// suiteName is the start of every text that ginkgo matches with -focus.
 const suiteName = "Kubernetes e2e suite"
 
-// choose returns the names of the specs that the options ask for, in the suite's order.
+// choose returns the names of the specs that the options select, in the suite's order.
 func choose(ctx context.Context, o options, dir string) ([]string, error) {
 	file := filepath.Join(dir, "suite.json")
 	args := []string{"--ginkgo.dry-run", "--ginkgo.json-report=" + file}
@@ -73,8 +73,8 @@ func readDryRun(data []byte) ([]string, error) {
 	return names, nil
 }
 
-// pick returns the names that a list has. A name that the suite lacks is an error: the
-// list would otherwise shrink with the next version, and nobody would see it.
+// pick returns the names that are in a list. A name that is not in the suite is an error: otherwise the list
+// would silently shrink with the next version.
 func pick(names []string, list string) ([]string, error) {
 	known := map[string]bool{}
 	for _, n := range names {
@@ -95,7 +95,7 @@ func pick(names []string, list string) ([]string, error) {
 	return picked, errors.Join(errs...)
 }
 
-// split tells specs that can run beside others from those that cannot.
+// split separates specs that can run in parallel from the others.
 func split(names []string) (parallel, serial []string) {
 	for _, n := range names {
 		if strings.Contains(n, "[Serial]") {
@@ -107,10 +107,10 @@ func split(names []string) (parallel, serial []string) {
 	return parallel, serial
 }
 
-// Linux takes no argument of more than 128 KiB.
+// Linux accepts no argument of more than 128 KiB.
 const maxFocus = 100 << 10
 
-// focuses are ginkgo's arguments to run exactly these specs.
+// focuses returns ginkgo's arguments for running exactly these specs.
 func focuses(names []string) []string {
 	var args []string
 	var some []string

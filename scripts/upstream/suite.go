@@ -12,8 +12,7 @@ import (
 	"time"
 )
 
-// suite runs these specs, procs at a time, and records each that ends. That specs
-// fail is no error of suite.
+// suite runs specs, procs at a time, and records each result. Failed specs are not an error of suite.
 func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs int) error {
 	part, err := rec.newPart()
 	if err != nil {
@@ -26,7 +25,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	cmd := exec.CommandContext(ctx, filepath.Join(c.o.build, "bin", "ginkgo"), args...)
 	cmd.Dir = part
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.kubeconfig, "KUBECACHEDIR="+filepath.Join(c.dir, "cache"))
-	// Ginkgo and its processes are a group, which is told to end, and at last made to.
+	// Ginkgo and its processes are a process group, which gets a signal and is finally killed.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = time.Minute
@@ -43,7 +42,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	defer func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }() // no such process, unless it was too slow
+	defer func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }() // ESRCH, unless it was too slow
 	known := map[string]bool{}
 	for _, name := range specs {
 		known[name] = true
@@ -54,7 +53,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 		r.End = time.Now().UTC().Truncate(time.Millisecond)
 		fmt.Printf("%s %4d/%d %-11s %5.0fs  %s\n", r.End.Format(time.TimeOnly), done, len(specs), r.Status, r.Seconds, r.Name)
 		if r.Status == failed {
-			// The spec is recorded in any case; a log that is missing is told.
+			// The result is recorded in any case; a missing log is reported.
 			if err := c.collect(rec, r, output); err != nil {
 				fmt.Fprintln(os.Stderr, "upstream:", err)
 			}
@@ -68,7 +67,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return errors.Join(fmt.Errorf("interrupted: %w; the next run goes on here", context.Cause(ctx)), parseErr)
+		return errors.Join(fmt.Errorf("interrupted: %w; the next run continues here", context.Cause(ctx)), parseErr)
 	case parseErr != nil:
 		return parseErr
 	case done == 0 || err != nil && !errors.As(err, &exit):
@@ -77,8 +76,7 @@ func (c *cluster) suite(ctx context.Context, rec *record, specs []string, procs 
 	return nil
 }
 
-// collect leaves what there is to say about a spec that failed: its output, and what
-// each node has logged meanwhile.
+// collect stores the details of a failed spec: its output, and what each node has logged during it.
 func (c *cluster) collect(rec *record, r result, output []byte) error {
 	dir := rec.failureDir(r.Name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

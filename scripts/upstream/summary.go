@@ -13,11 +13,11 @@ import (
 	"time"
 )
 
-// slowest is how many of the slow specs a summary names.
+// slowest is the number of slow specs in a summary.
 const slowest = 10
 
-// report writes summary.txt and junit.xml about the chosen specs, over all parts of
-// the run, and returns the summary.
+// report writes summary.txt and junit.xml for the chosen specs, over all parts of the run, and returns the
+// summary.
 func (r *record) report(chosen []string) (string, error) {
 	latest := r.latest()
 	var results []result
@@ -52,7 +52,7 @@ func (r *record) summary(results []result, chosen int) string {
 	for _, a := range slices.Sorted(maps.Keys(areas)) {
 		fmt.Fprintf(&b, "  %-24s %s\n", a, counts(areas[a], 0))
 	}
-	// A spec that needed a second attempt is told: it may be a fault that comes and goes.
+	// A spec that needed a second attempt is listed: it may reveal an intermittent fault.
 	again := map[string]int{}
 	for _, res := range r.results {
 		if res.Status == failed {
@@ -77,7 +77,7 @@ func (r *record) summary(results []result, chosen int) string {
 	return b.String()
 }
 
-// counts puts numbers by status into words; of is how many there are, 0 when all ran.
+// counts returns the numbers by status; of is the total, or 0 if all specs ran.
 func counts(n map[string]int, of int) string {
 	text := fmt.Sprintf("passed %d, failed %d", n[passed], n[failed])
 	if n[skipped] > 0 {
@@ -89,7 +89,7 @@ func counts(n map[string]int, of int) string {
 	return text
 }
 
-// area is the group of Kubernetes' developers that a spec is of.
+// area returns the special interest group of a spec.
 func area(name string) string {
 	if end := strings.IndexByte(name, ']'); strings.HasPrefix(name, "[") && end > 0 {
 		return name[:end+1]
@@ -109,7 +109,7 @@ type junitMessage struct {
 	Message string `xml:"message,attr"`
 }
 
-// junit is the results in the format that CI systems read.
+// junit is the results in the format of CI systems.
 func junit(results []result) ([]byte, error) {
 	var doc struct {
 		XMLName  xml.Name    `xml:"testsuite"`

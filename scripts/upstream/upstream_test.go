@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 // output is what ginkgo writes, shortened.
@@ -238,9 +238,9 @@ func TestReadDryRun(t *testing.T) {
 // what that names.
 func TestRegistry(t *testing.T) {
 	archive := filepath.Join(t.TempDir(), "images.tar")
-	testimage.Write(t, archive, testimage.Docker,
-		testimage.Image{Name: "registry.k8s.io/team/tool:1", Files: map[string]testimage.File{"/a": {Data: []byte("first")}}},
-		testimage.Image{Name: "registry.k8s.io/other:2", Files: map[string]testimage.File{"/b": {Data: []byte("second")}}})
+	image.Write(t, archive, image.Docker,
+		image.Image{Name: "registry.k8s.io/team/tool:1", Files: map[string]image.File{"/a": {Data: []byte("first")}}},
+		image.Image{Name: "registry.k8s.io/other:2", Files: map[string]image.File{"/b": {Data: []byte("second")}}})
 	r, err := openRegistry(archive)
 	if err != nil {
 		t.Fatal(err)

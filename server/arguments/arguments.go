@@ -1,39 +1,38 @@
-// Package arguments is what kube-apiserver, kube-controller-manager and kube-scheduler
-// are told: what kedge gives them, laid under what the user gives with --kube-apiserver-arg
-// and its siblings. It knows which flags exclude each other, which add up, and which
-// users cannot give.
+// Package arguments composes the command lines of kube-apiserver, kube-controller-manager and kube-scheduler
+// from kedge's defaults and the user's --kube-apiserver-arg, --kube-controller-manager-arg and
+// --kube-scheduler-arg. It knows which flags exclude each other, which add up, and which users cannot set.
 //
-// It is apart from package server so that its tests need not link the components, and
-// reads no files. It may be imported by server.
+// It is separate from package server so that its tests need not link the components, and reads no files.
+// Package server may import it.
 package arguments
 
 import (
 	"errors"
-	"fmt"
 	"maps"
 	"strings"
 
 	"sigs.k8s.io/yaml"
 
 	"kedge/internal/componentflags"
+	"kedge/internal/errorkind"
 )
 
-// The flags of kedge that the arguments come from.
+// The settings of kedge that contain the arguments.
 const (
-	FromAPIServer   = "--kube-apiserver-arg"
-	FromControllers = "--kube-controller-manager-arg"
-	FromScheduler   = "--kube-scheduler-arg"
+	FromAPIServer   = "kube-apiserver-arg"
+	FromControllers = "kube-controller-manager-arg"
+	FromScheduler   = "kube-scheduler-arg"
 )
 
-// ownAuthority is why a certificate or authority cannot be another.
+// ownAuthority is the reason why kedge's certificates and authorities cannot be replaced.
 const ownAuthority = "the cluster's own authorities sign for nodes and servers; leave it out"
 
 var apiServer = componentflags.Decided{
 	"advertise-address":             "use --advertise-address",
 	"bind-address":                  "use --bind-address",
-	"egress-selector-config-file":   "kedge has its own way to the nodes; leave it out",
-	"endpoint-reconciler-type":      "kedge keeps the endpoints of the service kubernetes itself; leave it out",
-	"etcd-servers":                  "kedge has its own store; leave it out",
+	"egress-selector-config-file":   "kedge reaches nodes through its own tunnels; leave it out",
+	"endpoint-reconciler-type":      "kedge maintains the endpoints of the service kubernetes itself; leave it out",
+	"etcd-servers":                  "the datastore is embedded; leave it out",
 	"kubelet-certificate-authority": ownAuthority,
 	"kubelet-client-certificate":    ownAuthority,
 	"kubelet-client-key":            ownAuthority,
@@ -41,16 +40,16 @@ var apiServer = componentflags.Decided{
 	"permit-port-sharing":           "kedge opens the API's port itself; leave it out",
 	"secure-port":                   "use --https-listen-port",
 	"service-account-signing-key-file": "all servers sign with DATA-DIR/server/tls/service-account.key; put an ECDSA key of your own there before the first start; " +
-		"keys whose tokens shall be good too are given with service-account-key-file",
+		"add keys whose tokens are to be accepted too with service-account-key-file",
 	"service-cluster-ip-range": "use --service-cidr",
 	"service-node-port-range":  "use --service-node-port-range",
-	"shutdown-delay-duration":  "kedge stops its parts in an order of its own; leave it out",
+	"shutdown-delay-duration":  "kedge stops its components in its own order; leave it out",
 	"tls-cert-file":            "nodes trust the cluster's own authority only; use --tls-san for more names, and tls-sni-cert-key for a certificate of your own",
 	"tls-private-key-file":     "nodes trust the cluster's own authority only; use --tls-san for more names, and tls-sni-cert-key for a certificate of your own",
 }
 
-// election is why nobody elects: the store has done so already.
-const election = "whoever leads the store leads the cluster; leave it out"
+// election explains why there is no leader election by leases: the datastore has elected a leader.
+const election = "the leader of the datastore leads the cluster; leave it out"
 
 var controllers = componentflags.Decided{
 	"cluster-cidr":                     "use --cluster-cidr",
@@ -69,8 +68,7 @@ var scheduler = componentflags.Decided{
 	"write-config-to": "it would end the scheduler; leave it out",
 }
 
-// Check says all that is wrong with what the user gives, as far as that can be seen
-// without the components.
+// Check reports the errors in the user's arguments that can be found without the components.
 func Check(forAPIServer, forControllers, forScheduler []string) error {
 	return errors.Join(
 		componentflags.Check(forAPIServer, FromAPIServer, apiServer, componentflags.Logging),
@@ -79,19 +77,17 @@ func Check(forAPIServer, forControllers, forScheduler []string) error {
 	)
 }
 
-// APIServer returns the command line of kube-apiserver: defaults, and user's where it
-// says something else.
+// APIServer returns the command line of kube-apiserver: the defaults, overridden by the user's arguments.
 func APIServer(defaults map[string]string, user []string) ([]string, error) {
 	d := maps.Clone(defaults)
 	if componentflags.Has(user, "authorization-config") {
-		delete(d, "authorization-mode") // the file says it
+		delete(d, "authorization-mode") // the file replaces it
 	}
 	if componentflags.Has(user, "service-account-signing-endpoint") {
-		delete(d, "service-account-key-file") // what is there holds the keys
+		delete(d, "service-account-key-file") // the signer at the endpoint has the keys
 		delete(d, "service-account-signing-key-file")
 	}
-	// The old way to say which plug-ins there are takes the place of the new one, and
-	// excludes it.
+	// The deprecated flag for admission plugins replaces the new flag, and the two exclude each other.
 	plugins := "enable-admission-plugins"
 	if componentflags.Has(user, "admission-control") {
 		d["admission-control"] = d[plugins]
@@ -101,7 +97,7 @@ func APIServer(defaults map[string]string, user []string) ([]string, error) {
 	if disables(user, d[plugins]) {
 		delete(d, plugins)
 	}
-	// Lists to which user adds: upstream collects what it finds in several places.
+	// Lists to which the user's values are added: upstream accumulates repeated flags.
 	var first []string
 	for _, name := range []string{plugins, "service-account-key-file"} {
 		if value, ok := d[name]; ok && componentflags.Has(user, name) {
@@ -111,7 +107,7 @@ func APIServer(defaults map[string]string, user []string) ([]string, error) {
 	return componentflags.Merge(d, append(first, user...), FromAPIServer)
 }
 
-// disables reports whether user wants to do without an admission plug-in.
+// disables reports whether the user disables an admission plugin.
 func disables(user []string, plugin string) bool {
 	for _, arg := range user {
 		name, value, _ := componentflags.Split(arg)
@@ -127,10 +123,10 @@ func disables(user []string, plugin string) bool {
 	return false
 }
 
-// Controllers is likewise for kube-controller-manager.
+// Controllers returns the command line of kube-controller-manager.
 func Controllers(defaults map[string]string, user []string) ([]string, error) {
 	d := maps.Clone(defaults)
-	// One authority for all signers excludes one for each.
+	// One authority for all signers excludes an authority for each signer.
 	if componentflags.Has(user, "cluster-signing-cert-file") || componentflags.Has(user, "cluster-signing-key-file") {
 		maps.DeleteFunc(d, func(name, _ string) bool {
 			return strings.HasPrefix(name, "cluster-signing-") && strings.HasSuffix(name, "-file")
@@ -139,19 +135,19 @@ func Controllers(defaults map[string]string, user []string) ([]string, error) {
 	return componentflags.Merge(d, user, FromControllers)
 }
 
-// Scheduler is likewise for kube-scheduler.
+// Scheduler returns the command line of kube-scheduler.
 func Scheduler(defaults map[string]string, user []string) ([]string, error) {
 	return componentflags.Merge(defaults, user, FromScheduler)
 }
 
-// SaysWhoIsAnonymous reports whether a file for authentication-config says what may be
-// asked without credentials. Where it does not, kedge's own rule stands.
+// SaysWhoIsAnonymous reports whether a file for authentication-config configures anonymous requests. Otherwise
+// kedge's own rule applies.
 func SaysWhoIsAnonymous(file []byte) (bool, error) {
 	var c struct {
 		Anonymous any `json:"anonymous"`
 	}
 	if err := yaml.Unmarshal(file, &c); err != nil {
-		return false, fmt.Errorf("%s: authentication-config: %w", FromAPIServer, err)
+		return false, errorkind.BadSetting(FromAPIServer, ": authentication-config: %w", err)
 	}
 	return c.Anonymous != nil, nil
 }

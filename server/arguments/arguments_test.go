@@ -67,7 +67,7 @@ func TestCheck(t *testing.T) {
 	err := Check([]string{"--secure-port=1", "logging-format=json"}, []string{"leader-elect", "cluster_cidr=x"}, []string{"kube-api-qps=3", "log-text-split-stream"})
 	const want = `--kube-apiserver-arg: secure-port cannot be set: use --https-listen-port
 --kube-apiserver-arg: logging-format cannot be set: the log has one form for all parts; use --log-format
---kube-controller-manager-arg: leader-elect cannot be set: whoever leads the store leads the cluster; leave it out
+--kube-controller-manager-arg: leader-elect cannot be set: the leader of the datastore leads the cluster; leave it out
 --kube-controller-manager-arg: cluster_cidr cannot be set: use --cluster-cidr
 --kube-scheduler-arg: kube-api-qps cannot be set: kedge's own components call the API without limits of their own; leave it out
 --kube-scheduler-arg: log-text-split-stream cannot be set: the log has one form for all parts; use --log-format`

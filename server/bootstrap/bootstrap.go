@@ -1,9 +1,8 @@
-// Package bootstrap writes the objects that upstream leaves to a cluster's installer:
-// who may call kubelets, what the nodes' networks may read, the service of the
-// cluster's DNS.
+// Package bootstrap writes the objects that upstream leaves to a cluster's installer: the permissions to call
+// kubelets, the permissions of the nodes' networks, and the service of the cluster's DNS.
 //
-// It is not for what controllers keep up: each server calls it once, when its API
-// answers. Only package server and main import it.
+// It is not for objects that controllers maintain: each server calls it once, when its API answers. Only the
+// packages server and assembly import it.
 package bootstrap
 
 import (
@@ -23,13 +22,13 @@ import (
 	"k8s.io/client-go/util/retry"
 )
 
-// KubeletClientUser is who the API server is when it calls a kubelet. It is
-// bound to the role system:kubelet-api-admin, nothing more.
+// KubeletClientUser is the user as which the API server calls kubelets. It is bound to the role
+// system:kubelet-api-admin only.
 const KubeletClientUser = "kube-apiserver-kubelet-client"
 
-// Ensure writes the objects, and changes only what differs. dns are the addresses of
-// the cluster's resolver, none where it is not ours. When another server, which starts
-// at the same time, has written an object between our look and our write, it looks again.
+// Ensure writes the objects, and changes only those that differ. dns are the addresses of the cluster's
+// resolver, none if kedge's resolver is disabled. If another server, which starts at the same time, changes an
+// object between a read and a write, Ensure tries again.
 func Ensure(ctx context.Context, rc *rest.Config, dns []netip.Addr) error {
 	c, err := kubernetes.NewForConfig(rc)
 	if err != nil {
@@ -54,20 +53,23 @@ func try(ctx context.Context, c kubernetes.Interface, dns []netip.Addr) error {
 		return fmt.Errorf("bind the API server's kubelet client: %w", err)
 	}
 	if err := ensureNetworkRole(ctx, c); err != nil {
-		return fmt.Errorf("let nodes read what their network needs: %w", err)
+		return fmt.Errorf("grant the nodes' networks read access: %w", err)
 	}
 	if err := ensureLoadBalancer(ctx, c); err != nil {
-		return fmt.Errorf("let the load balancer write addresses: %w", err)
+		return fmt.Errorf("grant the load balancer write access to addresses: %w", err)
+	}
+	if err := ensureUpgrades(ctx, c); err != nil {
+		return fmt.Errorf("grant the controller of upgrades what it needs: %w", err)
 	}
 	if err := ensureDNS(ctx, c, dns); err != nil {
-		return fmt.Errorf("publish the cluster's DNS: %w", err)
+		return fmt.Errorf("create the cluster's DNS service: %w", err)
 	}
 	return nil
 }
 
-// NetworkGroup is the group of the users as which service proxy, policy and
-// resolver of the nodes read the API. A kubelet's own user may see only the pods
-// of its node, which is too little to route and judge by.
+// NetworkGroup is the group of the users as which the nodes' service proxy, policy engine and resolver read the
+// API. A kubelet's own user can see only the pods of its node, which is not sufficient for routing and
+// policies.
 const NetworkGroup = "system:kedge:network"
 
 func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
@@ -83,7 +85,7 @@ func ensureNetworkRole(ctx context.Context, c kubernetes.Interface) error {
 	})
 }
 
-// ensureClusterRole lets somebody do what the rules say.
+// ensureClusterRole grants the rules to a subject in the whole cluster.
 func ensureClusterRole(ctx context.Context, c kubernetes.Interface, name string, who rbacv1.Subject, rules []rbacv1.PolicyRule) error {
 	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: name}, Rules: rules}
 	binding := &rbacv1.ClusterRoleBinding{
@@ -98,7 +100,7 @@ func ensureClusterRole(ctx context.Context, c kubernetes.Interface, name string,
 	return ensureThere(ctx, c.RbacV1().ClusterRoleBindings(), binding)
 }
 
-// ensureRole does the same in a namespace.
+// ensureRole grants the rules to a subject in a namespace.
 func ensureRole(ctx context.Context, c kubernetes.Interface, meta metav1.ObjectMeta, who rbacv1.Subject, rules []rbacv1.PolicyRule) error {
 	role := &rbacv1.Role{ObjectMeta: meta, Rules: rules}
 	binding := &rbacv1.RoleBinding{
@@ -113,19 +115,19 @@ func ensureRole(ctx context.Context, c kubernetes.Interface, meta metav1.ObjectM
 	return ensureThere(ctx, c.RbacV1().RoleBindings(meta.Namespace), binding)
 }
 
-// creator is a client of one kind of object.
+// creator is a client for creating one kind of object.
 type creator[T any] interface {
 	Create(ctx context.Context, object T, o metav1.CreateOptions) (T, error)
 }
 
-// updater can change them too.
+// updater is a client for creating and changing one kind of object.
 type updater[T any] interface {
 	creator[T]
 	Get(ctx context.Context, name string, o metav1.GetOptions) (T, error)
 	Update(ctx context.Context, object T, o metav1.UpdateOptions) (T, error)
 }
 
-// ensureEqual makes an object, or changes an older kedge's, which is not the same.
+// ensureEqual creates an object, or updates an object of an older kedge that differs.
 func ensureEqual[T metav1.Object](ctx context.Context, client updater[T], object T, same func(old T) bool) error {
 	old, err := client.Get(ctx, object.GetName(), metav1.GetOptions{})
 	switch {
@@ -138,7 +140,7 @@ func ensureEqual[T metav1.Object](ctx context.Context, client updater[T], object
 	return err
 }
 
-// ensureThere makes an object, and leaves one that is there.
+// ensureThere creates an object unless it exists.
 func ensureThere[T any](ctx context.Context, client creator[T], object T) error {
 	if _, err := client.Create(ctx, object, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return err

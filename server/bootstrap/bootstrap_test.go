@@ -2,6 +2,7 @@ package bootstrap
 
 import (
 	"context"
+	"net/netip"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -40,5 +41,29 @@ func TestBootstrapOvertaken(t *testing.T) {
 	roles, err := c.RbacV1().ClusterRoles().List(context.Background(), metav1.ListOptions{})
 	if err != nil || len(roles.Items) < 2 || overtaken < len(roles.Items) {
 		t.Errorf("%v; overtaken %d times, roles %v", err, overtaken, roles.Items)
+	}
+}
+
+// TestDNSHasEndpoints: who looks for what has metrics finds the resolvers by the service's slices.
+func TestDNSHasEndpoints(t *testing.T) {
+	c := fake.NewClientset(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "kube-system"}})
+	for _, addrs := range [][]netip.Addr{
+		{netip.MustParseAddr("10.43.0.10"), netip.MustParseAddr("fd43::a")},
+		{netip.MustParseAddr("10.44.0.10"), netip.MustParseAddr("fd43::a")}, // of another service range
+	} {
+		for range 2 {
+			if err := ensureDNS(t.Context(), c, addrs); err != nil {
+				t.Fatal(err)
+			}
+			list, err := c.DiscoveryV1().EndpointSlices("kube-system").List(t.Context(), metav1.ListOptions{LabelSelector: "kubernetes.io/service-name=kube-dns"})
+			if err != nil || len(list.Items) != 2 {
+				t.Fatalf("%d slices, %v", len(list.Items), err)
+			}
+			for i, s := range list.Items {
+				if got := s.Endpoints[0].Addresses[0]; got != addrs[i].String() || *s.Ports[2].Name != "metrics" || *s.Ports[2].Port != 9153 {
+					t.Errorf("slice %s leads to %s, ports %v", s.Name, got, s.Ports)
+				}
+			}
+		}
 	}
 }

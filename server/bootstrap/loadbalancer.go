@@ -8,11 +8,11 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// LoadBalancerUser is whom server/servicelb acts as.
+// LoadBalancerUser is the user as which server/servicelb acts.
 const LoadBalancerUser = "system:kedge:servicelb"
 
-// ensureLoadBalancer lets the controller write services' addresses, and the nodes tell
-// each other by leases which of them can announce some.
+// ensureLoadBalancer lets the controller write services' addresses, and lets the nodes write the leases by
+// which they decide which of them announces an address.
 func ensureLoadBalancer(ctx context.Context, c kubernetes.Interface) error {
 	read := []string{"get", "list", "watch"}
 	err := ensureClusterRole(ctx, c, LoadBalancerUser, rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: LoadBalancerUser}, []rbacv1.PolicyRule{

@@ -1,9 +1,8 @@
-// Package cutoff keeps clients from waiting at an API server that is cut off from the
-// others: it ends their watches, which would go on for half a minute and tell nothing,
-// and asks them to connect elsewhere.
+// Package cutoff keeps clients from waiting at an API server that is cut off from the other servers: it ends
+// their watches, which would deliver no events for half a minute, and makes them connect to another server.
 //
-// It is not for the parts of this process, which have nowhere else to go and whose watches
-// go on by themselves when the servers agree again. It may be imported by server only.
+// It does not apply to the components of this process, which use this server only and whose watches continue
+// when the servers have a leader again. Only package server may import it.
 package cutoff
 
 import (
@@ -19,29 +18,29 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/request"
 )
 
-// Patience is for how long there must be no leader before this server counts as cut off.
-// An election takes less; with the time in which the store notices, which is up to two
-// seconds, it makes less than five.
+// Patience is how long this server must know no leader before it counts as cut off. An election is faster. The
+// datastore detects the loss of its leader within two seconds, so a server counts as cut off after less than
+// five.
 const Patience = 2 * time.Second
 
-// CutOff knows whether this server is cut off. Make one with [New].
+// CutOff tracks whether this server is cut off. Use [New].
 type CutOff struct {
 	leader func() (known bool, changed <-chan struct{})
 
-	mu  sync.Mutex // guards what follows
-	era context.Context
-	end context.CancelFunc // of the era: this server is cut off
+	mu  sync.Mutex         // guards the fields below
+	era context.Context    // cancelled when this server is cut off, and then replaced
+	end context.CancelFunc // cancels era
 }
 
-// New makes one that is told by leader whether this server knows of one, and when that
-// may have changed.
+// New returns a CutOff. leader reports whether this server knows a leader, and returns a channel that is closed
+// when that may have changed.
 func New(leader func() (known bool, changed <-chan struct{})) *CutOff {
 	c := &CutOff{leader: leader}
 	c.era, c.end = context.WithCancel(context.Background())
 	return c
 }
 
-// Follow returns when ctx ends.
+// Follow tracks the leader until ctx ends.
 func (c *CutOff) Follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		known, changed := c.leader()
@@ -64,7 +63,7 @@ func (c *CutOff) Follow(ctx context.Context) {
 	}
 }
 
-// rejoined begins another era if the last one is over.
+// rejoined starts a new era if the last one has ended.
 func (c *CutOff) rejoined() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -79,8 +78,8 @@ func (c *CutOff) now() context.Context {
 	return c.era
 }
 
-// Handler stands before next for requests whose info is in their context. own reports
-// which of them come from this process.
+// Handler wraps next, for requests with request info in their context. own reports whether a request comes from
+// this process.
 func (c *CutOff) Handler(next http.Handler, codecs runtime.NegotiatedSerializer, own func(*http.Request) bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if own(r) {
@@ -89,8 +88,8 @@ func (c *CutOff) Handler(next http.Handler, codecs runtime.NegotiatedSerializer,
 		}
 		era := c.now()
 		if era.Err() != nil {
-			// To HTTP/2 this is a GOAWAY: what is asked next is asked over another
-			// connection, which leads to another server if there is one.
+			// For HTTP/2 this header is a GOAWAY: the client sends its next request over a new connection,
+			// which leads to another server if there is one.
 			w.Header().Set("Connection", "close")
 		}
 		info, ok := request.RequestInfoFrom(r.Context())
@@ -98,7 +97,7 @@ func (c *CutOff) Handler(next http.Handler, codecs runtime.NegotiatedSerializer,
 		case !ok || info.Verb != "watch":
 			next.ServeHTTP(w, r)
 		case era.Err() != nil:
-			err := apierrors.NewServiceUnavailable("this server is cut off from the others and hears of no changes")
+			err := apierrors.NewServiceUnavailable("this server is cut off from the other servers and receives no changes")
 			responsewriters.ErrorNegotiated(err, codecs, schema.GroupVersion{Group: info.APIGroup, Version: info.APIVersion}, w, r)
 		default:
 			ctx, cancel := context.WithCancel(r.Context())

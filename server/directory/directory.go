@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"kedge/internal/lifecycle"
+
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -22,38 +24,38 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// listName is the ConfigMap in kube-system.
+// listName is the name of the ConfigMap in kube-system.
 const listName = "kedge-servers"
 
-// retry is how long a write that failed is waited with.
+// retry is the delay after a failed write.
 const retry = time.Second
 
-// Entry is what the list says of one server.
+// Entry is a server's entry in the list.
 type Entry struct {
-	API netip.AddrPort `json:"api"` // where other machines reach its API
-	// Node is the UID of the server's node, once it has registered one. From then on
-	// the server is a part of the cluster only as long as the node is.
+	API netip.AddrPort `json:"api"` // address of its API for other machines
+	// Node is the UID of the server's node, once it has registered one. After that the server belongs to the
+	// cluster only as long as the node exists.
 	Node types.UID `json:"node,omitempty"`
 }
 
-// Directory is the component that keeps this server's entry and knows those of the
-// others. Its methods may be called at any time.
+// Directory is the component that maintains this server's entry and reads those of the others. Its methods may
+// be called at any time.
 type Directory struct {
-	name   string // of this server
+	name   string // name of this server
 	client kubernetes.Interface
 	log    *slog.Logger
-	wake   chan struct{} // asks for a look at the own entry; holds one request
+	wake   lifecycle.Wakeup // requests a comparison of the own entry
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	own     Entry
-	servers map[string]Entry // as the list has them
+	servers map[string]Entry // the content of the list
 	changed chan struct{}    // closed when servers changes
 }
 
-// New makes the directory of the server of a name. client acts for the server itself.
+// New returns the directory of the named server. client acts for the server itself.
 func New(name string, api netip.AddrPort, client kubernetes.Interface, log *slog.Logger) *Directory {
 	return &Directory{
-		name: name, client: client, log: log, wake: make(chan struct{}, 1),
+		name: name, client: client, log: log, wake: lifecycle.NewWakeup(),
 		own: Entry{API: api}, servers: map[string]Entry{}, changed: make(chan struct{}),
 	}
 }
@@ -61,28 +63,21 @@ func New(name string, api netip.AddrPort, client kubernetes.Interface, log *slog
 // Name implements lifecycle.Component.
 func (d *Directory) Name() string { return "directory" }
 
-// SetAPI says that this server's API is reached elsewhere from now on.
+// SetAPI changes the address of this server's API.
 func (d *Directory) SetAPI(api netip.AddrPort) { d.set(func(e *Entry) { e.API = api }) }
 
-// SetNode says which node is this server's.
+// SetNode sets the UID of this server's node.
 func (d *Directory) SetNode(uid types.UID) { d.set(func(e *Entry) { e.Node = uid }) }
 
 func (d *Directory) set(change func(*Entry)) {
 	d.mu.Lock()
 	change(&d.own)
 	d.mu.Unlock()
-	d.poke()
+	d.wake.Wake()
 }
 
-func (d *Directory) poke() {
-	select {
-	case d.wake <- struct{}{}:
-	default:
-	}
-}
-
-// Servers returns what is known of each server, by name, this one always among them,
-// and a channel that is closed when it has changed.
+// Servers returns the known servers by name, including this one, and a channel that is closed when they have
+// changed.
 func (d *Directory) Servers() (map[string]Entry, <-chan struct{}) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -91,7 +86,7 @@ func (d *Directory) Servers() (map[string]Entry, <-chan struct{}) {
 	return all, d.changed
 }
 
-// URLs are those of the servers' APIs, this one's first.
+// URLs returns the URLs of the servers' APIs, this server's first.
 func (d *Directory) URLs() []string {
 	all, _ := d.Servers()
 	urls := []string{url(all[d.name])}
@@ -104,7 +99,7 @@ func (d *Directory) URLs() []string {
 
 func url(e Entry) string { return "https://" + e.API.String() }
 
-// Run implements lifecycle.Component. It is ready when the list was read once.
+// Run implements lifecycle.Component. It calls ready when the list was read once.
 func (d *Directory) Run(ctx context.Context, ready func()) error {
 	factory := informers.NewSharedInformerFactoryWithOptions(d.client, 0, informers.WithNamespace(metav1.NamespaceSystem),
 		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
@@ -113,9 +108,9 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	defer factory.Shutdown()
 	lists := factory.Core().V1().ConfigMaps().Informer()
 	registered, err := lists.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    d.read,
-		UpdateFunc: func(_, o any) { d.read(o) },
-		DeleteFunc: func(any) { d.read(&corev1.ConfigMap{}) },
+		AddFunc:    d.setList,
+		UpdateFunc: func(_, o any) { d.setList(o) },
+		DeleteFunc: func(any) { d.setList(&corev1.ConfigMap{}) },
 	})
 	if err != nil {
 		return fmt.Errorf("follow the list of servers: %w", err)
@@ -127,8 +122,8 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	ready()
 	for {
 		if err := d.write(ctx); err != nil && ctx.Err() == nil {
-			d.log.Warn("this server's entry in the list of servers was not written", "err", err, "again", retry)
-			time.AfterFunc(retry, d.poke)
+			d.log.Warn("this server's entry in the list of servers could not be written; trying again", "err", err, "again", retry)
+			time.AfterFunc(retry, d.wake.Wake)
 		}
 		select {
 		case <-ctx.Done():
@@ -138,8 +133,8 @@ func (d *Directory) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// read takes over a new state of the list.
-func (d *Directory) read(o any) {
+// setList stores a new content of the list.
+func (d *Directory) setList(o any) {
 	list, ok := o.(*corev1.ConfigMap)
 	if !ok || list.Name != listName && list.Name != "" {
 		return
@@ -148,7 +143,7 @@ func (d *Directory) read(o any) {
 	for name, text := range list.Data {
 		var e Entry
 		if err := json.Unmarshal([]byte(text), &e); err != nil || !e.API.IsValid() {
-			d.log.Warn("an entry in the list of servers cannot be read; its server writes it again when it starts", "server", name, "err", err)
+			d.log.Warn("an entry in the list of servers is invalid; its server writes it again at its next start", "server", name, "err", err)
 			continue
 		}
 		servers[name] = e
@@ -160,10 +155,10 @@ func (d *Directory) read(o any) {
 		d.changed = make(chan struct{})
 	}
 	d.mu.Unlock()
-	d.poke()
+	d.wake.Wake()
 }
 
-// write makes the own entry in the list what it should be.
+// write updates the own entry in the list if it differs.
 func (d *Directory) write(ctx context.Context) error {
 	d.mu.Lock()
 	want, have := d.own, d.servers[d.name]
@@ -178,12 +173,12 @@ func (d *Directory) write(ctx context.Context) error {
 	return patch(ctx, d.client.CoreV1().ConfigMaps(metav1.NamespaceSystem), map[string]any{d.name: string(text)})
 }
 
-// Forget takes a server out of the list.
+// Forget removes a server from the list.
 func (d *Directory) Forget(ctx context.Context, name string) error {
 	return patch(ctx, d.client.CoreV1().ConfigMaps(metav1.NamespaceSystem), map[string]any{name: nil})
 }
 
-// Gone returns when another server is not in the list, or when ctx ends.
+// Gone returns when a server is not in the list any more, or when ctx ends.
 func (d *Directory) Gone(ctx context.Context, name string) error {
 	for {
 		servers, changed := d.Servers()
@@ -198,7 +193,7 @@ func (d *Directory) Gone(ctx context.Context, name string) error {
 	}
 }
 
-// patch changes single entries, so that servers that write at once do not meet.
+// patch changes single entries, so that concurrent writes of servers do not conflict.
 func patch(ctx context.Context, lists v1core.ConfigMapInterface, entries map[string]any) error {
 	body, err := json.Marshal(map[string]any{"data": entries})
 	if err != nil {

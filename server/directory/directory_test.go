@@ -134,7 +134,7 @@ type world struct {
 	fails     error // why Forget does
 }
 
-func (w *world) ask(_ context.Context, a netip.AddrPort) error {
+func (w *world) check(_ context.Context, a netip.AddrPort) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.dead[a] {
@@ -225,7 +225,7 @@ func newWorld(t *testing.T) (*fake.Clientset, *world, *Endpoints) {
 	d := New("a", api("192.0.2.1:6443"), c, quiet)
 	run(t, d)
 	w := &world{dir: d, dead: map[netip.AddrPort]bool{}, members: map[string]bool{"a": true, "b": true, "c": true}}
-	return c, w, &Endpoints{dir: d, members: w, client: c, log: quiet, ask: w.ask, failures: map[string]int{}, refused: map[string]bool{}}
+	return c, w, &Endpoints{dir: d, members: w, client: c, log: quiet, check: w.check, failures: map[string]int{}, refused: map[string]bool{}}
 }
 
 func TestThoseThatAnswerArePublished(t *testing.T) {
@@ -255,11 +255,11 @@ func TestNewLeaderTrustsWhatIsPublished(t *testing.T) {
 		t.Fatal(err)
 	}
 	servers, _ := e.dir.Servers()
-	e.askAll(context.Background(), servers)
+	e.checkAll(context.Background(), servers)
 	if got := e.healthy(servers); len(got) != 3 {
 		t.Errorf("after one answer that is missing: %v", got)
 	}
-	e.askAll(context.Background(), servers)
+	e.checkAll(context.Background(), servers)
 	if got := e.healthy(servers); !slices.Equal(got, []netip.AddrPort{api("192.0.2.1:6443"), api("192.0.2.3:6443")}) {
 		t.Errorf("after two: %v", got)
 	}

@@ -1,12 +1,10 @@
-// Package directory knows the servers of the cluster and where their APIs are: it
-// keeps this server's entry in the list that all share, publishes those that answer as
-// the endpoints of the service "kubernetes", and takes out of the cluster the servers
-// whose nodes were deleted or which are in the store no more.
+// Package directory maintains the list of the cluster's servers with the addresses of their APIs. It writes
+// this server's entry, publishes the servers that answer as the endpoints of the service "kubernetes", and
+// removes the servers whose nodes were deleted or which are not members of the datastore any more.
 //
-// The list is the ConfigMap kedge-servers of kube-system, in which each server writes
-// its own entry. Nothing is written while nothing changes: whether a server answers is
-// asked of it, not of a lease that it renews.
+// The list is the ConfigMap kedge-servers in kube-system; each server writes its own entry. Without changes
+// there are no writes: the leader calls the servers to check whether they answer, and no server renews a lease.
 //
-// It does not know who is a member of the store, nor change that by itself: package
-// datastore does, through [Members]. It may be imported by server and main.
+// It neither knows nor changes the members of the datastore itself, but through [Members]. The packages server
+// and assembly may import it.
 package directory

@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -14,6 +13,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"kedge/internal/servers"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -24,97 +25,74 @@ import (
 )
 
 const (
-	// interval is how often the other servers are asked whether they answer, and
-	// answerWithin how long one may take.
+	// interval is the interval between checks of the other servers, and answerWithin the timeout of a check.
 	interval     = time.Second
 	answerWithin = time.Second
-	// patience is how many answers in a row a server may owe before it is taken out:
-	// one can be lost with a packet.
+	// patience is the number of consecutive failed checks after which a server's endpoint is removed: one
+	// failure may be a lost packet.
 	patience = 2
-	// apiName is in the certificate of every server's API.
-	apiName = "kubernetes"
 )
 
-// Members is who the store's members are, and what else is a server's, as far as it is
-// needed here.
+// Members has the members of the datastore, and removes what belongs to a server.
 type Members interface {
-	// Names are the names of the store's members, as a majority has agreed on them. It
-	// fails while one is among them whose name nobody knows.
+	// Names returns the names of the datastore's members, as agreed by a majority. It fails if the name of a
+	// member is unknown.
 	Names(ctx context.Context) ([]string, error)
-	// Expel takes a server out of the store. It refuses when those that remain could
-	// not decide anything any more, and does nothing for one that is no member.
+	// Expel removes a server from the datastore. It returns an error if the remaining members would have no
+	// majority, and does nothing for a server that is not a member.
 	Expel(ctx context.Context, name string) error
-	// Forget removes what the API knows of a server that is no member: its node, its
-	// key, so that another machine can have the name, and at last its entry in the list.
+	// Forget removes the objects of a server that is not a member: its node, its key, so that another machine
+	// can use the name, and finally its entry in the list.
 	Forget(ctx context.Context, name string) error
 }
 
-// Endpoints is the component that runs on one server at a time: it publishes the
-// servers that answer as the endpoints of the service "kubernetes", takes those out of
-// the store whose nodes were deleted, and forgets those that are not in the store, by
-// whomever and however far they were removed.
+// Endpoints is the component that runs on one server at a time. It publishes the servers that answer as the
+// endpoints of the service "kubernetes", expels servers from the datastore whose nodes were deleted, and cleans
+// up after servers that are not members any more, whatever removed them.
 type Endpoints struct {
 	dir     *Directory
 	members Members
 	client  kubernetes.Interface
 	log     *slog.Logger
-	ask     func(ctx context.Context, api netip.AddrPort) error // nil: it serves
+	check   func(ctx context.Context, api netip.AddrPort) error // returns nil if the API is ready
 
-	failures map[string]int  // answers in a row that a server owes; an unknown one owes all
-	refused  map[string]bool // servers whose removal was refused, which was said
+	failures map[string]int  // consecutive failed checks of a server; a server without an entry was not checked yet
+	refused  map[string]bool // servers whose removal was refused and logged
 }
 
-// NewEndpoints makes the component. authority has signed the certificates of the
-// servers' APIs.
+// NewEndpoints returns the component. authority has signed the certificates of the servers' APIs.
 func NewEndpoints(dir *Directory, members Members, authority *x509.Certificate, client kubernetes.Interface, log *slog.Logger) *Endpoints {
 	roots := x509.NewCertPool()
 	roots.AddCert(authority)
-	asking := &http.Client{Timeout: answerWithin, Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: apiName, MinVersion: tls.VersionTLS12},
-		// A connection that is kept would say nothing about a new one.
+	checker := &http.Client{Timeout: answerWithin, Transport: &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: servers.Host, MinVersion: tls.VersionTLS12},
+		// A kept connection would not show whether new connections work.
 		DisableKeepAlives: true,
 	}}
 	return &Endpoints{
 		dir: dir, members: members, client: client, log: log,
-		ask:      func(ctx context.Context, api netip.AddrPort) error { return askReady(ctx, asking, api) },
+		check: func(ctx context.Context, api netip.AddrPort) error {
+			return servers.ProbeReady(ctx, checker, api.String())
+		},
 		failures: map[string]int{}, refused: map[string]bool{},
 	}
-}
-
-func askReady(ctx context.Context, c *http.Client, api netip.AddrPort) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+api.String()+"/readyz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20)); err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("/readyz answers %s", resp.Status)
-	}
-	return nil
 }
 
 // Name implements lifecycle.Component.
 func (e *Endpoints) Name() string { return "endpoints" }
 
-// Run implements lifecycle.Component. It is ready when the endpoints were published.
+// Run implements lifecycle.Component. It calls ready when the endpoints were published.
 func (e *Endpoints) Run(ctx context.Context, ready func()) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	// A term may begin when nothing can be read yet, and end so.
+	// A term may begin, and end, before anything can be read.
 	for {
 		err := e.trustPublished(ctx)
 		if err == nil {
 			break
 		}
 		if ctx.Err() == nil {
-			e.log.Warn("the other servers are not looked after yet", "err", err, "again", interval)
+			e.log.Warn("the other servers cannot be checked yet; trying again", "err", err, "again", interval)
 		}
 		select {
 		case <-ctx.Done():
@@ -125,13 +103,13 @@ func (e *Endpoints) Run(ctx context.Context, ready func()) error {
 	var published []netip.AddrPort
 	for {
 		servers, changed := e.dir.Servers()
-		e.askAll(ctx, servers)
+		e.checkAll(ctx, servers)
 		if healthy := e.healthy(servers); !slices.Equal(healthy, published) {
 			switch err := publish(ctx, e.client, healthy); {
 			case err == nil:
 				published = healthy
 			case ctx.Err() == nil:
-				e.log.Warn("the endpoints of the service \"kubernetes\" were not written", "err", err, "again", interval)
+				e.log.Warn("the endpoints of the service \"kubernetes\" could not be written; trying again", "err", err, "again", interval)
 			}
 		}
 		if published != nil {
@@ -139,7 +117,7 @@ func (e *Endpoints) Run(ctx context.Context, ready func()) error {
 		}
 		others := tick.C
 		if len(servers) == 1 {
-			others = nil // nobody to ask about
+			others = nil // there are no other servers
 			if published == nil {
 				others = tick.C
 			}
@@ -155,8 +133,8 @@ func (e *Endpoints) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// trustPublished takes the servers that are published for healthy until they owe an
-// answer: the server that published them knew.
+// trustPublished treats the published servers as healthy until a check fails: the previous leader has checked
+// them.
 func (e *Endpoints) trustPublished(ctx context.Context) error {
 	slice, err := e.client.DiscoveryV1().EndpointSlices(metav1.NamespaceDefault).Get(ctx, serviceName, metav1.GetOptions{})
 	if err != nil {
@@ -176,8 +154,8 @@ func (e *Endpoints) trustPublished(ctx context.Context) error {
 	return nil
 }
 
-// askAll asks every other server once, and counts what they owe.
-func (e *Endpoints) askAll(ctx context.Context, servers map[string]Entry) {
+// checkAll checks every other server once, and counts failures.
+func (e *Endpoints) checkAll(ctx context.Context, servers map[string]Entry) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	for name, s := range servers {
@@ -185,23 +163,23 @@ func (e *Endpoints) askAll(ctx context.Context, servers map[string]Entry) {
 			continue
 		}
 		wg.Go(func() {
-			err := e.ask(ctx, s.API)
+			err := e.check(ctx, s.API)
 			mu.Lock()
 			defer mu.Unlock()
-			owed, known := e.failures[name]
+			failed, known := e.failures[name]
 			switch {
 			case err == nil:
-				if owed >= patience {
+				if failed >= patience {
 					e.log.Info("a server answers again", "server", name)
 				}
 				e.failures[name] = 0
 			case !known:
 				e.failures[name] = patience
 			default:
-				if owed++; owed == patience && ctx.Err() == nil {
+				if failed++; failed == patience && ctx.Err() == nil {
 					e.log.Warn("a server does not answer", "server", name, "api", s.API, "err", err)
 				}
-				e.failures[name] = owed
+				e.failures[name] = failed
 			}
 		})
 	}
@@ -209,11 +187,11 @@ func (e *Endpoints) askAll(ctx context.Context, servers map[string]Entry) {
 	maps.DeleteFunc(e.failures, func(name string, _ int) bool { _, there := servers[name]; return !there })
 }
 
-// healthy returns the addresses of this server and of those that answer, sorted.
+// healthy returns the sorted API addresses of this server and of those that answer.
 func (e *Endpoints) healthy(servers map[string]Entry) []netip.AddrPort {
 	var out []netip.AddrPort
 	for name, s := range servers {
-		if owed, known := e.failures[name]; name == e.dir.name || known && owed < patience {
+		if failed, known := e.failures[name]; name == e.dir.name || known && failed < patience {
 			out = append(out, s.API)
 		}
 	}
@@ -221,13 +199,13 @@ func (e *Endpoints) healthy(servers map[string]Entry) []netip.AddrPort {
 	return slices.Compact(out)
 }
 
-// followMembers expels the servers whose nodes were deleted, and forgets those that are
-// no members of the store. A server is listed only after it became one.
+// followMembers expels the servers whose nodes were deleted, and cleans up after servers that are not members
+// of the datastore. A server is listed only after it became a member.
 func (e *Endpoints) followMembers(ctx context.Context, servers map[string]Entry) {
-	// The members as of after the list: one that has joined since is among them.
+	// The members are read after the list, so that a server that has joined in between is among them.
 	members, err := e.members.Names(ctx)
 	if err != nil {
-		e.log.Debug("the members of the store are not known", "err", err, "again", interval)
+		e.log.Debug("the members of the datastore are unknown; trying again", "err", err, "again", interval)
 		return
 	}
 	for name, s := range servers {
@@ -235,22 +213,21 @@ func (e *Endpoints) followMembers(ctx context.Context, servers map[string]Entry)
 		if member && s.Node != "" && e.nodeDeleted(ctx, name) {
 			member = !e.expel(ctx, name)
 		}
-		if member || name == e.dir.name { // this one would not forget itself: it stops
+		if member || name == e.dir.name { // this server stops instead
 			continue
 		}
 		switch err := e.members.Forget(ctx, name); {
 		case err == nil:
 			e.log.Info("a server was removed", "server", name)
 		case ctx.Err() == nil:
-			e.log.Warn("a server was removed, and not all that it left", "server", name, "err", err, "again", interval)
+			e.log.Warn("a server was removed, but not all of its objects; trying again", "server", name, "err", err, "again", interval)
 		}
 	}
 }
 
-// nodeDeleted reports whether a server's node is not there any more.
+// nodeDeleted reports whether a server's node was deleted.
 func (e *Endpoints) nodeDeleted(ctx context.Context, name string) bool {
-	// Not from a cache: it could be older than the entry, which was written when the
-	// node was there.
+	// A cache could be older than the list's entry, which was written after the node was created.
 	_, err := e.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
 	if !apierrors.IsNotFound(err) {
 		delete(e.refused, name)
@@ -259,8 +236,7 @@ func (e *Endpoints) nodeDeleted(ctx context.Context, name string) bool {
 	return true
 }
 
-// expel takes a server out of the store whose node was deleted, and reports whether it
-// is.
+// expel removes a server whose node was deleted from the datastore, and reports whether it succeeded.
 func (e *Endpoints) expel(ctx context.Context, name string) bool {
 	err := e.members.Expel(ctx, name)
 	switch {
@@ -268,23 +244,22 @@ func (e *Endpoints) expel(ctx context.Context, name string) bool {
 		delete(e.refused, name)
 	case ctx.Err() == nil && !e.refused[name]:
 		e.refused[name] = true
-		e.log.Error("the node of a server was deleted, and the server stays", "server", name, "err", err)
+		e.log.Error("the node of a server was deleted, but the server cannot be removed", "server", name, "err", err)
 	}
 	return err == nil
 }
 
-// serviceName is the service, in the namespace default.
+// serviceName is the name of the service, in the namespace default.
 const serviceName = "kubernetes"
 
-// publish makes the service "kubernetes" lead to the servers. Upstream does this with
-// a lease for each server, renewed every ten seconds; a write when something changes is
-// enough, since one server knows.
+// publish writes the endpoints of the service "kubernetes". Upstream maintains a lease for each server, renewed
+// every ten seconds; here a write after a change is sufficient, because one server checks the others.
 func publish(ctx context.Context, c kubernetes.Interface, servers []netip.AddrPort) error {
 	if len(servers) == 0 {
 		return errors.New("no server")
 	}
-	// One slice has one family and one set of ports. The first server's decide; there
-	// is no cluster whose servers differ in them.
+	// A slice has one family and one set of ports: those of the first server, because all servers of a cluster
+	// have the same.
 	family, port := servers[0].Addr().Is6(), int32(servers[0].Port())
 	name, protocol, ready := "https", corev1.ProtocolTCP, true
 	slice := &discoveryv1.EndpointSlice{
@@ -331,7 +306,7 @@ func publish(ctx context.Context, c kubernetes.Interface, servers []netip.AddrPo
 func ensureSlice(ctx context.Context, c kubernetes.Interface, want *discoveryv1.EndpointSlice) error {
 	slices := c.DiscoveryV1().EndpointSlices(want.Namespace)
 	old, err := slices.Get(ctx, want.Name, metav1.GetOptions{})
-	if err == nil && old.AddressType != want.AddressType { // immutable: the cluster changed its family
+	if err == nil && old.AddressType != want.AddressType { // the type is immutable, and the cluster has changed its family
 		if err := slices.Delete(ctx, want.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 			return err
 		}

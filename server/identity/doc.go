@@ -1,9 +1,7 @@
-// Package identity is the credentials of a control plane: its authorities, keys,
-// certificates and fixed tokens, as files of the server's directory. They are made at
-// the first boot and kept from then on, but for the certificates, which are made anew
-// before they expire and when the machine has other addresses.
+// Package identity has the credentials of a control plane: its authorities, keys, certificates and fixed
+// tokens, as files in the server's directory. They are created at the first boot and kept, except certificates,
+// which are renewed before they expire and when the machine's addresses change.
 //
-// It signs nothing for other machines (package join does that, with the authorities
-// that are here), and says nothing about who may do what. It may be imported by server
-// and main.
+// It signs nothing for other machines (package join does, with these authorities), and has no authorization.
+// The packages server and assembly may import it.
 package identity

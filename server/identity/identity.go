@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,36 +22,36 @@ import (
 	"kedge/internal/atomicfile"
 	"kedge/internal/joining"
 	"kedge/internal/pki"
-	"kedge/internal/token"
 	"kedge/server/bootstrap"
 )
 
-// Identity is the credentials of a control plane: made at the first boot, kept
-// from then on. It holds paths, not secrets.
+// Identity has the credentials of a control plane, created at the first boot and kept from then on. It contains
+// paths, not secrets.
 type Identity struct {
 	ServerCA *pki.Authority // signs the API's certificate
-	// KubeletCA signs what the kubelets serve with. It is not the API's, so that no
-	// node's certificate can ever be shown to a client of the API.
+	// KubeletCA signs the kubelets' serving certificates. It differs from ServerCA, so that a node's
+	// certificate is never valid for the API.
 	KubeletCA *pki.Authority
-	ClientCA  *pki.Authority // signs who calls: administrators, nodes, the API server itself
-	ProxyCA   *pki.Authority // signs the aggregator's front proxy
-	PeerCA    *pki.Authority // signs what the servers' stores show each other, and nothing else
+	ClientCA  *pki.Authority // signs client certificates: administrators, nodes, the API server itself
+	ProxyCA   *pki.Authority // signs the aggregator's proxy certificate
+	PeerCA    *pki.Authority // signs the certificates for peer links between the servers' datastores only
 
 	Serving        pki.Pair // the API's certificate
-	KubeletClient  pki.Pair // the API server's when it calls kubelets
-	ProxyClient    pki.Pair // the aggregator's when it calls extension API servers
+	KubeletClient  pki.Pair // the API server's client certificate for kubelets
+	ProxyClient    pki.Pair // the aggregator's client certificate for extension API servers
 	Admin          pki.Pair // cluster-admin, for the kubeconfig
-	KubeletServing pki.Pair // the certificate of this machine's kubelet
-	NodeClient     pki.Pair // of this machine's node, with the kubelet's key, towards the other servers
-	Peer           pki.Pair // of this server's store, towards the others
+	KubeletServing pki.Pair // the serving certificate of this machine's kubelet
+	NodeClient     pki.Pair // client certificate of this machine's node, with the kubelet's key, for the other servers
+	Peer           pki.Pair // certificate of this server's datastore for peer links
 
 	ServiceAccountKey string // signs service account tokens
-	EncryptionConfig  string // names the key that encrypts secrets at rest
+	EncryptionConfig  string // configures the key that encrypts Secrets at rest
+	PodsCA            string // ca.crt in pods' service account volumes
 
-	URL string // of the API, for the kubeconfig
+	URL string // URL of the API, for the kubeconfig
 }
 
-// Files of the server's directory that are named more than once.
+// Names of files in the server's directory.
 const (
 	serviceAccountKey = "service-account.key" // in tls
 	servingKubelet    = "serving-kubelet"
@@ -61,15 +62,18 @@ const (
 	peerLeaf          = "peer"
 )
 
-// authorities are the names of the cluster's authorities, the API's first.
+// authorities are the names of the cluster's authorities; the API's authority is the first.
 var authorities = []string{"server-ca", "kubelet-ca", "client-ca", "request-header-ca", peerCA}
 
-// Prepare makes whatever of the identity does not exist yet, renews leaf
-// certificates that need it, and writes the administrator's kubeconfig. It is
-// idempotent, and safe to run again after a crash at any point: no file is seen
-// half-written, and nothing that other files rest on is ever replaced.
+// Prepare creates the missing credentials, renews certificates, and writes the administrator's kubeconfig. For
+// an established server it creates no essential credential: a missing or replaced one is an error before
+// anything is written. It is idempotent and crash-safe: files are written atomically, and essential credentials
+// are never replaced.
 func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	dir := cfg.tlsDir()
+	if err := check(cfg, now); err != nil {
+		return nil, err
+	}
 	for _, d := range []string{cfg.Dir, dir} {
 		if err := atomicfile.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("prepare the server directory: %w", err)
@@ -89,40 +93,38 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 	if _, err := pki.EnsureKey(id.ServiceAccountKey); err != nil {
 		return nil, err
 	}
-	if err := id.leaves(cfg, now); err != nil {
+	if err := errors.Join(id.leaves(cfg, now), id.writePodsCA(cfg)); err != nil {
 		return nil, err
 	}
 	if err := ensureEncryptionConfig(id.EncryptionConfig); err != nil {
 		return nil, err
 	}
-	// What earlier versions made for kube-apiserver has no use any more.
+	// Earlier versions wrote this file for kube-apiserver; it is not used any more.
 	if err := os.Remove(filepath.Join(cfg.Dir, "authentication-config.yaml")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	for name, secret := range map[string]token.Secret{tokenFile: cfg.Token, serverTokenFile: cfg.ServerToken} {
+	for name, secret := range map[string]joining.Secret{tokenFile: cfg.Token, serverTokenFile: cfg.ServerToken} {
 		if err := ensureToken(filepath.Join(cfg.Dir, name), secret, id.ServerCA.Hash()); err != nil {
 			return nil, err
 		}
 	}
-	return id, id.writeKubeconfig(cfg)
+	if err := id.writeKubeconfig(cfg); err != nil {
+		return nil, err
+	}
+	return id, remember(cfg, now)
 }
 
-// leafOf is a certificate to be made.
-type leafOf struct {
+// leafSpec describes a certificate to be signed.
+type leafSpec struct {
 	ca   *pki.Authority
 	name string
 	leaf pki.Leaf
 	into *pki.Pair
 }
 
-// leaves makes the leaf certificates.
+// leaves creates or renews the leaf certificates.
 func (id *Identity) leaves(cfg Config, now time.Time) error {
-	for _, l := range append(id.serving(cfg), []leafOf{
-		{id.ClientCA, "client-kube-apiserver", pki.Leaf{CommonName: bootstrap.KubeletClientUser, Client: true}, &id.KubeletClient},
-		{id.ClientCA, "client-admin", pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
-		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
-		{id.ProxyCA, "client-auth-proxy", pki.Leaf{CommonName: ProxyUser, Client: true}, &id.ProxyClient},
-	}...) {
+	for _, l := range id.specs(cfg) {
 		pair, err := l.ca.EnsureLeaf(cfg.tlsDir(), l.name, l.leaf, now)
 		if err != nil {
 			return err
@@ -132,8 +134,18 @@ func (id *Identity) leaves(cfg Config, now time.Time) error {
 	return id.nodeClient(cfg, now)
 }
 
-// serving are the certificates with this machine's addresses in them.
-func (id *Identity) serving(cfg Config) []leafOf {
+// specs returns all certificates that have a key of their own.
+func (id *Identity) specs(cfg Config) []leafSpec {
+	return append(id.serving(cfg), []leafSpec{
+		{id.ClientCA, kubeletClient, pki.Leaf{CommonName: bootstrap.KubeletClientUser, Client: true}, &id.KubeletClient},
+		{id.ClientCA, adminClient, pki.Leaf{CommonName: "system:admin", Organizations: []string{"system:masters"}, Client: true}, &id.Admin},
+		{id.PeerCA, peerLeaf, pki.Leaf{CommonName: cfg.NodeName, DNSNames: []string{datastore.PeerServerName}, Client: true, Server: true}, &id.Peer},
+		{id.ProxyCA, proxyClient, pki.Leaf{CommonName: ProxyUser, Client: true}, &id.ProxyClient},
+	}...)
+}
+
+// serving returns the certificates that contain this machine's addresses.
+func (id *Identity) serving(cfg Config) []leafSpec {
 	names := []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc",
 		"kubernetes.default.svc." + cfg.ClusterDomain, cfg.NodeName}
 	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback, cfg.ServiceIP.AsSlice(), cfg.AdvertiseAddress.AsSlice()}
@@ -152,35 +164,33 @@ func (id *Identity) serving(cfg Config) []leafOf {
 	slices.Sort(names)
 	names = slices.Compact(names)
 	ips = slices.CompactFunc(slices.SortedFunc(slices.Values(ips), func(a, b net.IP) int { return strings.Compare(a.String(), b.String()) }), net.IP.Equal)
-	return []leafOf{
-		{id.ServerCA, "serving-kube-apiserver", pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
+	return []leafSpec{
+		{id.ServerCA, servingAPI, pki.Leaf{CommonName: "kube-apiserver", DNSNames: names, IPs: ips, Server: true}, &id.Serving},
 		{id.KubeletCA, servingKubelet, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"},
 			DNSNames: []string{cfg.NodeName, "localhost"}, IPs: append([]net.IP{net.IPv4(127, 0, 0, 1), joining.NodeAddress(cfg.NodeName).AsSlice()}, nodeIPs...), Server: true}, &id.KubeletServing},
 	}
 }
 
-// nodeClient makes the certificate with which this machine's node calls the other
-// servers, for the key that proves the node. It is signed anew at each start.
+// nodeClient signs the client certificate of this machine's node for the other servers, for the key that
+// identifies the node. It is signed again at each start.
 func (id *Identity) nodeClient(cfg Config, now time.Time) error {
-	id.NodeClient = pki.Pair{CertFile: filepath.Join(cfg.tlsDir(), "client-node.crt"), KeyFile: id.KubeletServing.KeyFile, Renewed: true}
-	key, err := pki.EnsureKey(id.NodeClient.KeyFile)
-	if err != nil {
+	id.NodeClient = pki.Pair{CertFile: filepath.Join(cfg.tlsDir(), nodeClient+".crt"), KeyFile: id.KubeletServing.KeyFile, Renewed: true}
+	if _, err := pki.EnsureKey(id.NodeClient.KeyFile); err != nil {
 		return err
 	}
-	chain, err := id.ClientCA.Sign(&key.PublicKey, pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"}, Client: true}, pki.LeafLife, now)
-	if err != nil {
-		return fmt.Errorf("sign %s: %w", id.NodeClient.CertFile, err)
-	}
-	return atomicfile.Write(id.NodeClient.CertFile, chain, 0o644)
+	return id.ClientCA.Renew(id.NodeClient.CertFile, id.NodeClient.KeyFile, false, nodeLeaf(cfg), now)
 }
 
-// ProxyUser is who the aggregator is when it calls an extension API server.
+func nodeLeaf(cfg Config) pki.Leaf {
+	return pki.Leaf{CommonName: joining.NodeUser(cfg.NodeName), Organizations: []string{"system:nodes"}, Client: true}
+}
+
+// ProxyUser is the user as which the aggregator calls extension API servers.
 const ProxyUser = "system:auth-proxy"
 
-// ensureEncryptionConfig makes the key for secrets at rest at the first boot.
-// An existing file is never replaced: its key is the only one that opens what is
-// stored. "identity" comes last so that a store from before encryption stays
-// readable; it is never used to write.
+// ensureEncryptionConfig creates the key for secrets at rest at the first boot. It never replaces an existing
+// file, because only its key decrypts the stored Secrets. "identity" is last so that data written before
+// encryption stays readable; it is never used for writing.
 func ensureEncryptionConfig(path string) error {
 	if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -200,22 +210,22 @@ resources:
 `, base64.StdEncoding.EncodeToString(key)), 0o600)
 }
 
-// ensureToken writes the token with the secret that an administrator has fixed, in
-// the form that names the cluster's authority, and removes that of one who has no more.
-func ensureToken(path string, given token.Secret, caHash string) error {
+// ensureToken writes the token with the secret that an administrator has configured, in the form that includes
+// the hash of the cluster's authority. Without a secret it removes the file.
+func ensureToken(path string, given joining.Secret, caHash string) error {
 	if given == "" {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove the token of an earlier start: %w", err)
 		}
 		return nil
 	}
-	t := token.Token{CAHash: caHash, ID: token.Preshared, Secret: given}
+	t := joining.Token{CAHash: caHash, ID: joining.PresharedID, Secret: given}
 	_, err := atomicfile.WriteIfChanged(path, []byte(t.Reveal()+"\n"), 0o600)
 	return err
 }
 
-// PeerConfig is how the store of the server in dir meets others: with a port, and with
-// what [Prepare] signs.
+// PeerConfig returns the configuration of the peer links of the server in dir: the port, and the certificates
+// that [Prepare] signs.
 func PeerConfig(dir string, port uint16, addresses []netip.Addr) datastore.PeerConfig {
 	tls := tlsDir(dir)
 	return datastore.PeerConfig{
@@ -224,22 +234,21 @@ func PeerConfig(dir string, port uint16, addresses []netip.Addr) datastore.PeerC
 	}
 }
 
-// Exists reports whether dir is a server's that has its cluster's credentials.
+// Exists reports whether dir belongs to a server that has its cluster's credentials.
 func Exists(dir string) bool {
 	_, err := os.Stat(AuthorityFile(dir))
 	return err == nil
 }
 
-// AuthorityFile is where the server in dir has the certificate of the API's authority, by
-// which clusters are told apart.
+// AuthorityFile is the path of the API authority's certificate of the server in dir. It identifies the cluster.
 func AuthorityFile(dir string) string { return filepath.Join(tlsDir(dir), authorities[0]+".crt") }
 
-// NodeKeyFile is where the server in dir has the key that proves its node. It is the
-// first file that a machine has which is to become a server.
+// NodeKeyFile is the path of the key that identifies the node of the server in dir. It is the first file that a
+// joining server creates.
 func NodeKeyFile(dir string) string { return filepath.Join(tlsDir(dir), servingKubelet+".key") }
 
-// SharedFiles are what every server of a cluster has the same of, below its directory.
-// The optional ones are there only where an administrator has fixed secrets.
+// SharedFiles returns the files that are equal on all servers of a cluster, relative to the server's directory.
+// The optional files exist only if an administrator has configured secrets.
 func SharedFiles() (files, optional []string) {
 	for _, ca := range authorities {
 		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
@@ -247,17 +256,19 @@ func SharedFiles() (files, optional []string) {
 	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
 }
 
-// FixedTokens returns the secrets that the servers of the cluster share in dir, the
-// server's directory: with which agents may join, and with which servers may. One that
-// no administrator has fixed is empty.
-func FixedTokens(dir string) (agents, servers token.Secret, err error) {
+// EncryptionConfigFile is the path of the configuration of the keys of Secrets in dir, the server's directory.
+func EncryptionConfigFile(dir string) string { return filepath.Join(dir, encryptionConfig) }
+
+// FixedTokens returns the configured secrets in dir, the server's directory, with which agents and servers may
+// join. A secret that is not configured is empty.
+func FixedTokens(dir string) (agents, servers joining.Secret, err error) {
 	if agents, err = fixedToken(filepath.Join(dir, tokenFile)); err == nil {
 		servers, err = fixedToken(filepath.Join(dir, serverTokenFile))
 	}
 	return agents, servers, err
 }
 
-func fixedToken(path string) (token.Secret, error) {
+func fixedToken(path string) (joining.Secret, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
@@ -265,11 +276,31 @@ func fixedToken(path string) (token.Secret, error) {
 	if err != nil {
 		return "", err
 	}
-	t, err := token.Parse(strings.TrimSpace(string(data)))
+	t, err := joining.ParseToken(strings.TrimSpace(string(data)))
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", path, err)
 	}
 	return t.Secret, nil
+}
+
+// Unnamed returns why the API's certificate of this server is not valid for the host in a URL, and an empty text if it is.
+func (id *Identity) Unnamed(server string) (string, error) {
+	u, err := url.Parse(server)
+	if err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(id.Serving.CertFile)
+	if err != nil {
+		return "", err
+	}
+	c, err := pki.ParseCertificate(id.Serving.CertFile, data)
+	if err != nil {
+		return "", err
+	}
+	if err := c.VerifyHostname(u.Hostname()); err != nil {
+		return err.Error(), nil
+	}
+	return "", nil
 }
 
 func (id *Identity) writeKubeconfig(cfg Config) error {
@@ -282,10 +313,11 @@ func (id *Identity) writeKubeconfig(cfg Config) error {
 		return err
 	}
 	c := clientcmdapi.NewConfig()
-	c.Clusters["default"] = &clientcmdapi.Cluster{Server: id.URL, CertificateAuthorityData: id.ServerCA.PEM()}
-	c.AuthInfos["default"] = &clientcmdapi.AuthInfo{ClientCertificateData: cert, ClientKeyData: key}
-	c.Contexts["default"] = &clientcmdapi.Context{Cluster: "default", AuthInfo: "default"}
-	c.CurrentContext = "default"
+	name := cfg.KubeconfigName
+	c.Clusters[name] = &clientcmdapi.Cluster{Server: id.URL, CertificateAuthorityData: id.ServerCA.PEM()}
+	c.AuthInfos[name] = &clientcmdapi.AuthInfo{ClientCertificateData: cert, ClientKeyData: key}
+	c.Contexts[name] = &clientcmdapi.Context{Cluster: name, AuthInfo: name}
+	c.CurrentContext = name
 	data, err := clientcmd.Write(*c)
 	if err != nil {
 		return fmt.Errorf("encode the kubeconfig: %w", err)

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/client-go/tools/clientcmd"
+
 	"kedge/internal/pki"
 )
 
@@ -20,7 +22,7 @@ func TestRenewal(t *testing.T) {
 	cfg := Config{
 		Dir: t.TempDir(), NodeName: "s1", HTTPSPort: 6443, AdvertiseAddress: address, NodeIPs: []netip.Addr{address},
 		ServiceIP: netip.MustParseAddr("10.43.0.1"), ClusterDomain: "cluster.local",
-		Kubeconfig: filepath.Join(t.TempDir(), "kubeconfig"), KubeconfigMode: 0o600,
+		Kubeconfig: filepath.Join(t.TempDir(), "kubeconfig"), KubeconfigMode: 0o600, KubeconfigName: "default",
 	}
 	begin := time.Now()
 	id, err := Prepare(cfg, begin)
@@ -77,5 +79,36 @@ func TestRenewal(t *testing.T) {
 	}
 	if s == moved || c.NotAfter.Before(begin.Add(pki.LeafLife*2)) || c.VerifyHostname("198.51.100.7") != nil || c.VerifyHostname("192.0.2.1") == nil {
 		t.Errorf("the next one is valid until %s for %v", c.NotAfter, c.IPAddresses)
+	}
+}
+
+// TestKubeconfigName: the administrator's kubeconfig has the configured name, and the URL in it is one that the API's
+// certificate is for.
+func TestKubeconfigName(t *testing.T) {
+	address := netip.MustParseAddr("192.0.2.1")
+	cfg := Config{
+		Dir: t.TempDir(), NodeName: "s1", HTTPSPort: 6443, AdvertiseAddress: address, NodeIPs: []netip.Addr{address}, TLSSANs: []string{"kedge.example.org"},
+		ServiceIP: netip.MustParseAddr("10.43.0.1"), ClusterDomain: "cluster.local",
+		Kubeconfig: filepath.Join(t.TempDir(), "kubeconfig"), KubeconfigMode: 0o600, KubeconfigName: "site 7: north",
+	}
+	id, err := Prepare(cfg, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := clientcmd.LoadFromFile(cfg.Kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := k.Contexts[k.CurrentContext]
+	if k.CurrentContext != cfg.KubeconfigName || c == nil || k.Clusters[c.Cluster] == nil || c.Cluster != cfg.KubeconfigName || k.AuthInfos[c.AuthInfo] == nil || c.AuthInfo != cfg.KubeconfigName {
+		t.Errorf("it has the context %q, %+v", k.CurrentContext, c)
+	}
+	for server, fits := range map[string]bool{
+		k.Clusters[c.Cluster].Server: true, "https://192.0.2.1:6443": true, "https://kedge.example.org": true,
+		"https://192.0.2.2:6443": false, "https://example.org": false,
+	} {
+		if why, err := id.Unnamed(server); err != nil || (why == "") != fits {
+			t.Errorf("%s: %q, %v", server, why, err)
+		}
 	}
 }

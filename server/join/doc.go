@@ -1,4 +1,4 @@
-// Package join lets machines into the cluster: it keeps the tokens and what is
+// Package join admits machines to the cluster: it keeps the tokens and what is
 // known of each node's key, answers the requests of joining machines on the API's
 // port, and signs what they get. Names, groups and addresses in certificates are
 // decided here; a machine only proves its key.

@@ -18,7 +18,7 @@ func TestGate(t *testing.T) {
 	c := newCluster(t, nil)
 	a := c.mustJoin(t, t.TempDir(), "a", c.token(t, Spec{}))
 	b := c.mustJoin(t, t.TempDir(), "b", c.token(t, Spec{}))
-	g := c.Gate(slog.New(slog.DiscardHandler))
+	g := c.Gate(noUsers{}, slog.New(slog.DiscardHandler))
 	entered, ended := make(chan struct{}), make(chan error, 1)
 	handler := g.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/watch" {

@@ -13,8 +13,12 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/runtime"
+	k8stesting "k8s.io/client-go/testing"
+
 	"kedge/internal/joining"
 	"kedge/internal/pki"
+	"kedge/internal/test/await"
 )
 
 // request is one of a connection with the certificate of a file; empty: with none.
@@ -118,16 +122,54 @@ func TestFollowKeys(t *testing.T) {
 	}
 	// Again and again: the client of this test forgets what changes between a list and
 	// a watch.
-	for changed := false; !changed; {
+	await.True(t, "a changed key is told", func() bool {
 		if err := c.Nodes().Set(t.Context(), "a", fmt.Sprint("another-", time.Now().UnixNano())); err != nil {
 			t.Fatal(err)
 		}
 		select {
 		case keys := <-told:
-			changed = strings.HasPrefix(keys["a"], "another-") && len(keys) == 1
+			return strings.HasPrefix(keys["a"], "another-") && len(keys) == 1
 		case <-time.After(10 * time.Millisecond):
+			return false
 		}
-	}
+	})
 	cancel()
 	<-done
+}
+
+// Failures are refused before the work that they cause, and successes cost nothing.
+func TestIdentifyIsBounded(t *testing.T) {
+	c := newCluster(t, nil)
+	m := c.mustJoin(t, t.TempDir(), "a", c.token(t, Spec{}))
+	good := request(t, m.ClientCertFile())
+	for range 3 * burst {
+		if _, _, err := c.Identify(good); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stranger, err := pki.EnsureAuthority(t.TempDir(), "ca", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := stranger.EnsureLeaf(t.TempDir(), "x", pki.Leaf{CommonName: joining.NodeUser("a"), Organizations: []string{nodesGroup}, Client: true}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := request(t, p.CertFile)
+	for range burst {
+		if _, _, err := c.Identify(bad); !errors.Is(err, errCertificate) {
+			t.Fatal(err)
+		}
+	}
+	asked := 0
+	c.api.PrependReactor("get", "secrets", func(k8stesting.Action) (bool, runtime.Object, error) {
+		asked++
+		return false, nil, nil
+	})
+	if _, _, err := c.Identify(bad); !errors.Is(err, errTooMany) || asked > 0 {
+		t.Errorf("after %d failures: %v, and the API was asked %d times", burst, err, asked)
+	}
+	if _, _, err := c.Identify(good); err != nil {
+		t.Errorf("a node is locked out by others of its address: %v", err)
+	}
 }

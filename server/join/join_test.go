@@ -31,7 +31,7 @@ import (
 
 	"kedge/internal/joining"
 	"kedge/internal/pki"
-	"kedge/internal/token"
+	"kedge/internal/test/await"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -44,8 +44,9 @@ type cluster struct {
 	asks atomic.Int32 // requests to PathJoin that arrived
 	dir  string
 
-	admitted []string // names of servers
-	full     error    // why the store takes no other
+	admitted []string      // names of servers
+	full     error         // why the store takes no other
+	busy     chan struct{} // a value for each server that a full store has not admitted; may be nil
 }
 
 // URLs implements Servers.
@@ -59,6 +60,10 @@ func (c *cluster) Credentials() (joining.Credentials, error) {
 // Admit implements Servers.
 func (c *cluster) Admit(_ context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error) {
 	if c.full != nil {
+		select {
+		case c.busy <- struct{}{}:
+		default:
+		}
 		return nil, c.full
 	}
 	c.admitted = append(c.admitted, name)
@@ -76,7 +81,7 @@ func (c *cluster) server(t *testing.T, dir, name, tok string) (joining.ServerAns
 	if err != nil {
 		t.Fatal(err)
 	}
-	parsed, err := token.Parse(tok)
+	parsed, err := joining.ParseToken(tok)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,7 +143,7 @@ func newCluster(t *testing.T, change func(*Config)) *cluster {
 func (c *cluster) token(t *testing.T, s Spec) string {
 	t.Helper()
 	if s.Role == "" {
-		s.Role = Agent
+		s.Role = joining.Agent
 	}
 	if s.TTL == 0 {
 		s.TTL = time.Hour
@@ -236,16 +241,16 @@ func TestTokensAreRefused(t *testing.T) {
 	once := c.token(t, Spec{})
 	c.mustJoin(t, t.TempDir(), "first", once)
 	named := c.token(t, Spec{NodeName: "chosen"})
-	guess := token.New(c.CAHash())
+	guess := joining.NewToken(c.CAHash())
 	removed := c.token(t, Spec{})
-	parsed, err := token.Parse(removed)
+	parsed, err := joining.ParseToken(removed)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Tokens().Remove(context.Background(), parsed.ID); err != nil {
 		t.Fatal(err)
 	}
-	half, err := token.Parse(once)
+	half, err := joining.ParseToken(once)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,7 +262,7 @@ func TestTokensAreRefused(t *testing.T) {
 	}{
 		"used up": {once, ErrUsedUp}, "another name": {named, ErrName}, "guessed": {guess.Reveal(), ErrUnknownToken},
 		"removed": {removed, ErrUnknownToken}, "known id, guessed secret": {half.Reveal(), ErrUnknownToken},
-		"for servers": {c.token(t, Spec{Role: Server}), ErrRole}, "no secret was fixed": {"K1" + c.CAHash() + "::preshared.0123456789abcdef", ErrUnknownToken},
+		"for servers": {c.token(t, Spec{Role: joining.Server}), ErrRole}, "no secret was fixed": {"K1" + c.CAHash() + "::preshared.0123456789abcdef", ErrUnknownToken},
 	} {
 		_, err := c.machine(t.TempDir(), "second", tc.token)
 		wantRefusal(t, name, err, tc.want)
@@ -372,10 +377,10 @@ func TestSameKeyNeedsNoSecondUse(t *testing.T) {
 
 func TestSecretFixedInAdvance(t *testing.T) {
 	const secret = "a secret of our own, long enough"
-	fixed := token.Secret(strings.ReplaceAll(secret, " ", "-"))
-	c := newCluster(t, func(c *Config) { c.Preshared = map[Role]token.Secret{Agent: fixed} })
+	fixed := joining.Secret(strings.ReplaceAll(secret, " ", "-"))
+	c := newCluster(t, func(c *Config) { c.Preshared = map[joining.Role]joining.Secret{joining.Agent: fixed} })
 	c.mustJoin(t, t.TempDir(), "bare", string(fixed))
-	c.mustJoin(t, t.TempDir(), "full", token.Token{CAHash: c.CAHash(), ID: token.Preshared, Secret: fixed}.Reveal())
+	c.mustJoin(t, t.TempDir(), "full", joining.Token{CAHash: c.CAHash(), ID: joining.PresharedID, Secret: fixed}.Reveal())
 
 	before := c.asks.Load()
 	for name, tok := range map[string]string{"wrong": string(fixed) + "x"} {
@@ -393,9 +398,11 @@ func TestSecretFixedInAdvance(t *testing.T) {
 }
 
 func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
-	fixed, forServers := token.Secret("a-secret-of-our-own-long-enough"), token.Secret("another-secret-of-our-own")
-	c := newCluster(t, func(c *Config) { c.Preshared = map[Role]token.Secret{Agent: fixed, Server: forServers} })
-	answer, credentials, err := c.server(t, t.TempDir(), "s2", c.token(t, Spec{Role: Server}))
+	fixed, forServers := joining.Secret("a-secret-of-our-own-long-enough"), joining.Secret("another-secret-of-our-own")
+	c := newCluster(t, func(c *Config) {
+		c.Preshared = map[joining.Role]joining.Secret{joining.Agent: fixed, joining.Server: forServers}
+	})
+	answer, credentials, err := c.server(t, t.TempDir(), "s2", c.token(t, Spec{Role: joining.Server}))
 	if err != nil || string(credentials["tls/server-ca.key"]) != "a private key" || len(answer.Admission) == 0 || answer.Cluster.ClusterDomain != "cluster.local" {
 		t.Errorf("got %+v, %d credentials, %v", answer.Cluster, len(credentials), err)
 	}
@@ -408,7 +415,7 @@ func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
 
 	_, _, err = c.server(t, t.TempDir(), "s3", c.token(t, Spec{}))
 	wantRefusal(t, "a token for agents", err, ErrRole)
-	_, _, err = c.server(t, t.TempDir(), "s3", token.Token{CAHash: c.CAHash(), ID: token.Preshared, Secret: fixed}.Reveal())
+	_, _, err = c.server(t, t.TempDir(), "s3", joining.Token{CAHash: c.CAHash(), ID: joining.PresharedID, Secret: fixed}.Reveal())
 	wantRefusal(t, "the secret that is fixed for agents", err, ErrRole)
 	_, err = c.machine(t.TempDir(), "s3", string(forServers))
 	wantRefusal(t, "an agent with the secret that is fixed for servers", err, ErrRole)
@@ -418,7 +425,7 @@ func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
 	c.admitted = c.admitted[:1]
 
 	// Whoever is known as an agent is not known as a server.
-	dir, used := t.TempDir(), c.token(t, Spec{Role: Server})
+	dir, used := t.TempDir(), c.token(t, Spec{Role: joining.Server})
 	c.mustJoin(t, dir, "edge", c.token(t, Spec{}))
 	if _, _, err := c.server(t, t.TempDir(), "s3", used); err != nil {
 		t.Fatal(err)
@@ -430,7 +437,7 @@ func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
 	}
 
 	// The same key may ask again when the answer was lost, and the store may be busy.
-	again, tok := t.TempDir(), c.token(t, Spec{Role: Server})
+	again, tok := t.TempDir(), c.token(t, Spec{Role: joining.Server})
 	c.full = errors.New("another server is on its way")
 	_, _, err = c.server(t, again, "s4", tok)
 	var refused *joining.Refused
@@ -527,9 +534,7 @@ func TestDawdlersTakeNoSlots(t *testing.T) {
 		defer conn.Close()
 		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", joining.PathJoin)
 	}
-	for c.asks.Load() < maxAtOnce+2 {
-		time.Sleep(time.Millisecond)
-	}
+	await.True(t, "all requests have begun", func() bool { return c.asks.Load() >= maxAtOnce+2 })
 	begin := time.Now()
 	c.mustJoin(t, t.TempDir(), "edge", c.token(t, Spec{}))
 	if took := time.Since(begin); took >= bodyWithin {
@@ -556,11 +561,24 @@ func TestLimiterForgetsAndIsBounded(t *testing.T) {
 	if l.allow(v6.Next()) {
 		t.Error("another address of the same network has an allowance of its own")
 	}
+	// A site has 65,536 networks.
+	allowed := 0
+	for i := range 3 * siteFactor * burst {
+		if l.allow(netip.MustParseAddr(fmt.Sprintf("2001:db8:1:%x::1", i))) {
+			allowed++
+		}
+	}
+	if allowed != siteFactor*burst {
+		t.Errorf("a site may ask %d times at once, want %d", allowed, siteFactor*burst)
+	}
 	for i, b := 0, netip.MustParseAddr("11.0.0.1"); i < 2*maxSources; i, b = i+1, b.Next() {
 		l.allow(b)
 	}
 	if len(l.sources) > maxSources {
 		t.Errorf("%d sources are remembered", len(l.sources))
+	}
+	if !l.allow(netip.MustParseAddr("12.0.0.9")) {
+		t.Error("a new source is refused because others flood")
 	}
 	now = now.Add(time.Minute)
 	if !l.allow(netip.MustParseAddr("12.0.0.1")) || len(l.sources) > 10 {
@@ -575,7 +593,7 @@ func TestTokensAreStoredHashedAndForgotten(t *testing.T) {
 	c := newCluster(t, nil)
 	ctx := context.Background()
 	text := c.token(t, Spec{TTL: time.Minute})
-	made, err := token.Parse(text)
+	made, err := joining.ParseToken(text)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -663,7 +681,7 @@ func FuzzJoinRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		r := httptest.NewRequest(http.MethodPost, joining.PathJoin, bytes.NewReader(body))
 		w := httptest.NewRecorder()
-		answering(s, s.join)(w, r)
+		answering(s, s.admitAgent)(w, r)
 		if w.Code == http.StatusOK || w.Code == http.StatusInternalServerError {
 			t.Errorf("%q is answered %d %s", body, w.Code, w.Body)
 		}

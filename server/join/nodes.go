@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"kedge/internal/joining"
+
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -18,7 +20,7 @@ import (
 	"k8s.io/client-go/util/retry"
 )
 
-// Why a key is not taken for a node.
+// Errors of keys that are not admitted as a node's.
 var (
 	ErrNameTaken   = errors.New("another machine has this node's name")
 	ErrUnknownNode = errors.New("the cluster does not know this node")
@@ -42,8 +44,8 @@ const (
 	keyFingerprint = "key"     // pki.Fingerprint of the node's key
 	keyJoined      = "joined"  // when it came, RFC 3339
 	keyAllowed     = "allowed" // "true": the next key may take the name
-	// keyRole is the [Role] of the node's key: what a token for agents has let in
-	// is no server, whatever it asks for later.
+	// keyRole is the [joining.Role] of the node's key: a machine that was admitted with a token for agents is no server,
+	// whatever it requests later.
 )
 
 // maxName is how many characters a node's name has at most: it is a label's value.
@@ -56,10 +58,9 @@ func validName(name string) error {
 	return nil
 }
 
-// has reports whether the node is known with this key in this role, and otherwise
-// returns ErrNameTaken if it is known with another key that nobody has allowed to be
-// replaced. A server is an agent too.
-func (n *Nodes) has(ctx context.Context, name, fingerprint string, role Role) (bool, error) {
+// admitted reports whether the node was admitted with this key in this role. If it was admitted with another key, which an
+// administrator has not allowed to be replaced, the error is ErrNameTaken. A server is an agent too.
+func (n *Nodes) admitted(ctx context.Context, name, fingerprint string, role joining.Role) (bool, error) {
 	s, err := n.get(ctx, name)
 	switch {
 	case errors.Is(err, ErrUnknownNode):
@@ -67,7 +68,7 @@ func (n *Nodes) has(ctx context.Context, name, fingerprint string, role Role) (b
 	case err != nil:
 		return false, err
 	case string(s.Data[keyFingerprint]) == fingerprint:
-		return role == Agent || Role(s.Data[keyRole]) == role, nil
+		return role == joining.Agent || joining.Role(s.Data[keyRole]) == role, nil
 	case string(s.Data[keyAllowed]) == "true":
 		return false, nil
 	}
@@ -90,11 +91,11 @@ func (n *Nodes) get(ctx context.Context, name string) (*corev1.Secret, error) {
 	return s, nil
 }
 
-// claim gives the name to the key in a role. Of two keys that come at once the second
+// admit gives the name to the key in a role. Of two keys that are admitted at once the second
 // gets ErrNameTaken.
-func (n *Nodes) claim(ctx context.Context, name, fingerprint string, role Role) error {
+func (n *Nodes) admit(ctx context.Context, name, fingerprint string, role joining.Role) error {
 	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
-		known, err := n.has(ctx, name, fingerprint, role)
+		known, err := n.admitted(ctx, name, fingerprint, role)
 		if err != nil || known {
 			return err
 		}
@@ -106,15 +107,15 @@ func (n *Nodes) claim(ctx context.Context, name, fingerprint string, role Role) 
 func (n *Nodes) Set(ctx context.Context, name, fingerprint string) error {
 	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
 		s, err := n.get(ctx, name)
-		if err == nil && string(s.Data[keyFingerprint]) == fingerprint && Role(s.Data[keyRole]) == Server || err != nil && !errors.Is(err, ErrUnknownNode) {
+		if err == nil && string(s.Data[keyFingerprint]) == fingerprint && joining.Role(s.Data[keyRole]) == joining.Server || err != nil && !errors.Is(err, ErrUnknownNode) {
 			return err
 		}
-		return n.put(ctx, name, fingerprint, Server)
+		return n.put(ctx, name, fingerprint, joining.Server)
 	})
 }
 
-// Known reports whether a key has the name.
-func (n *Nodes) Known(ctx context.Context, name string) (bool, error) {
+// Joined reports whether a node with the name has joined.
+func (n *Nodes) Joined(ctx context.Context, name string) (bool, error) {
 	_, err := n.get(ctx, name)
 	if errors.Is(err, ErrUnknownNode) {
 		return false, nil
@@ -138,7 +139,7 @@ func (n *Nodes) Forget(ctx context.Context, name string) error {
 
 // put writes the node's key. The error is a conflict if the node has changed
 // meanwhile.
-func (n *Nodes) put(ctx context.Context, name, fingerprint string, role Role) error {
+func (n *Nodes) put(ctx context.Context, name, fingerprint string, role joining.Role) error {
 	data := map[string][]byte{
 		keyFingerprint: []byte(fingerprint), keyJoined: []byte(n.now().UTC().Format(time.RFC3339)), keyRole: []byte(role),
 	}

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -22,7 +23,6 @@ import (
 
 	"kedge/internal/joining"
 	"kedge/internal/pki"
-	"kedge/internal/token"
 )
 
 // Life is how long the certificates of an agent are valid. What a thief has stolen
@@ -36,19 +36,19 @@ type Config struct {
 	KubeletCA *pki.Authority // signs what kubelets serve with
 
 	// Preshared are an administrator's own secrets, one for each role at most.
-	Preshared map[Role]token.Secret
+	Preshared map[joining.Role]joining.Secret
 	Cluster   joining.Cluster // what nodes are told
 	// NetworkGroup is the group of the users as which the nodes' data paths read the API.
 	NetworkGroup string
 	// OwnAddresses are this server's, which no other node's certificate may name; nil for
 	// none.
 	OwnAddresses func() []netip.Addr
-	// Servers lets servers in.
+	// Servers admits servers.
 	Servers Servers
 	Life    time.Duration // of what is signed; see [Life]
 }
 
-// Servers is what joining needs of the control plane to let another server in.
+// Servers is what the service needs of the control plane to admit another server.
 type Servers interface {
 	// URLs are those of the API, of all servers that are known, this one's first.
 	URLs() []string
@@ -65,7 +65,8 @@ type Service struct {
 	tokens *Tokens
 	nodes  *Nodes
 	limit  *limiter
-	slots  chan struct{} // bounds the requests that are worked on
+	slots  chan struct{}   // bounds the requests that are worked on
+	proofs func() []string // made once, when they are first asked for
 	log    *slog.Logger
 	now    func() time.Time
 }
@@ -81,13 +82,20 @@ func New(cfg Config, client kubernetes.Interface, log *slog.Logger) *Service {
 	if cfg.OwnAddresses == nil {
 		cfg.OwnAddresses = func() []netip.Addr { return nil }
 	}
-	return &Service{
+	s := &Service{
 		cfg: cfg, log: log, now: time.Now,
 		tokens: &Tokens{secrets: secrets, now: time.Now},
 		nodes:  &Nodes{secrets: secrets, now: time.Now},
 		limit:  &limiter{now: time.Now, sources: map[netip.Prefix]allowance{}},
 		slots:  make(chan struct{}, maxAtOnce),
 	}
+	s.proofs = sync.OnceValue(s.makeProofs)
+	for role, secret := range cfg.Preshared {
+		if secret != "" && !joining.LooksRandom(secret) {
+			log.Warn("the fixed secret with which machines join does not look random: it can be guessed by trial; use \"openssl rand -hex 20\"", "role", role)
+		}
+	}
+	return s
 }
 
 // Tokens are the cluster's tokens, for the administrator.
@@ -111,9 +119,9 @@ func (s *Service) Cluster() joining.Cluster {
 func (s *Service) Handler(next http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+joining.PathCA, s.answerCA)
-	mux.HandleFunc("POST "+joining.PathJoin, answering(s, s.join))
+	mux.HandleFunc("POST "+joining.PathJoin, answering(s, s.admitAgent))
 	mux.HandleFunc("POST "+joining.PathRenew, answering(s, s.renew))
-	mux.HandleFunc("POST "+joining.PathServer, answering(s, s.joinServer))
+	mux.HandleFunc("POST "+joining.PathServer, answering(s, s.admitServer))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(r.URL.Path, joining.Prefix) {
 			next.ServeHTTP(w, r)
@@ -134,6 +142,11 @@ func (s *Service) Handler(next http.Handler) http.Handler {
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, joining.MaxBody))
 		if err != nil {
 			tell(w, http.StatusBadRequest, fmt.Sprintf("%v: %v", errRequest, err))
+			return
+		}
+		// Over HTTP/1.1 the server goes on reading, to learn that the client has gone, and takes the deadline for that.
+		if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			tell(w, http.StatusInternalServerError, "the connection cannot be given more time")
 			return
 		}
 		r.Body = io.NopCloser(bytes.NewReader(body))
@@ -163,13 +176,25 @@ func sourceOf(r *http.Request) netip.Addr {
 }
 
 func (s *Service) answerCA(w http.ResponseWriter, _ *http.Request) {
-	answer := joining.CA{Certificate: string(s.cfg.ServerCA.PEM())}
-	for _, role := range []Role{Agent, Server} {
-		if secret := s.cfg.Preshared[role]; secret != "" {
-			answer.Proofs = append(answer.Proofs, joining.Proof(secret, s.cfg.ServerCA.Cert))
+	reply(w, http.StatusOK, joining.CA{Certificate: string(s.cfg.ServerCA.PEM()), Proofs: s.proofs()})
+}
+
+// makeProofs shows that this server knows the fixed secrets. Anybody can ask for the proofs
+// and try guesses against them at home, so they are slow to compute; only for a secret that
+// no guess will find there is the quick one too, which older agents ask for.
+func (s *Service) makeProofs() []string {
+	var out []string
+	for _, role := range []joining.Role{joining.Agent, joining.Server} {
+		secret := s.cfg.Preshared[role]
+		if secret == "" {
+			continue
+		}
+		out = append(out, joining.SlowProof(secret, s.cfg.ServerCA.Cert))
+		if joining.LooksRandom(secret) {
+			out = append(out, joining.Proof(secret, s.cfg.ServerCA.Cert))
 		}
 	}
-	reply(w, http.StatusOK, answer)
+	return out
 }
 
 // answering sends what f returns, or why it returned nothing.
@@ -234,13 +259,13 @@ func reply(w http.ResponseWriter, status int, body any) {
 	_ = json.NewEncoder(w).Encode(body) // the client is gone, and will ask again
 }
 
-// join lets a machine in as an agent.
-func (s *Service) join(r *http.Request) (joining.Answer, error) {
+// admitAgent admits a machine as an agent.
+func (s *Service) admitAgent(r *http.Request) (joining.Answer, error) {
 	var q joining.Request
 	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
 		return joining.Answer{}, fmt.Errorf("%w: %w", errRequest, err)
 	}
-	key, err := s.admit(r, q, Agent)
+	key, err := s.admit(r, q, joining.Agent)
 	if err != nil {
 		return joining.Answer{}, err
 	}
@@ -250,9 +275,9 @@ func (s *Service) join(r *http.Request) (joining.Answer, error) {
 // maxPeers bounds the addresses that a server may say it has.
 const maxPeers = 16
 
-// joinServer lets a machine in as a server. The order matters: who is not authorised
-// changes nothing, and the credentials leave last.
-func (s *Service) joinServer(r *http.Request) (joining.ServerAnswer, error) {
+// admitServer admits a machine as a server. The order matters: a machine that is not
+// authorised changes nothing, and the credentials leave last.
+func (s *Service) admitServer(r *http.Request) (joining.ServerAnswer, error) {
 	var none joining.ServerAnswer
 	var q joining.ServerRequest
 	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
@@ -261,11 +286,14 @@ func (s *Service) joinServer(r *http.Request) (joining.ServerAnswer, error) {
 	if len(q.Peers) == 0 || len(q.Peers) > maxPeers {
 		return none, fmt.Errorf("%w: a server has between 1 and %d addresses", errRequest, maxPeers)
 	}
-	key, err := s.admit(r, q.Request, Server)
+	key, err := s.admit(r, q.Request, joining.Server)
 	if err != nil {
 		return none, err
 	}
-	admission, err := s.cfg.Servers.Admit(r.Context(), q.NodeName, q.Peers)
+	// The machine does not wait for longer, and would ask for another admission, for which this one is removed.
+	ctx, cancel := context.WithTimeout(r.Context(), joining.AdmitWithin)
+	defer cancel()
+	admission, err := s.cfg.Servers.Admit(ctx, q.NodeName, q.Peers)
 	if err != nil {
 		return none, fmt.Errorf("%w: %w", errAdmission, err)
 	}
@@ -290,7 +318,7 @@ var errAdmission = errors.New("the datastore takes no further server now")
 // admit checks what a machine asks for and its token, gives the name to its key, and
 // returns the key. A machine that has joined with this key before, and did not see the
 // answer, needs no second use.
-func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.PublicKey, error) {
+func (s *Service) admit(r *http.Request, q joining.Request, role joining.Role) (*ecdsa.PublicKey, error) {
 	ctx := r.Context()
 	if err := validName(q.NodeName); err != nil {
 		return nil, err
@@ -303,8 +331,8 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	if err != nil {
 		return nil, err
 	}
-	secret := token.Secret(q.Secret)
-	preshared := q.TokenID == token.Preshared
+	secret := joining.Secret(q.Secret)
+	preshared := q.TokenID == joining.PresharedID
 	if preshared {
 		if err := s.checkPreshared(secret, role); err != nil {
 			return nil, err
@@ -312,19 +340,19 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 	} else if err := s.tokens.check(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
 		return nil, err
 	}
-	known, err := s.nodes.has(ctx, q.NodeName, fingerprint, role)
+	admitted, err := s.nodes.admitted(ctx, q.NodeName, fingerprint, role)
 	if err != nil {
 		return nil, err
 	}
-	if !known {
+	if !admitted {
 		// The use goes first: were the name given first, a machine that came too late
-		// for the last use would be known all the same.
+		// for the last use would be admitted all the same.
 		if !preshared {
 			if err := s.tokens.spend(ctx, q.TokenID, secret, role, q.NodeName); err != nil {
 				return nil, err
 			}
 		}
-		if err := s.nodes.claim(ctx, q.NodeName, fingerprint, role); err != nil {
+		if err := s.nodes.admit(ctx, q.NodeName, fingerprint, role); err != nil {
 			return nil, err
 		}
 	}
@@ -333,17 +361,17 @@ func (s *Service) admit(r *http.Request, q joining.Request, role Role) (*ecdsa.P
 }
 
 // checkPreshared returns nil if the secret is the one that was fixed for the role.
-func (s *Service) checkPreshared(secret token.Secret, role Role) error {
-	is := func(r Role) bool {
+func (s *Service) checkPreshared(secret joining.Secret, role joining.Role) error {
+	is := func(r joining.Role) bool {
 		fixed := s.cfg.Preshared[r]
 		return fixed != "" && secret.Matches(fixed.Hash())
 	}
 	switch {
 	case is(role):
 		return nil
-	case role == Server && is(Agent):
+	case role == joining.Server && is(joining.Agent):
 		return fmt.Errorf("%w: the secret that is fixed with --token lets agents in only; make a token with \"kedge token create --role server\", or fix a secret for servers with --server-token", ErrRole)
-	case role == Agent && is(Server):
+	case role == joining.Agent && is(joining.Server):
 		return fmt.Errorf("%w: the secret that is fixed with --server-token lets servers in only", ErrRole)
 	}
 	return ErrUnknownToken
@@ -374,11 +402,11 @@ func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, er
 	if err != nil {
 		return "", nil, err
 	}
-	known, err := s.nodes.has(r.Context(), name, fingerprint, Agent)
+	admitted, err := s.nodes.admitted(r.Context(), name, fingerprint, joining.Agent)
 	if err != nil {
 		return "", nil, err
 	}
-	if !known {
+	if !admitted {
 		return "", nil, fmt.Errorf("%w with this key: %q; stop kedge here, remove its data directory, and join with a token", ErrUnknownNode, name)
 	}
 	return name, key, nil
@@ -389,22 +417,24 @@ func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, er
 // expired, and the key is the node's. Machines that fail in this share the allowance
 // that those have who join, so that no source can keep the server busy by trying.
 func (s *Service) Identify(r *http.Request) (node, key string, err error) {
+	source := sourceOf(r)
+	// Before the work, which is what is to be bounded. A node must not be locked out by others
+	// behind the same router: its certificate is verified all the same, which costs less than
+	// the connection has, and the API is asked for nobody else.
+	allowed := s.limit.allow(source)
+	if !allowed && s.verify(r) != nil {
+		return "", "", errTooMany
+	}
 	node, key, err = s.identify(r)
-	if err != nil && !s.limit.allow(sourceOf(r)) {
-		err = errTooMany
+	if err == nil && allowed {
+		s.limit.giveBack(source)
 	}
 	return node, key, err
 }
 
 func (s *Service) identify(r *http.Request) (node, key string, err error) {
-	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		roots := x509.NewCertPool()
-		roots.AddCert(s.cfg.ClientCA.Cert)
-		c := r.TLS.PeerCertificates[0]
-		_, err := c.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
-		if err != nil || !slices.Contains(c.Subject.Organization, nodesGroup) {
-			return "", "", errCertificate
-		}
+	if err := s.verify(r); errors.Is(err, errCertificate) {
+		return "", "", err
 	}
 	node, public, err := s.holder(r)
 	if err != nil {
@@ -412,6 +442,22 @@ func (s *Service) identify(r *http.Request) (node, key string, err error) {
 	}
 	key, err = pki.Fingerprint(public)
 	return node, key, err
+}
+
+// verify returns nil if the cluster has signed the certificate of a request's connection for
+// a node, and it has not expired.
+func (s *Service) verify(r *http.Request) error {
+	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+		return errRequest
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(s.cfg.ClientCA.Cert)
+	c := r.TLS.PeerCertificates[0]
+	_, err := c.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil || !slices.Contains(c.Subject.Organization, nodesGroup) {
+		return errCertificate
+	}
+	return nil
 }
 
 // sign makes a node's certificates. The address is the one that the node was seen

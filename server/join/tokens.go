@@ -16,19 +16,11 @@ import (
 	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/util/retry"
 
-	"kedge/internal/token"
+	"kedge/internal/errorkind"
+	"kedge/internal/joining"
 )
 
-// Role is as what a machine joins.
-type Role string
-
-// Roles of tokens.
-const (
-	Agent  Role = "agent"
-	Server Role = "server"
-)
-
-// Why a token is not taken. Each is one sentence for the administrator.
+// Errors of tokens that do not admit a machine. Each is one sentence for the administrator.
 var (
 	ErrUnknownToken = errors.New("the cluster does not know this token: it is mistyped or was removed; make another with \"kedge token create\" on a server")
 	ErrExpired      = errors.New("the token has expired; make another with \"kedge token create\" on a server")
@@ -46,7 +38,7 @@ const (
 
 // Spec is what a token allows.
 type Spec struct {
-	Role     Role
+	Role     joining.Role
 	TTL      time.Duration
 	Uses     int    // how many machines may join with it
 	NodeName string // the only name that may join with it; empty: any
@@ -55,14 +47,14 @@ type Spec struct {
 // Validate reports everything that is wrong with s, joined.
 func (s Spec) Validate() error {
 	var errs []error
-	if s.Role != Agent && s.Role != Server {
-		errs = append(errs, fmt.Errorf("--role %q is neither agent nor server", s.Role))
+	if s.Role != joining.Agent && s.Role != joining.Server {
+		errs = append(errs, errorkind.BadSetting("role", " %q is neither agent nor server", s.Role))
 	}
 	if s.TTL < time.Second || s.TTL > MaxTTL {
-		errs = append(errs, fmt.Errorf("--ttl %s is not between 1s and %s", s.TTL, MaxTTL))
+		errs = append(errs, errorkind.BadSetting("ttl", " %s is not between 1s and %s", s.TTL, MaxTTL))
 	}
 	if s.Uses < 1 || s.Uses > maxUses {
-		errs = append(errs, fmt.Errorf("--uses %d is not between 1 and %d", s.Uses, maxUses))
+		errs = append(errs, errorkind.BadSetting("uses", " %d is not between 1 and %d", s.Uses, maxUses))
 	}
 	if s.NodeName != "" {
 		errs = append(errs, validName(s.NodeName))
@@ -72,11 +64,11 @@ func (s Spec) Validate() error {
 
 // Listed is a token as "kedge token ls" shows it. Its secret nobody knows.
 type Listed struct {
-	ID       string    `json:"id"`
-	Role     Role      `json:"role"`
-	Expires  time.Time `json:"expires"`
-	UsesLeft int       `json:"usesLeft"`
-	NodeName string    `json:"nodeName,omitempty"`
+	ID       string       `json:"id"`
+	Role     joining.Role `json:"role"`
+	Expires  time.Time    `json:"expires"`
+	UsesLeft int          `json:"usesLeft"`
+	NodeName string       `json:"nodeName,omitempty"`
 }
 
 // Tokens are the cluster's tokens.
@@ -103,11 +95,15 @@ const (
 
 // Create makes a token that names the authority with caHash, and forgets those
 // that expired long ago.
-func (t *Tokens) Create(ctx context.Context, caHash string, s Spec) (token.Token, error) {
+func (t *Tokens) Create(ctx context.Context, caHash string, s Spec) (joining.Token, error) {
 	if err := s.Validate(); err != nil {
-		return token.Token{}, err
+		return joining.Token{}, err
 	}
-	made := token.New(caHash)
+	// Before there is anything that could be of use to somebody who is told of an error.
+	if err := t.sweep(ctx); err != nil {
+		return joining.Token{}, err
+	}
+	made := joining.NewToken(caHash)
 	_, err := t.secrets.Create(ctx, &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Name: tokenPrefix + made.ID},
 		Type:       tokenType,
@@ -117,37 +113,56 @@ func (t *Tokens) Create(ctx context.Context, caHash string, s Spec) (token.Token
 		},
 	}, metav1.CreateOptions{})
 	if err != nil {
-		return token.Token{}, fmt.Errorf("store the token: %w", err)
+		return joining.Token{}, fmt.Errorf("store the token: %w", err)
 	}
-	all, err := t.List(ctx)
+	return made, nil
+}
+
+// sweep removes tokens that expired long ago. Damaged ones stay; [Tokens.List] tells of them.
+func (t *Tokens) sweep(ctx context.Context) error {
+	all, _, err := t.list(ctx)
 	if err != nil {
-		return token.Token{}, err
+		return err
 	}
 	for _, old := range all {
 		if t.now().Sub(old.Expires) < keepExpired {
 			continue
 		}
 		if err := t.Remove(ctx, old.ID); err != nil && !errors.Is(err, ErrUnknownToken) {
-			return token.Token{}, err
+			return err
 		}
 	}
-	return made, nil
+	return nil
 }
 
 // List returns all tokens, those that expire first first.
 func (t *Tokens) List(ctx context.Context) ([]Listed, error) {
+	all, damaged, err := t.list(ctx)
+	if err == nil {
+		err = damaged
+	}
+	if err != nil {
+		return nil, err
+	}
+	return all, nil
+}
+
+// list returns the tokens that can be read, and what is wrong with the others.
+func (t *Tokens) list(ctx context.Context) (all []Listed, damaged, err error) {
 	found, err := t.secrets.List(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("type", string(tokenType)).String()})
 	if err != nil {
-		return nil, fmt.Errorf("list tokens: %w", err)
+		return nil, nil, fmt.Errorf("list tokens: %w", err)
 	}
 	out := []Listed{}
+	var bad []error
 	for _, s := range found.Items {
 		if s.Type != tokenType {
 			continue
 		}
 		l, err := read(&s)
 		if err != nil {
-			return nil, err
+			bad = append(bad, err)
+			continue
 		}
 		out = append(out, l)
 	}
@@ -157,12 +172,12 @@ func (t *Tokens) List(ctx context.Context) ([]Listed, error) {
 		}
 		return strings.Compare(a.ID, b.ID)
 	})
-	return out, nil
+	return out, errors.Join(bad...), nil
 }
 
 // Remove makes a token worthless.
 func (t *Tokens) Remove(ctx context.Context, id string) error {
-	if !token.ValidID(id) {
+	if !joining.ValidTokenID(id) {
 		return fmt.Errorf("%q is no token's name; \"kedge token ls\" shows them", id)
 	}
 	err := t.secrets.Delete(ctx, tokenPrefix+id, metav1.DeleteOptions{})
@@ -173,7 +188,7 @@ func (t *Tokens) Remove(ctx context.Context, id string) error {
 }
 
 func read(s *corev1.Secret) (Listed, error) {
-	l := Listed{ID: strings.TrimPrefix(s.Name, tokenPrefix), Role: Role(s.Data[keyRole]), NodeName: string(s.Data[keyName])}
+	l := Listed{ID: strings.TrimPrefix(s.Name, tokenPrefix), Role: joining.Role(s.Data[keyRole]), NodeName: string(s.Data[keyName])}
 	var err error
 	if l.Expires, err = time.Parse(time.RFC3339, string(s.Data[keyExpires])); err == nil {
 		l.UsesLeft, err = strconv.Atoi(string(s.Data[keyUses]))
@@ -186,13 +201,13 @@ func read(s *corev1.Secret) (Listed, error) {
 
 // check returns nil if the token allows this node to join, and spends nothing.
 // Whoever does not know the secret learns only that.
-func (t *Tokens) check(ctx context.Context, id string, secret token.Secret, role Role, nodeName string) error {
+func (t *Tokens) check(ctx context.Context, id string, secret joining.Secret, role joining.Role, nodeName string) error {
 	_, err := t.lookup(ctx, id, secret, role, nodeName)
 	return err
 }
 
-func (t *Tokens) lookup(ctx context.Context, id string, secret token.Secret, role Role, nodeName string) (*corev1.Secret, error) {
-	if !token.ValidID(id) || id == token.Preshared {
+func (t *Tokens) lookup(ctx context.Context, id string, secret joining.Secret, role joining.Role, nodeName string) (*corev1.Secret, error) {
+	if !joining.ValidTokenID(id) || id == joining.PresharedID {
 		return nil, ErrUnknownToken
 	}
 	s, err := t.secrets.Get(ctx, tokenPrefix+id, metav1.GetOptions{})
@@ -221,7 +236,7 @@ func (t *Tokens) lookup(ctx context.Context, id string, secret token.Secret, rol
 
 // spend checks the token again and takes one use of it. Two machines never get the
 // same use: the write fails if the token has changed since it was read.
-func (t *Tokens) spend(ctx context.Context, id string, secret token.Secret, role Role, nodeName string) error {
+func (t *Tokens) spend(ctx context.Context, id string, secret joining.Secret, role joining.Role, nodeName string) error {
 	return retry.RetryOnConflict(retry.DefaultRetry, func() error {
 		s, err := t.lookup(ctx, id, secret, role, nodeName)
 		if err != nil {

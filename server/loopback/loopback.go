@@ -1,9 +1,8 @@
-// Package loopback is the way to the API for code in the API server's process: a
-// client transport that calls the server's handler, with no socket and no TLS.
+// Package loopback is the API client for code in the API server's process: a client transport that calls the
+// server's handler, without a socket or TLS.
 //
-// It is not for code in another process, nor a way around authorization: every
-// request acts as a named user. It may be imported by server and main, which
-// hand out client configurations.
+// It is not for code in another process, and does not bypass authorization: every request acts as a named user.
+// The packages server and assembly, which pass on client configurations, may import it.
 package loopback
 
 import (
@@ -21,31 +20,63 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// ErrAPINotServing is what requests get before the API server is assembled.
+// ErrAPINotServing is the error of requests before the API server is assembled.
 var ErrAPINotServing = errors.New("the API server is not serving yet")
 
-// Loopback is the way to the API for code in this process: requests are handed
-// to the API server's handler by a function call. They pass the same
-// authorization, admission, and priority and fairness as any other request;
-// only the socket, TLS and the proof of identity are left out.
+// Loopback passes requests of this process to the API server's handler by a function call. They pass the same
+// authorization, admission, and priority and fairness as any other request; only the socket, TLS and
+// authentication are left out.
 //
-// The identity travels in the request's context under a private key, which
-// nothing that comes over the network can set.
+// The identity is in the request's context under a private key, which requests from the network cannot set.
 type Loopback struct {
-	handler atomic.Pointer[http.Handler]
+	handler *atomic.Pointer[http.Handler]
+	may     Condition // requests may write only while it holds; nil: always
 }
 
-// New makes a loopback that answers [ErrAPINotServing] until the API
-// component serves.
-func New() *Loopback { return &Loopback{} }
+// New returns a loopback whose requests fail with [ErrAPINotServing] until the API component serves.
+func New() *Loopback { return &Loopback{handler: new(atomic.Pointer[http.Handler])} }
 
-// Serve sets the handler that answers from now on.
+// ErrNotLeading is the error of a write by a component that may not write any more.
+var ErrNotLeading = errors.New("this server is not the leader any more")
+
+// Condition is a state that may change, for example that this server leads. The channel is closed when it may
+// have changed.
+type Condition interface {
+	Holds() (bool, <-chan struct{})
+}
+
+// While returns a loopback for components that may write only while the condition holds: other writes are
+// refused, and writes in progress are cancelled. A component needs time to stop, while another server may have
+// taken over its work. Reads continue to work.
+func (l *Loopback) While(holds Condition) *Loopback { return &Loopback{handler: l.handler, may: holds} }
+
+// fence cancels a write when the condition does not hold any more. It returns when the request has ended.
+func fence(ctx context.Context, may Condition, changed <-chan struct{}, cut context.CancelFunc) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+		var holds bool
+		if holds, changed = may.Holds(); !holds {
+			cut()
+			return
+		}
+	}
+}
+
+// writes reports whether a request may change something.
+func writes(req *http.Request) bool {
+	return req.Method != http.MethodGet && req.Method != http.MethodHead
+}
+
+// Serve sets the handler for all requests from now on.
 func (l *Loopback) Serve(h http.Handler) { l.handler.Store(&h) }
 
-// Config returns a client configuration that acts as the named user with groups
-// (system:authenticated is added). Objects are exchanged as protobuf where the
-// type allows it. There is no client-side rate limit: the API server's priority
-// and fairness sees these requests too.
+// Config returns a client configuration that acts as the named user with groups (system:authenticated is
+// added). Objects are encoded as protobuf if the type allows it. There is no client-side rate limit, because
+// the API server's priority and fairness applies.
 func (l *Loopback) Config(name string, groups ...string) *rest.Config {
 	who := &user.DefaultInfo{Name: name, Groups: append([]string{user.AllAuthenticated}, groups...)}
 	return &rest.Config{
@@ -60,12 +91,12 @@ func (l *Loopback) Config(name string, groups ...string) *rest.Config {
 	}
 }
 
-// Admin is the configuration of kedge's own code on the server.
+// Admin returns the client configuration of kedge's own code on the server.
 func (l *Loopback) Admin() *rest.Config { return l.Config("system:kedge", user.SystemPrivilegedGroup) }
 
 type identityKey struct{}
 
-// Authenticator recognises requests that came through a Loopback.
+// Authenticator authenticates requests that came through a Loopback.
 func Authenticator() authenticator.Request {
 	return authenticator.RequestFunc(func(r *http.Request) (*authenticator.Response, bool, error) {
 		who, ok := r.Context().Value(identityKey{}).(user.Info)
@@ -84,14 +115,22 @@ type memoryTransport struct {
 	user     user.Info
 }
 
-// RoundTrip implements [http.RoundTripper]. It returns when the handler has
-// sent the header, and the body streams from then on.
+// RoundTrip implements [http.RoundTripper]. It returns when the handler has sent the header; the body is
+// streamed.
 func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	h := t.loopback.handler.Load()
 	if h == nil {
 		return nil, ErrAPINotServing
 	}
 	ctx, cancel := context.WithCancel(context.WithValue(req.Context(), identityKey{}, t.user))
+	if may := t.loopback.may; may != nil && writes(req) {
+		holds, changed := may.Holds()
+		if !holds {
+			cancel()
+			return nil, ErrNotLeading
+		}
+		go fence(ctx, may, changed, cancel)
+	}
 	in := req.Clone(ctx)
 	in.RequestURI = req.URL.RequestURI()
 	in.RemoteAddr = "127.0.0.1:0"
@@ -107,8 +146,8 @@ func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		defer func() {
 			err := io.EOF
 			if p := recover(); p != nil {
-				// http.ErrAbortHandler is how handlers cut a response short;
-				// other panics were logged by the API server's own filter.
+				// http.ErrAbortHandler is the normal way to abort a response; the API server's own filter has
+				// logged other panics.
 				err = fmt.Errorf("the API server aborted the response: %v", p)
 			}
 			w.finish(err)
@@ -131,17 +170,15 @@ func (t *memoryTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// maxBuffered is how many bytes of a response body wait for a slow reader
-// before the handler's Write blocks.
+// maxBuffered is the maximum number of buffered bytes of a response body before the handler's Write blocks.
 const maxBuffered = 256 << 10
 
-// memoryWriter is both ends of a response: the handler's ResponseWriter and the
-// client's Body.
+// memoryWriter is both ends of a response: the handler's ResponseWriter and the client's Body.
 type memoryWriter struct {
-	ctx    context.Context // the handler's; ended by Close
+	ctx    context.Context // the handler's context; cancelled by Close
 	cancel context.CancelFunc
 
-	header     http.Header   // the handler's, until it is sent
+	header     http.Header   // the handler's header, until it is sent
 	headerSent chan struct{} // closed when status and sent are final
 	status     int
 	sent       http.Header
@@ -150,14 +187,14 @@ type memoryWriter struct {
 	cond   *sync.Cond
 	wrote  bool // header was sent
 	buf    bytes.Buffer
-	err    error // what Read returns after buf is empty; io.EOF after a normal end
+	err    error // the error of Read when buf is empty; io.EOF after a normal end
 	closed bool  // the client has closed the body
 }
 
 func newMemoryWriter(ctx context.Context, cancel context.CancelFunc) *memoryWriter {
 	w := &memoryWriter{ctx: ctx, cancel: cancel, header: http.Header{}, headerSent: make(chan struct{})}
 	w.cond = sync.NewCond(&w.mu)
-	// A reader or writer that waits must also notice that the request ended.
+	// A waiting reader or writer must be woken when the request ends.
 	context.AfterFunc(ctx, func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -180,7 +217,7 @@ func (w *memoryWriter) WriteHeader(status int) {
 }
 
 func (w *memoryWriter) writeHeader(status int) {
-	if w.wrote || status < 200 { // informational responses have no reader here
+	if w.wrote || status < 200 { // informational responses are dropped
 		return
 	}
 	w.wrote = true
@@ -208,25 +245,25 @@ func (w *memoryWriter) Write(p []byte) (int, error) {
 	return w.buf.Write(p)
 }
 
-// Flush implements [http.Flusher]: what is written can be read at once.
+// Flush implements [http.Flusher]. Written data can always be read at once.
 func (w *memoryWriter) Flush() { w.WriteHeader(http.StatusOK) }
 
-// CloseNotify implements the deprecated http.CloseNotifier, by which the API
-// server recognises a writer that can stream.
+// CloseNotify implements the deprecated http.CloseNotifier, by which the API server recognises a writer that
+// supports streaming.
 func (w *memoryWriter) CloseNotify() <-chan bool {
 	c := make(chan bool, 1)
 	context.AfterFunc(w.ctx, func() { c <- true })
 	return c
 }
 
-// finish is called when the handler has returned.
+// finish is called when the handler has returned, with io.EOF or the error of a panic.
 func (w *memoryWriter) finish(err error) {
 	w.mu.Lock()
 	if !w.wrote && err == io.EOF {
 		w.writeHeader(http.StatusOK)
 	}
 	if w.err == nil {
-		if w.ctx.Err() != nil { // the handler ended because the request did
+		if w.ctx.Err() != nil { // the handler returned because the request was cancelled
 			err = context.Cause(w.ctx)
 		}
 		w.err = err
@@ -243,13 +280,13 @@ func (w *memoryWriter) finish(err error) {
 	}
 }
 
-// awaitHeader waits until the header is sent, and returns the error of a handler that
-// ended without it, or of a request that did.
+// awaitHeader waits until the header is sent. It returns an error if the handler returns or the request ends
+// before.
 func (w *memoryWriter) awaitHeader() error {
 	select {
 	case <-w.headerSent:
 	case <-w.ctx.Done():
-		// A response that is whole ends the context too, and counts.
+		// The context also ends after a complete response, which is valid.
 		select {
 		case <-w.headerSent:
 		default:

@@ -187,3 +187,75 @@ func TestLoopbackPanicAndNotServing(t *testing.T) {
 		t.Errorf("got %v, want ErrAPINotServing", err)
 	}
 }
+
+// term is a condition for tests.
+type term struct {
+	mu      sync.Mutex
+	holds   bool
+	changed chan struct{}
+}
+
+func (c *term) Holds() (bool, <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.holds, c.changed
+}
+
+func (c *term) set(holds bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.holds = holds
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// TestWritesOfATermThatHasEnded: a part that has not stopped yet when another server leads cannot write any more, also
+// not what is on its way.
+func TestWritesOfATermThatHasEnded(t *testing.T) {
+	inside := make(chan struct{}, 1)
+	l, leads := New(), &term{holds: true, changed: make(chan struct{})}
+	l.Serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			inside <- struct{}{}
+			<-r.Context().Done()
+		}
+	}))
+	c, err := rest.HTTPClientFor(l.While(leads).Config("scheduler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	do := func(method, path string) error {
+		req, _ := http.NewRequestWithContext(t.Context(), method, "http://x"+path, nil)
+		resp, err := c.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		_, err = io.ReadAll(resp.Body)
+		return err
+	}
+	if err := do(http.MethodPost, "/"); err != nil {
+		t.Errorf("a write of the leader: %v", err)
+	}
+	leads.set(true) // which may happen without news
+	done := make(chan error, 1)
+	go func() { done <- do(http.MethodPut, "/slow") }()
+	<-inside
+	leads.set(true)
+	leads.set(false)
+	if err := <-done; err == nil {
+		t.Error("a write that was on its way has ended as if nothing were")
+	}
+	for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+		if err := do(method, "/"); !errors.Is(err, ErrNotLeading) {
+			t.Errorf("%s: %v", method, err)
+		}
+	}
+	if err := do(http.MethodGet, "/"); err != nil {
+		t.Errorf("a read: %v", err)
+	}
+	leads.set(true)
+	if err := do(http.MethodPost, "/"); err != nil {
+		t.Errorf("a write of the next term: %v", err)
+	}
+}

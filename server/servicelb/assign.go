@@ -11,25 +11,26 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"kedge/internal/addresspool"
+	"kedge/internal/nodeaddr"
 )
 
-// state is all that decides who gets which addresses.
+// state is the input of the decision.
 type state struct {
 	pools    []addresspool.Pool
-	reserved []portKey // ports of the nodes that are kedge's own
+	reserved []portKey // ports of the nodes that kedge itself uses
 	services []*corev1.Service
 	nodes    []*corev1.Node
 	slices   func(*corev1.Service) []*discoveryv1.EndpointSlice
 }
 
-// decision is what becomes of one service.
+// decision is the result for one service.
 type decision struct {
 	addresses []netip.Addr
-	// A service that waits has a reason, one word for programs, and a message for people.
+	// A service without addresses has a reason, a CamelCase word for events, and a message.
 	reason, message string
 }
 
-// Reasons of services that wait.
+// Reasons of services without addresses.
 const (
 	reasonRequest   = "InvalidRequest"
 	reasonPool      = "NoSuchPool"
@@ -39,11 +40,12 @@ const (
 	reasonNodes     = "NoNode"
 )
 
-// assign decides for all services at once. Who has an address keeps it as long as it may;
-// among those that want the same, the older one wins. The result depends on nothing but
-// the state, so that a new server decides as the one before did.
+// assign decides for all services. A service keeps its addresses if they are still valid; if services compete
+// for an address, the older service gets it. The result depends only on the state, so that a new leader makes
+// the same decisions as the one before.
 func assign(st state) map[string]decision {
 	out := map[string]decision{}
+	owners := nodeaddr.Owners(st.nodes)
 	byAge := slices.Clone(st.services)
 	slices.SortFunc(byAge, func(a, b *corev1.Service) int {
 		return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), strings.Compare(nameOf(a), nameOf(b)))
@@ -53,11 +55,11 @@ func assign(st state) map[string]decision {
 	taken := map[portKey]*corev1.Service{}
 	for _, s := range byAge {
 		switch modeOf(s, len(st.pools) > 0) {
-		case ofNodes:
-			out[nameOf(s)] = assignNodes(st, s, taken)
-		case ofPool:
+		case fromNodes:
+			out[nameOf(s)] = assignNodes(st, owners, s, taken)
+		case fromPool:
 			r := requestOf(s)
-			if now := given(s); len(now) > 0 && st.mayKeep(table, r, now) {
+			if now := currentAddresses(s); len(now) > 0 && st.canKeep(table, r, now) {
 				table.use(r, now)
 				out[nameOf(s)] = decision{addresses: now}
 				continue
@@ -73,7 +75,7 @@ func assign(st state) map[string]decision {
 	return out
 }
 
-// table says who uses which address of a pool.
+// table has the services that use each address of a pool.
 type table struct{ users map[netip.Addr][]request }
 
 func (t table) use(r request, addrs []netip.Addr) {
@@ -82,29 +84,29 @@ func (t table) use(r request, addrs []netip.Addr) {
 	}
 }
 
-// conflict is why a service cannot use an address, or "".
+// conflict returns the reason why a service cannot use an address, or "".
 func (t table) conflict(r request, a netip.Addr) string {
 	for _, o := range t.users[a] {
 		if reason := r.incompatible(o); reason != "" {
-			return fmt.Sprintf("%s is %s's: %s", a, nameOf(o.service), reason)
+			return fmt.Sprintf("%s is used by %s: %s", a, nameOf(o.service), reason)
 		}
 	}
 	return ""
 }
 
-// incompatible is why two services cannot share an address, or "".
+// incompatible returns the reason why two services cannot share an address, or "".
 func (r request) incompatible(o request) string {
 	switch {
 	case r.sharing == "" || r.sharing != o.sharing:
-		return "services share an address when both have the same value of the annotation kedge.io/" + annotationSharing
+		return "services can share an address only if both have the same value of the annotation kedge.io/" + annotationSharing
 	case local(r.service) != local(o.service):
 		return "services that share an address need the same externalTrafficPolicy"
 	case local(r.service) && !sameSelector(r.service, o.service):
-		return "services with externalTrafficPolicy Local share an address only when they select the same pods"
+		return "services with externalTrafficPolicy Local can share an address only if they select the same pods"
 	}
 	for _, p := range ports(r.service) {
 		if slices.Contains(ports(o.service), p) {
-			return "both want port " + p.String()
+			return "both use port " + p.String()
 		}
 	}
 	return ""
@@ -122,8 +124,8 @@ func sameSelector(a, b *corev1.Service) bool {
 	return true
 }
 
-// mayKeep says whether the addresses that a service has are such as it would be given.
-func (st state) mayKeep(t table, r request, now []netip.Addr) bool {
+// canKeep reports whether the current addresses of a service are still valid for it.
+func (st state) canKeep(t table, r request, now []netip.Addr) bool {
 	if r.problem != nil || len(now) != len(wantedFamilies(st, r)) {
 		return false
 	}
@@ -144,8 +146,8 @@ func (st state) mayKeep(t table, r request, now []netip.Addr) bool {
 	return true
 }
 
-// wantedFamilies are those of which a service gets an address: all of its own, but what
-// it merely prefers only where a pool has it.
+// wantedFamilies returns the families of which a service gets an address: all of its families, but with
+// PreferDualStack only those that a pool has.
 func wantedFamilies(st state, r request) []bool {
 	all := families(r.service)
 	if p := r.service.Spec.IPFamilyPolicy; p == nil || *p != corev1.IPFamilyPolicyPreferDualStack {
@@ -160,28 +162,28 @@ func hasFamily(p addresspool.Pool, ipv4 bool) bool {
 	return slices.ContainsFunc(p.Ranges, func(r addresspool.Range) bool { return r.First.Is4() == ipv4 })
 }
 
-// candidates are the pools that may serve a request, in order.
+// candidates returns the pools that may serve a request, in order.
 func (st state) candidates(r request) []addresspool.Pool {
 	return slices.DeleteFunc(slices.Clone(st.pools), func(p addresspool.Pool) bool { return r.pool != "" && p.Name != r.pool })
 }
 
-// choose finds addresses for a service that has none.
+// choose finds addresses for a service that keeps none.
 func (st state) choose(t table, r request) decision {
 	pools := st.candidates(r)
 	switch {
 	case r.problem != nil:
 		return decision{reason: reasonRequest, message: r.problem.Error()}
 	case len(st.pools) == 0:
-		return decision{reason: reasonPool, message: "there are no pools of addresses; name one with --lb-pool"}
+		return decision{reason: reasonPool, message: "there are no address pools; configure one with --lb-pool"}
 	case len(pools) == 0:
-		return decision{reason: reasonPool, message: fmt.Sprintf("there is no pool %q; there are %s", r.pool, names(st.pools))}
+		return decision{reason: reasonPool, message: fmt.Sprintf("pool %q does not exist; there are %s", r.pool, names(st.pools))}
 	}
 	wanted := wantedFamilies(st, r)
 	if len(r.addresses) > 0 {
 		return st.chooseRequested(t, r, pools, wanted)
 	}
-	now := given(r.service)
-	slices.SortStableFunc(pools, func(a, b addresspool.Pool) int { // what can be kept is kept
+	now := currentAddresses(r.service)
+	slices.SortStableFunc(pools, func(a, b addresspool.Pool) int { // current addresses are kept if possible
 		return cmp.Compare(common(b, now), common(a, now))
 	})
 	for _, p := range pools {
@@ -198,7 +200,7 @@ func (st state) choose(t table, r request) decision {
 	return decision{reason: reasonExhausted, message: "no free address of " + familyNames(wanted) + " in " + names(pools)}
 }
 
-// common is how many of some addresses a pool has.
+// common returns the number of addresses that are in a pool.
 func common(p addresspool.Pool, addrs []netip.Addr) (n int) {
 	for _, a := range addrs {
 		if p.Contains(a) {
@@ -208,9 +210,9 @@ func common(p addresspool.Pool, addrs []netip.Addr) (n int) {
 	return n
 }
 
-// find returns an address of a pool: one that the service has, or shares, or a free one.
+// find returns an address of a pool: the current address, an address that can be shared, or a free one.
 func (t table) find(p addresspool.Pool, r request, ipv4 bool) netip.Addr {
-	for _, a := range given(r.service) {
+	for _, a := range currentAddresses(r.service) {
 		if a.Is4() == ipv4 && p.Contains(a) && t.conflict(r, a) == "" {
 			return a
 		}
@@ -233,16 +235,16 @@ func (st state) chooseRequested(t table, r request, pools []addresspool.Pool, wa
 	for _, a := range r.addresses {
 		switch _, ok := addresspool.In(pools, a); {
 		case !ok:
-			return decision{reason: reasonRequest, message: fmt.Sprintf("%s, which it asks for, is not in %s", a, names(pools))}
+			return decision{reason: reasonRequest, message: fmt.Sprintf("requested address %s is not in %s", a, names(pools))}
 		case !slices.Contains(families(r.service), a.Is4()):
-			return decision{reason: reasonRequest, message: fmt.Sprintf("%s, which it asks for, is not of the service's families", a)}
+			return decision{reason: reasonRequest, message: fmt.Sprintf("requested address %s is not of the service's IP families", a)}
 		}
 		if why := t.conflict(r, a); why != "" {
 			return decision{reason: reasonTaken, message: why}
 		}
 	}
 	if len(r.addresses) != len(wanted) {
-		return decision{reason: reasonRequest, message: "it asks for an address of one family, and needs " + familyNames(wanted)}
+		return decision{reason: reasonRequest, message: "requests an address of only one family, but needs " + familyNames(wanted)}
 	}
 	return decision{addresses: r.addresses}
 }
@@ -263,15 +265,15 @@ func familyNames(ipv4 []bool) string {
 	return strings.Join(out, " and ")
 }
 
-// assignNodes gives a service the addresses of nodes. Ports that it gets are noted in
-// taken: another service cannot have them.
-func assignNodes(st state, s *corev1.Service, taken map[portKey]*corev1.Service) decision {
+// assignNodes gives a service the addresses of nodes. It records the service's ports in taken, so that no other
+// service can have them.
+func assignNodes(st state, owners map[netip.Addr]nodeaddr.Owner, s *corev1.Service, taken map[portKey]*corev1.Service) decision {
 	for _, p := range ports(s) {
 		if slices.Contains(st.reserved, p) {
-			return decision{reason: reasonPort, message: fmt.Sprintf("port %s of the nodes is kedge's own; take another port, or an address of a pool (--lb-pool)", p)}
+			return decision{reason: reasonPort, message: fmt.Sprintf("port %s of the nodes is used by kedge itself; use another port, or an address of a pool (--lb-pool)", p)}
 		}
 		if o := taken[p]; o != nil {
-			return decision{reason: reasonPort, message: fmt.Sprintf("port %s of the nodes is %s's; it is this service's when that one is gone, or take an address of a pool (--lb-pool)", p, nameOf(o))}
+			return decision{reason: reasonPort, message: fmt.Sprintf("port %s of the nodes is used by service %s; delete that service, use another port, or use an address of a pool (--lb-pool)", p, nameOf(o))}
 		}
 	}
 	for _, p := range ports(s) {
@@ -284,12 +286,12 @@ func assignNodes(st state, s *corev1.Service, taken map[portKey]*corev1.Service)
 	}
 	ready := slices.DeleteFunc(slices.Clone(nodes), func(n *corev1.Node) bool { return !isReady(n) })
 	if len(ready) == 0 && len(nodes) > 0 {
-		ready = nodes // none looks healthy: to say nothing would help nobody
+		ready = nodes // no node is ready: keeping the addresses is better than having none
 	}
 	var out []netip.Addr
 	for _, ipv4 := range families(s) {
 		for _, n := range ready {
-			if a := addressOf(n, ipv4); a.IsValid() && !slices.Contains(out, a) {
+			if a := addressOf(n, ipv4, owners); a.IsValid() && !slices.Contains(out, a) {
 				out = append(out, a)
 			}
 		}
@@ -303,7 +305,7 @@ func assignNodes(st state, s *corev1.Service, taken map[portKey]*corev1.Service)
 	return decision{addresses: out}
 }
 
-// eligible are the nodes that may take connections from outside, by name.
+// eligible returns the nodes that may receive external traffic, sorted by name.
 func eligible(nodes []*corev1.Node) []*corev1.Node {
 	chosen := slices.ContainsFunc(nodes, func(n *corev1.Node) bool { return n.Labels[NodeLabel] == "true" })
 	var out []*corev1.Node
@@ -324,11 +326,13 @@ func isReady(n *corev1.Node) bool {
 	})
 }
 
-// addressOf is a node's address of a family: the external one where there is one.
-func addressOf(n *corev1.Node, ipv4 bool) netip.Addr {
+// addressOf returns a node's address of a family: the external address if there is one. Every node translates
+// packets to an address of a load balancer, so an address that a node only claims must not be used.
+func addressOf(n *corev1.Node, ipv4 bool, owners map[netip.Addr]nodeaddr.Owner) netip.Addr {
 	for _, kind := range []corev1.NodeAddressType{corev1.NodeExternalIP, corev1.NodeInternalIP} {
 		for _, addr := range n.Status.Addresses {
-			if a, err := netip.ParseAddr(addr.Address); err == nil && addr.Type == kind && a.Is4() == ipv4 {
+			a, err := netip.ParseAddr(addr.Address)
+			if err == nil && addr.Type == kind && a.Is4() == ipv4 && owners[a.Unmap()].Node == n.Name {
 				return a
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -27,75 +28,73 @@ import (
 	"k8s.io/client-go/tools/record"
 
 	"kedge/internal/addresspool"
+	"kedge/internal/lifecycle"
+	"kedge/internal/nodeaddr"
 )
 
 const (
-	// settle is how long the controller waits after an event: services, endpoints and
-	// nodes come several at a time.
-	settle = 50 * time.Millisecond
-	// retry is how long it waits after a failure.
-	retry = 2 * time.Second
+	// settle is the delay after an event, because events of services, endpoints and nodes come in bursts.
+	batchDelay = 50 * time.Millisecond
+	// retry is the delay after a failure.
+	retryDelay = 2 * time.Second
 
-	// cleanupFinalizer is what cloud controllers leave on services. Nothing of ours needs
-	// to be undone when a service goes, but nobody else would take it away.
+	// cleanupFinalizer is a finalizer that cloud controller managers leave on services. kedge has nothing to
+	// clean up, but must remove it, because no other controller would.
 	cleanupFinalizer = "service.kubernetes.io/load-balancer-cleanup"
 )
 
-// Config is what the controller is told once.
+// Config is the configuration of the controller.
 type Config struct {
 	Pools    []addresspool.Pool
-	Reserved []uint16 // TCP ports of the nodes that services cannot have: kedge's own
+	Reserved []uint16 // TCP ports of the nodes that kedge itself uses
 }
 
-// Controller is the component that gives services of type LoadBalancer their addresses.
-// It runs on one server.
+// Controller is the component that assigns addresses to services of type LoadBalancer. It runs on one server.
 type Controller struct {
 	cfg    Config
 	log    *slog.Logger
 	client kubernetes.Interface
 
-	services informers.SharedInformerFactory // those of type LoadBalancer only
+	services informers.SharedInformerFactory // only services of type LoadBalancer
 	others   informers.SharedInformerFactory
-	recorder record.EventRecorder
-	events   record.EventBroadcaster
 
-	wake chan struct{} // asks for a round; holds one request
+	wake lifecycle.Wakeup // requests a round
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards failure and left
 	failure error
-	// Only the rounds touch what follows.
-	told map[types.UID]decision // what the events of each service say
-	left map[types.NamespacedName]bool
+	// Only rounds use the fields below.
+	recorder   record.EventRecorder   // of Run
+	lastEvents map[types.UID]decision // the last event of each service
+	left       map[types.NamespacedName]bool
 }
 
-// New makes the controller. client acts as the user system:kedge:servicelb.
+// New returns the controller. client acts as the user system:kedge:servicelb.
 func New(cfg Config, client *rest.Config, log *slog.Logger) (*Controller, error) {
 	c, err := kubernetes.NewForConfig(client)
 	if err != nil {
-		return nil, fmt.Errorf("make the load balancer's client: %w", err)
+		return nil, fmt.Errorf("create the load balancer's client: %w", err)
 	}
 	return newController(cfg, c, log), nil
 }
 
 func newController(cfg Config, client kubernetes.Interface, log *slog.Logger) *Controller {
-	c := &Controller{
-		cfg: cfg, log: log, client: client, wake: make(chan struct{}, 1), events: record.NewBroadcaster(),
-		told: map[types.UID]decision{}, left: map[types.NamespacedName]bool{},
+	return &Controller{
+		cfg: cfg, log: log, client: client, wake: lifecycle.NewWakeup(),
+		lastEvents: map[types.UID]decision{}, left: map[types.NamespacedName]bool{},
 		services: informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(reduce),
 			informers.WithTweakListOptions(func(o *metav1.ListOptions) {
 				o.FieldSelector = fields.OneTermEqualSelector("spec.type", string(corev1.ServiceTypeLoadBalancer)).String()
 			})),
 		others: informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(reduce)),
 	}
-	c.recorder = c.events.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "kedge-servicelb"})
-	return c
 }
 
-// reduce keeps of nodes and slices what is decided by.
+// reduce removes the fields of nodes and slices that do not affect decisions.
 func reduce(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Node:
-		o.Annotations, o.Spec = nil, corev1.NodeSpec{}
+		maps.DeleteFunc(o.Annotations, func(key, _ string) bool { return key != nodeaddr.Proven && key != nodeaddr.Announced })
+		o.Spec = corev1.NodeSpec{}
 		conditions := slices.DeleteFunc(o.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type != corev1.NodeReady })
 		o.Status = corev1.NodeStatus{Addresses: o.Status.Addresses, Conditions: conditions}
 	case *discoveryv1.EndpointSlice:
@@ -115,41 +114,38 @@ func reduce(o any) (any, error) {
 // Name implements lifecycle.Component.
 func (c *Controller) Name() string { return "servicelb" }
 
-// Run implements lifecycle.Component. It is ready when the first round is done.
+// Run implements lifecycle.Component. It calls ready after the first round.
 func (c *Controller) Run(ctx context.Context, ready func()) error {
-	soon := func() {
-		select {
-		case c.wake <- struct{}{}:
-		default:
-		}
-	}
 	for _, h := range []struct {
 		informer cache.SharedIndexInformer
 		handler  cache.ResourceEventHandler
 	}{
 		{c.services.Core().V1().Services().Informer(), cache.ResourceEventHandlerFuncs{
-			AddFunc: func(any) { soon() }, UpdateFunc: func(any, any) { soon() },
-			DeleteFunc: func(o any) { c.noteLeft(o); soon() },
+			AddFunc: func(any) { c.wake.Wake() }, UpdateFunc: func(any, any) { c.wake.Wake() },
+			DeleteFunc: func(o any) { c.recordLeft(o); c.wake.Wake() },
 		}},
 		{c.others.Core().V1().Nodes().Informer(), cache.ResourceEventHandlerFuncs{
-			AddFunc: func(any) { soon() }, DeleteFunc: func(any) { soon() },
+			AddFunc: func(any) { c.wake.Wake() }, DeleteFunc: func(any) { c.wake.Wake() },
 			UpdateFunc: func(a, b any) {
 				if nodeMatters(a.(*corev1.Node), b.(*corev1.Node)) {
-					soon()
+					c.wake.Wake()
 				}
 			},
 		}},
 		{c.others.Discovery().V1().EndpointSlices().Informer(), cache.ResourceEventHandlerFuncs{
-			AddFunc: func(o any) { c.sliceChanged(o, soon) }, DeleteFunc: func(o any) { c.sliceChanged(o, soon) },
-			UpdateFunc: func(_, o any) { c.sliceChanged(o, soon) },
+			AddFunc: func(o any) { c.sliceChanged(o) }, DeleteFunc: func(o any) { c.sliceChanged(o) },
+			UpdateFunc: func(_, o any) { c.sliceChanged(o) },
 		}},
 	} {
 		if _, err := h.informer.AddEventHandler(h.handler); err != nil {
 			return fmt.Errorf("follow services and nodes: %w", err)
 		}
 	}
-	c.events.StartRecordingToSink(&v1core.EventSinkImpl{Interface: c.client.CoreV1().Events("")})
-	defer c.events.Shutdown()
+	// A broadcaster has goroutines, and a controller is made for each term in which this server leads.
+	events := record.NewBroadcaster()
+	events.StartRecordingToSink(&v1core.EventSinkImpl{Interface: c.client.CoreV1().Events("")})
+	defer events.Shutdown()
+	c.recorder = events.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "kedge-servicelb"})
 	for _, f := range []informers.SharedInformerFactory{c.services, c.others} {
 		f.StartWithContext(ctx)
 		defer f.Shutdown()
@@ -174,9 +170,9 @@ func (c *Controller) Run(ctx context.Context, ready func()) error {
 			return nil
 		case <-c.wake:
 		}
-		pause := settle
+		pause := batchDelay
 		if c.Check(ctx) != nil {
-			pause = retry
+			pause = retryDelay
 		}
 		select {
 		case <-ctx.Done():
@@ -184,35 +180,36 @@ func (c *Controller) Run(ctx context.Context, ready func()) error {
 		case <-time.After(pause):
 		}
 		if c.round(ctx) != nil {
-			soon()
+			c.wake.Wake()
 		}
 	}
 }
 
-// nodeMatters says whether a change of a node can change an address.
+// nodeMatters reports whether a change of a node can change an address.
 func nodeMatters(a, b *corev1.Node) bool {
 	_, x := a.Labels[corev1.LabelNodeExcludeBalancers]
 	_, y := b.Labels[corev1.LabelNodeExcludeBalancers]
 	return x != y || a.Labels[NodeLabel] != b.Labels[NodeLabel] || isReady(a) != isReady(b) ||
-		(a.DeletionTimestamp == nil) != (b.DeletionTimestamp == nil) || !slices.Equal(a.Status.Addresses, b.Status.Addresses)
+		(a.DeletionTimestamp == nil) != (b.DeletionTimestamp == nil) || !slices.Equal(a.Status.Addresses, b.Status.Addresses) ||
+		a.Annotations[nodeaddr.Proven] != b.Annotations[nodeaddr.Proven]
 }
 
-// sliceChanged asks for a round when endpoints decide about a service's addresses.
-func (c *Controller) sliceChanged(o any, soon func()) {
+// sliceChanged requests a round if endpoints affect the service's addresses.
+func (c *Controller) sliceChanged(o any) {
 	s, ok := o.(*discoveryv1.EndpointSlice)
 	if !ok {
-		soon() // it was deleted while nobody watched
+		c.wake.Wake() // a deletion that the watch has missed
 		return
 	}
 	service, err := c.services.Core().V1().Services().Lister().Services(s.Namespace).Get(s.Labels[discoveryv1.LabelServiceName])
 	if err == nil && local(service) {
-		soon()
+		c.wake.Wake()
 	}
 }
 
-// noteLeft remembers a service that is gone or is not of the type any more: in the latter
-// case it still has addresses in its status.
-func (c *Controller) noteLeft(o any) {
+// recordLeft records a service that was deleted or has another type now: in the latter case its status still has
+// addresses.
+func (c *Controller) recordLeft(o any) {
 	if unknown, ok := o.(cache.DeletedFinalStateUnknown); ok {
 		o = unknown.Obj
 	}
@@ -223,8 +220,8 @@ func (c *Controller) noteLeft(o any) {
 	}
 }
 
-// findLeft finds the services that ceased to be of the type while nobody watched: when
-// no server ran, or while another began to lead.
+// findLeft finds services whose type changed while no controller watched: while no server ran, or during a
+// change of the leader.
 func (c *Controller) findLeft(ctx context.Context) error {
 	others := metav1.ListOptions{Limit: 500, FieldSelector: fields.OneTermNotEqualSelector("spec.type", string(corev1.ServiceTypeLoadBalancer)).String()}
 	for {
@@ -234,7 +231,7 @@ func (c *Controller) findLeft(ctx context.Context) error {
 		}
 		for i := range page.Items {
 			if s := &page.Items[i]; s.Spec.Type != corev1.ServiceTypeLoadBalancer {
-				c.noteLeft(s)
+				c.recordLeft(s)
 			}
 		}
 		if others.Continue = page.Continue; others.Continue == "" {
@@ -243,7 +240,7 @@ func (c *Controller) findLeft(ctx context.Context) error {
 	}
 }
 
-// round decides about all services and writes what differs.
+// round decides for all services and writes the differences.
 func (c *Controller) round(ctx context.Context) error {
 	err := c.reconcile(ctx)
 	if ctx.Err() != nil {
@@ -252,7 +249,7 @@ func (c *Controller) round(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil && c.failure == nil {
-		c.log.Warn("addresses of services could not be written", "cause", err)
+		c.log.Warn("the addresses of services could not be written; trying again", "err", err)
 	}
 	c.failure = err
 	return err
@@ -288,20 +285,20 @@ func (c *Controller) reconcile(ctx context.Context) error {
 	seen := map[types.UID]bool{}
 	for _, s := range services {
 		seen[s.UID] = true
-		if modeOf(s, len(c.cfg.Pools) > 0) == notOurs {
+		if modeOf(s, len(c.cfg.Pools) > 0) == foreign {
 			continue
 		}
 		if s.DeletionTimestamp != nil {
-			errs = append(errs, c.letGo(ctx, s))
+			errs = append(errs, c.removeFinalizer(ctx, s))
 			continue
 		}
 		d := decisions[nameOf(s)]
 		errs = append(errs, c.write(ctx, s, d))
-		c.tell(s, d)
+		c.recordEvent(s, d)
 	}
-	for uid := range c.told {
+	for uid := range c.lastEvents {
 		if !seen[uid] {
-			delete(c.told, uid)
+			delete(c.lastEvents, uid)
 		}
 	}
 	return errors.Join(errs...)
@@ -310,14 +307,14 @@ func (c *Controller) reconcile(ctx context.Context) error {
 func (c *Controller) slicesOf(s *corev1.Service) []*discoveryv1.EndpointSlice {
 	out, err := c.others.Discovery().V1().EndpointSlices().Lister().EndpointSlices(s.Namespace).List(labels.SelectorFromSet(labels.Set{discoveryv1.LabelServiceName: s.Name}))
 	if err != nil {
-		return nil // a lister of a cache has no errors
+		return nil // a lister of a cache returns no errors
 	}
 	return out
 }
 
-// write puts addresses into a service's status, unless they are there.
+// write sets the addresses in a service's status if they differ.
 func (c *Controller) write(ctx context.Context, s *corev1.Service, d decision) error {
-	if slices.Equal(given(s), d.addresses) && len(s.Status.LoadBalancer.Ingress) == len(d.addresses) {
+	if slices.Equal(currentAddresses(s), d.addresses) && len(s.Status.LoadBalancer.Ingress) == len(d.addresses) {
 		return nil
 	}
 	return c.patch(ctx, s.Namespace, s.Name, d.addresses)
@@ -339,11 +336,11 @@ func (c *Controller) patch(ctx context.Context, namespace, name string, addrs []
 	if err != nil {
 		return fmt.Errorf("write the addresses of %s/%s: %w", namespace, name, err)
 	}
-	c.log.Info("addresses of a service", "service", namespace+"/"+name, "addresses", addrs)
+	c.log.Info("updated the addresses of a service", "service", namespace+"/"+name, "addresses", addrs)
 	return nil
 }
 
-// clearLeft takes the addresses from services that are not of the type any more.
+// clearLeft removes the addresses from services that do not have the type any more.
 func (c *Controller) clearLeft(ctx context.Context) error {
 	c.mu.Lock()
 	left := make([]types.NamespacedName, 0, len(c.left))
@@ -368,8 +365,8 @@ func (c *Controller) clearLeft(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// letGo removes a cloud controller's finalizer from a service that is to go.
-func (c *Controller) letGo(ctx context.Context, s *corev1.Service) error {
+// removeFinalizer removes a cloud controller manager's finalizer from a service that is being deleted.
+func (c *Controller) removeFinalizer(ctx context.Context, s *corev1.Service) error {
 	if !slices.Contains(s.Finalizers, cleanupFinalizer) {
 		return nil
 	}
@@ -382,17 +379,17 @@ func (c *Controller) letGo(ctx context.Context, s *corev1.Service) error {
 	return err
 }
 
-// tell says in an event what changed for a service.
-func (c *Controller) tell(s *corev1.Service, d decision) {
-	before, known := c.told[s.UID]
+// recordEvent records an event if the decision for a service has changed.
+func (c *Controller) recordEvent(s *corev1.Service, d decision) {
+	before, known := c.lastEvents[s.UID]
 	if known && before.message == d.message && slices.Equal(before.addresses, d.addresses) {
 		return
 	}
-	c.told[s.UID] = d
+	c.lastEvents[s.UID] = d
 	switch {
 	case d.message != "":
 		c.recorder.Event(s, corev1.EventTypeWarning, d.reason, d.message)
-	case known || !slices.Equal(given(s), d.addresses): // not after every start
+	case known || !slices.Equal(currentAddresses(s), d.addresses): // not after every start
 		c.recorder.Eventf(s, corev1.EventTypeNormal, "AddressAssigned", "reached at %v", d.addresses)
 	}
 }

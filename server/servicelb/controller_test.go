@@ -48,7 +48,7 @@ func waitAddresses(t *testing.T, client *fake.Clientset, name, want string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := fmt.Sprint(given(s))
+		got := fmt.Sprint(currentAddresses(s))
 		if got == want {
 			return
 		}
@@ -77,7 +77,7 @@ func TestController(t *testing.T) {
 			t.Fatal(err)
 		}
 		if slices.ContainsFunc(events.Items, func(e corev1.Event) bool {
-			return e.InvolvedObject.Name == "second" && e.Reason == reasonPort && strings.Contains(e.Message, "default/first's")
+			return e.InvolvedObject.Name == "second" && e.Reason == reasonPort && strings.Contains(e.Message, "used by service default/first")
 		}) {
 			break
 		}
@@ -123,8 +123,8 @@ func TestAnotherType(t *testing.T) {
 	s := service("web", 80, has("192.0.2.1"))
 	client := fake.NewClientset()
 	c := newController(Config{}, client, slog.New(slog.DiscardHandler))
-	c.noteLeft(s)
-	c.noteLeft(service("gone", 80, has("192.0.2.1")))
+	c.recordLeft(s)
+	c.recordLeft(service("gone", 80, has("192.0.2.1")))
 	s.Spec.Type = corev1.ServiceTypeClusterIP
 	if _, err := client.CoreV1().Services("default").Create(t.Context(), s, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)

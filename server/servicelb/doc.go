@@ -1,11 +1,9 @@
-// Package servicelb gives services of type LoadBalancer their addresses: those of the
-// nodes, as k3s's ServiceLB does but without pods, or one of a pool, as MetalLB does.
+// Package servicelb assigns addresses to services of type LoadBalancer: the addresses of the nodes, like k3s's
+// ServiceLB but without pods, or an address of a pool, like MetalLB.
 //
-// It only writes addresses into the services' status. That packets to them reach the
-// endpoints is the service proxy's work, and that neighbours find the addresses of a pool
-// is network/loadbalancer's; both on the nodes.
+// It only writes addresses into the services' status. The service proxy of each node forwards packets for these
+// addresses to endpoints, and network/loadbalancer announces the addresses of pools to neighbours.
 //
-// [assign] decides, from objects alone; [Controller] reads the objects and writes what was
-// decided. What is given to whom is kept in the services themselves and nowhere else.
-// Only package main imports it.
+// [assign] decides based on objects only; [Controller] reads the objects and writes the decisions. The
+// assignments are stored in the services themselves only. Only package assembly imports it.
 package servicelb

@@ -10,61 +10,60 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// Classes of load balancers that are ours (spec.loadBalancerClass). A service without a
-// class gets an address of a pool where there are pools, and else those of the nodes.
+// Load balancer classes of kedge (spec.loadBalancerClass). A service without a class gets an address of a pool
+// if there are pools, and otherwise the addresses of nodes.
 const (
 	ClassNode = "kedge.io/node"
 	ClassPool = "kedge.io/pool"
 )
 
-// Annotations of services. MetalLB's prefixes are understood too, so that what was
-// written for it goes on to work.
+// Annotations of services. MetalLB's prefixes are supported too, so that manifests for MetalLB work.
 const (
-	annotationAddresses = "loadBalancerIPs" // addresses asked for, separated by commas
+	annotationAddresses = "loadBalancerIPs" // requested addresses, separated by commas
 	annotationPool      = "address-pool"    // the pool's name
 	annotationSharing   = "allow-shared-ip" // services with the same value may share an address
 )
 
 var prefixes = []string{"kedge.io/", "metallb.io/", "metallb.universe.tf/"}
 
-// NodeLabel chooses the nodes whose addresses services get: as soon as one node has it
-// with the value "true", only those that have.
+// NodeLabel selects the nodes whose addresses services get: if a node has it with the value "true", only such
+// nodes are used.
 const NodeLabel = "kedge.io/enablelb"
 
-// mode is where a service's addresses come from.
+// mode is the source of a service's addresses.
 type mode int
 
 const (
-	notOurs mode = iota
-	ofNodes
-	ofPool
+	foreign mode = iota
+	fromNodes
+	fromPool
 )
 
-// modeOf says where a service's addresses come from.
+// modeOf returns the source of a service's addresses.
 func modeOf(s *corev1.Service, pools bool) mode {
 	if s.Spec.Type != corev1.ServiceTypeLoadBalancer {
-		return notOurs
+		return foreign
 	}
 	switch c := s.Spec.LoadBalancerClass; {
 	case c == nil && pools:
-		return ofPool
+		return fromPool
 	case c == nil:
-		return ofNodes
+		return fromNodes
 	case *c == ClassNode:
-		return ofNodes
+		return fromNodes
 	case *c == ClassPool:
-		return ofPool
+		return fromPool
 	}
-	return notOurs
+	return foreign
 }
 
-// request is what a service asks for.
+// request has the addresses and options that a service requests.
 type request struct {
 	service   *corev1.Service
 	addresses []netip.Addr
 	pool      string
 	sharing   string
-	problem   error // why it cannot be understood
+	problem   error // the error if the request is invalid
 }
 
 func requestOf(s *corev1.Service) request {
@@ -80,11 +79,11 @@ func requestOf(s *corev1.Service) request {
 		}
 		a, err := netip.ParseAddr(item)
 		if err != nil {
-			r.problem = fmt.Errorf("%q, which it asks for, is not an address", item)
+			r.problem = fmt.Errorf("requested address %q is not an IP address", item)
 			continue
 		}
 		if slices.ContainsFunc(r.addresses, func(o netip.Addr) bool { return o.Is4() == a.Is4() }) {
-			r.problem = fmt.Errorf("it asks for two addresses of one family")
+			r.problem = fmt.Errorf("requests two addresses of one family")
 		}
 		r.addresses = append(r.addresses, a)
 	}
@@ -100,7 +99,7 @@ func annotation(s *corev1.Service, name string) string {
 	return ""
 }
 
-// families are those of a service, IPv4 or not.
+// families returns the IP families of a service, as whether each is IPv4.
 func families(s *corev1.Service) []bool {
 	var out []bool
 	for _, f := range s.Spec.IPFamilies {
@@ -112,7 +111,7 @@ func families(s *corev1.Service) []bool {
 	return out
 }
 
-// portKey is a port that two services cannot have at one address.
+// portKey is a port and protocol that two services cannot both have at one address.
 type portKey struct {
 	protocol corev1.Protocol
 	port     int32
@@ -128,12 +127,12 @@ func ports(s *corev1.Service) []portKey {
 	return out
 }
 
-// local says whether packets for a service must come to a node with an endpoint of it.
+// local reports whether only nodes with an endpoint of a service may receive its traffic.
 func local(s *corev1.Service) bool {
 	return s.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal
 }
 
-// readyOn are the nodes with an endpoint that takes connections.
+// readyOn returns the nodes with a ready endpoint.
 func readyOn(slices []*discoveryv1.EndpointSlice) map[string]bool {
 	out := map[string]bool{}
 	for _, s := range slices {
@@ -146,8 +145,8 @@ func readyOn(slices []*discoveryv1.EndpointSlice) map[string]bool {
 	return out
 }
 
-// given are the addresses that a service has.
-func given(s *corev1.Service) []netip.Addr {
+// currentAddresses returns the current addresses of a service.
+func currentAddresses(s *corev1.Service) []netip.Addr {
 	var out []netip.Addr
 	for _, i := range s.Status.LoadBalancer.Ingress {
 		if a, err := netip.ParseAddr(i.IP); err == nil {

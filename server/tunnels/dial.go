@@ -4,48 +4,65 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
 
 	"kedge/internal/joining"
+	"kedge/internal/lastbytes"
 	"kedge/internal/tunnel"
 )
 
-// Kubelet connects to the kubelet of the node that an address of [joining.NodeAddress]
-// stands for. The port is what the node says of itself, and is not looked at: a node
-// knows where its kubelet listens.
+// Kubelet connects to the kubelet of the node with the given [joining.NodeAddress]. It ignores the port, which
+// the node itself has reported: the node knows where its kubelet listens.
 func (h *Hub) Kubelet(ctx context.Context, _, address string) (net.Conn, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil || !joining.NodeAddresses.Contains(to.Addr()) {
-		return nil, fmt.Errorf("%q does not stand for a node", address)
+		return nil, fmt.Errorf("%q is not the address of a node", address)
 	}
 	if h.cfg.OwnNode != "" && to.Addr() == joining.NodeAddress(h.cfg.OwnNode) {
-		h.mu.Lock()
-		own := h.own
-		h.mu.Unlock()
-		if !own.IsValid() {
-			return nil, errors.New("the kubelet of this server is not prepared yet")
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", h.cfg.OwnKubelet.String())
+		if err != nil {
+			return nil, err
 		}
-		return (&net.Dialer{}).DialContext(ctx, "tcp", own.String())
+		return lastbytes.Guard(conn), nil
 	}
 	return h.through(ctx, to.Addr(), tunnel.Destination{Kind: tunnel.Kubelet})
 }
 
-// Cluster connects to what webhooks, extension API servers and the API's proxy of pods
-// and services lead to:
+// Node connects to kedge itself on another node. The error is errors.ErrUnsupported if that one is too old to answer.
+func (h *Hub) Node(ctx context.Context, name string) (net.Conn, error) {
+	conn, err := h.through(ctx, joining.NodeAddress(name), tunnel.Destination{Kind: tunnel.Node})
+	if errors.Is(err, tunnel.ErrFrame) && errors.Is(err, io.EOF) {
+		return nil, tooOld(name)
+	}
+	return conn, err
+}
+
+// tooOld is the error for a node whose version does not know the destination [tunnel.Node]: it closes the stream without an
+// answer. A node that is ending can do the same.
+type tooOld string
+
+func (name tooOld) Error() string {
+	return fmt.Sprintf("kedge on node %s is too old to answer this server; run \"kedge upgrade\" on that machine, by the new executable", string(name))
+}
+
+func (tooOld) Is(target error) bool { return target == errors.ErrUnsupported }
+
+// Cluster connects to the targets of webhooks, extension API servers and the API's proxy of pods and services:
 //
-//   - what is no pod's and no service's address: from this machine, as always;
-//   - a pod of this machine's own node: likewise, it is at the other end of a cable;
-//   - a pod of a node that has a tunnel: through that, so that it need not be reachable;
-//   - other pods and services: through this machine's data path, or through any node's
-//     where this machine has none.
+//   - an address outside the pod and service ranges: from this machine, directly;
+//   - a pod of this machine's own node: directly too;
+//   - a pod of a node with a tunnel: through the tunnel, so that the node need not be reachable;
+//   - other pods and services: through this machine's data path, or through any node's tunnel if this machine
+//     has no data path.
 func (h *Hub) Cluster(ctx context.Context, network, address string) (net.Conn, error) {
 	direct := func() (net.Conn, error) { return (&net.Dialer{}).DialContext(ctx, network, address) }
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return direct() // a name, which no pod or service of the cluster is called by
+		return direct() // a host name; pods and services have none here
 	}
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if joining.NodeAddresses.Contains(to.Addr()) {
@@ -71,7 +88,7 @@ func (h *Hub) Cluster(ctx context.Context, network, address string) (net.Conn, e
 	}
 	via, ok := h.any()
 	if !ok {
-		return nil, fmt.Errorf("%w, nor has any other: %s can be reached through nodes only, since this server has none of its own", ErrNotConnected, address)
+		return nil, fmt.Errorf("%w, and neither has any other node: this server has no node of its own, so it can reach %s only through other nodes", ErrNotConnected, address)
 	}
 	return h.through(ctx, via, d)
 }
@@ -92,7 +109,7 @@ func (h *Hub) connected(node string) bool {
 	return len(h.sessions[joining.NodeAddress(node)]) > 0
 }
 
-// any is a node that has a session.
+// any returns a random node that has a session.
 func (h *Hub) any() (netip.Addr, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -16,73 +16,72 @@ import (
 	"kedge/internal/tunnel"
 )
 
-// Why there is no connection to a node.
+// Reasons why there is no connection to a node.
 var (
 	ErrNotConnected = errors.New("the node has no tunnel to this server")
-	ErrOnlyKubelet  = errors.New("of a node only the kubelet is reached")
+	ErrOnlyKubelet  = errors.New("only the kubelet port of a node is reachable")
 )
 
-// Why a session ends that was in order.
+// Reasons for closing a working session.
 var (
-	errReplaced = errors.New("the node has connected again and again")
-	errRevoked  = errors.New("the node's name belongs to another key, or to none")
-	errStopping = errors.New("this server stops")
+	errReplaced = errors.New("replaced by a newer connection of the node")
+	errRevoked  = errors.New("the node's key was replaced or removed")
+	errStopping = errors.New("this server is stopping")
 )
 
-// Door knows who comes. It is [*join.Service].
-type Door interface {
-	// Identify returns the node that a request comes from and its key's fingerprint.
+// Authenticator authenticates the connections of nodes. It is implemented by [*join.Service].
+type Authenticator interface {
+	// Identify returns the node of a request and the fingerprint of its key.
 	Identify(r *http.Request) (node, key string, err error)
-	// Refuse answers a request with why it is refused.
+	// Refuse answers a request with the reason of the refusal.
 	Refuse(w http.ResponseWriter, r *http.Request, err error)
 }
 
-// Keys knows which key each node has. It is [*join.Gate].
+// Keys provides the keys of the nodes. It is implemented by [*join.Gate].
 type Keys interface {
-	// Keys returns the fingerprints of all nodes' keys, by name, which are not to be
-	// changed, and nil before they are known; and a channel that is closed when they
-	// are others.
+	// Keys returns the fingerprints of the nodes' keys by name, or nil before they are known, and a channel
+	// that is closed when they change. Callers must not change the map.
 	Keys() (keys map[string]string, changed <-chan struct{})
 }
 
-// Nodes knows the nodes of the cluster.
+// Nodes provides the nodes of the cluster.
 type Nodes interface {
-	// Owner is the name of the node that the range of pods with this address belongs
-	// to, and empty when it is nobody's.
+	// Owner returns the name of the node whose pod range contains the address, or "" if there is none.
 	Owner(a netip.Addr) string
-	// Names are all nodes' names.
+	// Names returns the names of all nodes.
 	Names() []string
 }
 
-// Config is everything that the hub is told.
+// Config has the dependencies and settings of the hub.
 type Config struct {
-	Door Door
-	Keys Keys
+	Authenticator Authenticator
+	Keys          Keys
 
-	// OwnNode is the name of the node in this process. Its kubelet, and its data path
-	// to pods and services, are used directly. Empty where there is none.
+	// OwnNode is the name of the node in this process, whose kubelet and data path are used directly. It is
+	// empty if there is none.
 	OwnNode string
-	// PodRanges and ServiceRanges are the cluster's. What is in neither is reached
-	// from this machine directly, as by any program.
+	// OwnKubelet is the address on which the kubelet of that node listens.
+	OwnKubelet netip.AddrPort
+	// PodRanges and ServiceRanges are the cluster's ranges. Other addresses are reached directly from this
+	// machine.
 	PodRanges, ServiceRanges []netip.Prefix
-	// ForeignPods says that another plug-in gives pods their addresses, which then are
-	// not of the ranges that the nodes have in the API.
+	// ForeignPods means that a foreign CNI plugin assigns pod addresses, which are then not in the nodes' pod
+	// ranges.
 	ForeignPods bool
 }
 
-// Hub holds the sessions of the nodes and connects through them. It is the component
-// that ends those of nodes that have lost their name.
+// Hub has the sessions of the nodes and opens connections through them. As a component it closes the sessions
+// of nodes whose keys were replaced or removed.
 type Hub struct {
 	cfg  Config
 	log  *slog.Logger
 	opts tunnel.Options
 
-	mu       sync.Mutex                // guards what follows
+	mu       sync.Mutex                // guards the fields below
 	sessions map[netip.Addr][]*session // by joining.NodeAddress, the newest last; see add
-	changed  chan struct{}             // closed, and made anew, when a session has come
+	changed  chan struct{}             // closed and replaced when a session was added
 	stopped  bool
-	nodes    Nodes          // nil: not known yet
-	own      netip.AddrPort // of this process' kubelet; the zero value: not known yet
+	nodes    Nodes // nil: not known yet
 }
 
 // session is one node's tunnel.
@@ -92,35 +91,28 @@ type session struct {
 	opener    *tunnel.Opener
 }
 
-// New makes a hub without sessions.
+// New returns a hub without sessions.
 func New(cfg Config, log *slog.Logger) *Hub {
 	return &Hub{cfg: cfg, log: log, opts: tunnel.DefaultOptions(), sessions: map[netip.Addr][]*session{}, changed: make(chan struct{})}
 }
 
-// SetNodes tells which nodes there are. It must be called before the API serves.
+// SetNodes sets the source of the cluster's nodes. It must be called before the API serves.
 func (h *Hub) SetNodes(n Nodes) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.nodes = n
 }
 
-// SetKubelet tells where the kubelet of this process listens.
-func (h *Hub) SetKubelet(a netip.AddrPort) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.own = a
-}
-
 // Name implements lifecycle.Component.
 func (h *Hub) Name() string { return "tunnels" }
 
-// Run implements lifecycle.Component. It is ready at once; nodes may have connected
-// before. All sessions have ended when it returns, and no new ones are taken.
+// Run implements lifecycle.Component. It calls ready at once; nodes may have connected before. When it returns,
+// all sessions are closed, and new sessions are refused.
 func (h *Hub) Run(ctx context.Context, ready func()) error {
 	ready()
 	for ctx.Err() == nil {
 		keys, changed := h.cfg.Keys.Keys()
-		h.keep(keys)
+		h.closeRevoked(keys)
 		select {
 		case <-ctx.Done():
 		case <-changed:
@@ -136,7 +128,7 @@ func (h *Hub) Run(ctx context.Context, ready func()) error {
 	return nil
 }
 
-// all are the sessions. Caller holds mu.
+// all returns all sessions. The caller holds mu.
 func (h *Hub) all() []*session {
 	out := make([]*session, 0, len(h.sessions))
 	for _, of := range h.sessions {
@@ -145,9 +137,9 @@ func (h *Hub) all() []*session {
 	return out
 }
 
-// keep ends the sessions of keys that are not their node's any more; nil: nothing is
-// known of them.
-func (h *Hub) keep(keys map[string]string) {
+// closeRevoked closes the sessions of keys that are not their node's any more. If keys is nil, the keys are unknown and
+// it does nothing.
+func (h *Hub) closeRevoked(keys map[string]string) {
 	if keys == nil {
 		return
 	}
@@ -161,7 +153,7 @@ func (h *Hub) keep(keys map[string]string) {
 	}
 }
 
-// ServeHTTP takes the connection of a node for its tunnel.
+// ServeHTTP accepts a node's connection for its tunnel.
 func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err := tunnel.CheckRequest(r); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -171,45 +163,44 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	stopped := h.stopped
 	h.mu.Unlock()
 	if stopped {
-		// Who has just lost its session comes back at once. To ask who it is can take
-		// seconds without a majority of servers, for which the API would not stop.
+		// A node that has just lost its session connects again at once. Without a majority of servers its
+		// authentication can take seconds, which would delay the stop of the API.
 		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
 		return
 	}
 	_, changed := h.cfg.Keys.Keys()
-	node, key, err := h.cfg.Door.Identify(r)
+	node, key, err := h.cfg.Authenticator.Identify(r)
 	if err != nil {
-		h.cfg.Door.Refuse(w, r, err)
+		h.cfg.Authenticator.Refuse(w, r, err)
 		return
 	}
 	conn, err := tunnel.Accept(w)
 	if err != nil {
-		h.log.Warn("a node's tunnel was not begun", "node", node, "err", err)
+		h.log.Warn("a node's tunnel could not be established", "node", node, "err", err)
 		return
 	}
 	opener, err := tunnel.NewOpener(conn, h.opts, h.log)
 	if err != nil {
-		h.log.Warn("a node's tunnel was not begun", "node", node, "err", err)
+		h.log.Warn("a node's tunnel could not be established", "node", node, "err", err)
 		return
 	}
 	h.add(&session{node: node, key: key, since: time.Now(), opener: opener}, r.RemoteAddr)
 	select {
 	case <-changed:
-		// Run may have looked for sessions of lost names before this one was there. Keys
-		// that have not changed are not asked: they may not have a new node's yet.
+		// Run may have closed the sessions of removed keys before this session was added. If the keys have not
+		// changed, they are not checked again: they may not include a new node's key yet.
 		keys, _ := h.cfg.Keys.Keys()
-		h.keep(keys)
+		h.closeRevoked(keys)
 	default:
 	}
 }
 
-// maxSessions is how many sessions a node has at a time.
+// maxSessions is the maximum number of sessions of a node.
 const maxSessions = 4
 
-// add makes s the node's session: the newest is the one whose other end is alive for
-// certain. Older ones stay until they end. A server that has several addresses, or is
-// behind a balancer too, is connected to more than once, and if one of these ended
-// the other they would take turns for ever.
+// add adds a session. The newest session is used, because its other end is certainly alive. Older sessions stay
+// until they end: a node connects several times to a server with several addresses, or behind a load balancer,
+// and if one of these connections replaced the other, they would alternate for ever.
 func (h *Hub) add(s *session, from string) {
 	at := joining.NodeAddress(s.node)
 	h.mu.Lock()
@@ -230,16 +221,16 @@ func (h *Hub) add(s *session, from string) {
 	if surplus != nil {
 		surplus.opener.Close(errReplaced)
 	}
-	h.log.Info("a node's tunnel is up", "node", s.node, "source", from)
+	h.log.Info("connected the tunnel of a node", "node", s.node, "source", from)
 	go func() {
 		<-s.opener.Done()
 		h.forget(at, s)
-		h.log.Info("a node's tunnel has ended", "node", s.node, "after", time.Since(s.since).Round(time.Second), "cause", s.opener.Err())
+		h.log.Info("a node's tunnel has ended", "node", s.node, "after", time.Since(s.since).Round(time.Second), "err", s.opener.Err())
 	}()
 }
 
-// newest is the session to use for the node at an address; nil: it has none. The
-// channel is closed when one has come.
+// newest returns the session to use for the node at an address, or nil if it has none. The channel is closed
+// when a session was added.
 func (h *Hub) newest(at netip.Addr) (*session, <-chan struct{}) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -249,7 +240,7 @@ func (h *Hub) newest(at netip.Addr) (*session, <-chan struct{}) {
 	return nil, h.changed
 }
 
-// Connected are the names of the nodes that have a session, sorted.
+// Connected returns the sorted names of the nodes that have a session.
 func (h *Hub) Connected() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -261,8 +252,7 @@ func (h *Hub) Connected() []string {
 	return out
 }
 
-// Missing reports whether the cluster has nodes without a session, this process' own
-// aside.
+// Missing reports whether the cluster has nodes without a session, except this process's own node.
 func (h *Hub) Missing() bool {
 	h.mu.Lock()
 	nodes := h.nodes
@@ -283,15 +273,14 @@ func (h *Hub) Describe() string {
 	return fmt.Sprintf("%d connected", len(h.sessions))
 }
 
-// patience is how long a node without a session is waited for: as long as one that
-// has lost its connection takes to come back.
+// patience is how long a connection waits for a node without a session: the time in which a node reconnects.
 const patience = 3 * time.Second
 
-// through opens a connection through the session of the node at an address, and waits
-// for one if there is none.
+// through opens a connection through the session of the node at an address, and waits for a session if there is
+// none.
 func (h *Hub) through(ctx context.Context, at netip.Addr, d tunnel.Destination) (net.Conn, error) {
-	giveUp := time.NewTimer(patience)
-	defer giveUp.Stop()
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
 	for {
 		s, changed := h.newest(at)
 		if s != nil {
@@ -300,7 +289,7 @@ func (h *Hub) through(ctx context.Context, at netip.Addr, d tunnel.Destination) 
 				return conn, nil
 			}
 			select {
-			case <-s.opener.Done(): // nothing was sent yet: another session will do
+			case <-s.opener.Done(): // nothing was sent yet, so another session can be used
 				h.forget(at, s)
 				continue
 			default:
@@ -309,15 +298,15 @@ func (h *Hub) through(ctx context.Context, at netip.Addr, d tunnel.Destination) 
 		}
 		select {
 		case <-changed:
-		case <-giveUp.C:
-			return nil, fmt.Errorf("%w: %s; see whether kedge runs there, and what \"kedge status\" says of its tunnel", ErrNotConnected, h.nameOf(at))
+		case <-timeout.C:
+			return nil, fmt.Errorf("%w: %s; check that kedge runs there, and the tunnel's state in \"kedge status\"", ErrNotConnected, h.nameOf(at))
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
 	}
 }
 
-// forget drops a session that has ended.
+// forget removes a session that has ended.
 func (h *Hub) forget(at netip.Addr, s *session) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -329,7 +318,7 @@ func (h *Hub) forget(at netip.Addr, s *session) {
 	h.sessions[at] = of
 }
 
-// nameOf is for messages.
+// nameOf returns the name of a node for messages.
 func (h *Hub) nameOf(at netip.Addr) string {
 	h.mu.Lock()
 	nodes := h.nodes
@@ -341,5 +330,5 @@ func (h *Hub) nameOf(at netip.Addr) string {
 			}
 		}
 	}
-	return "a node that the cluster does not know"
+	return "a node that is not in the cluster"
 }

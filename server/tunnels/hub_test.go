@@ -18,7 +18,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/yamux"
+
 	"kedge/internal/joining"
+	"kedge/internal/test/await"
 	"kedge/internal/tunnel"
 )
 
@@ -57,7 +60,7 @@ func newIdleWorld(t *testing.T, change func(*Config)) *world {
 	t.Helper()
 	w := &world{t: t, keys: map[string]string{"a": "key-a", "b": "key-b"}, newKeys: make(chan struct{}), owners: map[string]string{}}
 	c := Config{
-		Door: w, Keys: w, PodRanges: []netip.Prefix{netip.MustParsePrefix("127.0.1.0/24")}, ServiceRanges: []netip.Prefix{netip.MustParsePrefix("127.0.2.0/24")},
+		Authenticator: w, Keys: w, PodRanges: []netip.Prefix{netip.MustParsePrefix("127.0.1.0/24")}, ServiceRanges: []netip.Prefix{netip.MustParsePrefix("127.0.2.0/24")},
 	}
 	if change != nil {
 		change(&c)
@@ -72,7 +75,7 @@ func newIdleWorld(t *testing.T, change func(*Config)) *world {
 
 var errStranger = errors.New("nobody knows this key")
 
-// Identify implements Door: the server name is NODE.KEY.
+// Identify implements Authenticator: the server name is NODE.KEY.
 func (w *world) Identify(r *http.Request) (node, key string, err error) {
 	node, key, _ = strings.Cut(r.TLS.ServerName, ".")
 	w.mu.Lock()
@@ -87,7 +90,7 @@ func (w *world) Identify(r *http.Request) (node, key string, err error) {
 	return node, key, nil
 }
 
-// Refuse implements Door.
+// Refuse implements Authenticator.
 func (w *world) Refuse(rw http.ResponseWriter, _ *http.Request, err error) {
 	http.Error(rw, err.Error(), http.StatusForbidden)
 }
@@ -148,9 +151,7 @@ func (w *world) mustConnect(node, key string) <-chan struct{} {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	for !slices.Contains(w.Connected(), node) {
-		time.Sleep(time.Millisecond)
-	}
+	await.True(w.t, node+" is connected", func() bool { return slices.Contains(w.Connected(), node) })
 	return ended
 }
 
@@ -189,6 +190,44 @@ func (w *world) cluster(address string) string {
 	w.t.Helper()
 	c, err := w.Cluster(w.t.Context(), "tcp", address)
 	return read(w.t, c, err)
+}
+
+// A node of an earlier version does not know the destination, and closes the stream.
+func TestNodeIsTooOld(t *testing.T) {
+	w := newWorld(t, nil)
+	conn, err := (&tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, ServerName: "a.key-a"}}).Dial("tcp", w.srv.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if conn, err = tunnel.Upgrade(t.Context(), conn, "server"); err != nil {
+		t.Fatal(err)
+	}
+	config := yamux.DefaultConfig()
+	config.LogOutput = io.Discard
+	mux, err := yamux.Server(conn, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mux.Close()
+	go func() {
+		for {
+			stream, err := mux.AcceptStream()
+			if err != nil {
+				return
+			}
+			_, _ = io.ReadFull(stream, make([]byte, 3))
+			stream.Close()
+		}
+	}()
+	await.True(t, "a is connected", func() bool { return slices.Contains(w.Connected(), "a") })
+	if _, err := w.Node(t.Context(), "a"); !errors.Is(err, errors.ErrUnsupported) || !strings.Contains(err.Error(), "kedge on node a is too old") {
+		t.Errorf("%v", err)
+	}
+	w.mustConnect("b", "key-b")
+	c, err := w.Node(t.Context(), "b")
+	if got := read(t, c, err); got != "b: kedge" {
+		t.Errorf("a node of today says %q", got)
+	}
 }
 
 func TestKubeletIsTheNodeOfTheSession(t *testing.T) {
@@ -234,16 +273,14 @@ func TestNewestSessionWins(t *testing.T) {
 			t.Fatal(err)
 		}
 		ends = append(ends, end)
-		for w.kubelet("a") != text+": the kubelet" { // the server is about to take it
-			time.Sleep(time.Millisecond)
-		}
+		// The server is about to take it.
+		await.True(t, text+" is used", func() bool { return w.kubelet("a") == text+": the kubelet" })
 	}
 	<-first // one too many
 	for i := maxSessions - 1; i > 0; i-- {
 		ends[i]()
-		for want := fmt.Sprint("session ", i-1, ": the kubelet"); w.kubelet("a") != want; {
-			time.Sleep(time.Millisecond)
-		}
+		before := fmt.Sprint("session ", i-1)
+		await.True(t, before+" is used again", func() bool { return w.kubelet("a") == before+": the kubelet" })
 	}
 }
 
@@ -320,11 +357,11 @@ func listen(t *testing.T, address, text string) string {
 }
 
 func TestClusterOfAServerWithANode(t *testing.T) {
-	w := newWorld(t, func(c *Config) { c.OwnNode = "server" })
+	kubelet := netip.MustParseAddrPort(listen(t, "127.0.0.1", "own kubelet"))
+	w := newWorld(t, func(c *Config) { c.OwnNode, c.OwnKubelet = "server", kubelet })
 	outside, ownPod, service := listen(t, "127.0.0.1", "outside"), listen(t, "127.0.1.1", "own pod"), listen(t, "127.0.2.1", "service")
 	unknown := listen(t, "127.0.1.9", "pod by the data path")
 	w.owners["127.0.1.1"], w.owners["127.0.1.2"] = "server", "a"
-	w.SetKubelet(netip.MustParseAddrPort(listen(t, "127.0.0.1", "own kubelet")))
 	w.mustConnect("a", "key-a")
 	for address, want := range map[string]string{
 		outside: "outside", ownPod: "own pod", service: "service", unknown: "pod by the data path",

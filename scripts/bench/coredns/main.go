@@ -1,6 +1,5 @@
-// Command coredns is CoreDNS with the plugins that a cluster's resolver has, for
-// measuring kedge's beside it. It is a module of its own: nothing of it comes into
-// kedge's go.mod.
+// Command coredns is CoreDNS with the plugins of a cluster's resolver, for comparing kedge's resolver with it.
+// It is a module of its own, so that its dependencies are not in kedge's go.mod.
 package main
 
 import (
@@ -18,7 +17,7 @@ import (
 )
 
 func init() {
-	// The order of the plugins is that of CoreDNS's own executable.
+	// The plugins have the order of CoreDNS's own executable.
 	dnsserver.Directives = []string{"bind", "health", "prometheus", "errors", "cache", "loadbalance", "kubernetes", "forward"}
 }
 

@@ -10,19 +10,19 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// objects are what an API server tells of: they do not change while it runs.
+// objects are the objects of the API server. They do not change.
 type objects struct {
 	services   []corev1.Service
 	slices     []discoveryv1.EndpointSlice
 	namespaces []corev1.Namespace
 }
 
-// api is as much of an API server as a resolver needs: lists and watches that never say
-// anything more.
+// api is a minimal API server for a resolver: lists, and watches without events.
 func api(o objects) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /api/v1/services", list("v1", "Service", o.services))
 	mux.Handle("GET /api/v1/namespaces", list("v1", "Namespace", o.namespaces))
+	mux.Handle("GET /api/v1/nodes", list("v1", "Node", []corev1.Node{})) // for kedge's names of nodes; CoreDNS has none
 	mux.Handle("GET /apis/discovery.k8s.io/v1/endpointslices", list("discovery.k8s.io/v1", "EndpointSlice", o.slices))
 	mux.Handle("GET /api/v1/namespaces/kube-system/configmaps", list("v1", "ConfigMap", []corev1.ConfigMap{}))
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
@@ -38,10 +38,10 @@ func api(o objects) http.Handler {
 
 func write(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v) // a client that is gone is no error
+	_ = json.NewEncoder(w).Encode(v) // a client that has disconnected is no error
 }
 
-// list answers a list of objects and a watch of it.
+// list answers requests for a list of objects and watches of it.
 func list[T any](version, kind string, items []T) http.Handler {
 	typed := make([]json.RawMessage, len(items))
 	for i := range items {

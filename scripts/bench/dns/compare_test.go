@@ -10,13 +10,13 @@ import (
 
 	"github.com/miekg/dns"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 )
 
 // TestSameAsCoreDNS asks both resolvers random questions about the same random cluster.
 // Where kedge differs on purpose, different says why.
 func TestSameAsCoreDNS(t *testing.T) {
-	testhost.RequireRoot(t)
+	host.RequireRoot(t)
 	const root = "../../.."
 	for _, program := range []string{"resolver", "coredns"} {
 		if _, err := os.Stat(root + "/" + programs + "/" + program); err != nil {

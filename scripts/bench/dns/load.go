@@ -15,19 +15,19 @@ import (
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
-	"kedge/internal/sparethread"
+	"kedge/internal/namespaces"
 )
 
-// kind is questions of one sort, ready to be sent.
+// kind is a kind of queries, encoded for sending.
 type kind struct {
 	name    string
 	packets [][]byte
 }
 
 const (
-	// window is how many questions are under way when throughput is measured.
+	// window is the number of concurrent queries when throughput is measured.
 	window = 64
-	// alone is how many questions are asked one after the other.
+	// alone is the number of queries that are sent one after the other.
 	alone = 20000
 )
 
@@ -48,17 +48,16 @@ func questions(name string, n int, of func(int) (string, uint16)) kind {
 		m.SetEdns0(1232, false)
 		p, err := m.Pack()
 		if err != nil {
-			panic(err) // names that are written here
+			panic(err) // the names are constants
 		}
 		k.packets = append(k.packets, p)
 	}
 	return k
 }
 
-// onProcessor runs f on a thread that may use one processor only; processes that it
-// starts inherit that.
+// onProcessor runs f on a thread that may use only one processor. Processes that it starts inherit that.
 func onProcessor(n int, f func() (*resolver, error)) (r *resolver, err error) {
-	err = sparethread.Run(func() (err error) {
+	err = namespaces.OnOwnThread(func() (err error) {
 		var set unix.CPUSet
 		set.Set(n)
 		if err = unix.SchedSetaffinity(0, &set); err == nil {
@@ -69,10 +68,10 @@ func onProcessor(n int, f func() (*resolver, error)) (r *resolver, err error) {
 	return r, err
 }
 
-// load measures one kind of question.
+// load measures one kind of query.
 func (b *bench) load(r *resolver, k kind, length time.Duration) (f kindFigures, err error) {
 	f.kind = k.name
-	// Each once, so that what can be cached is.
+	// Each query is sent once, to fill caches.
 	if _, err := b.sequence(r, len(k.packets), func(i int) []byte { return k.packets[i] }); err != nil {
 		return f, err
 	}
@@ -96,7 +95,7 @@ func (b *bench) load(r *resolver, k kind, length time.Duration) (f kindFigures, 
 	return f, err
 }
 
-// sequence asks one question after another and returns how long each took.
+// sequence sends one query after another and returns the duration of each.
 func (b *bench) sequence(r *resolver, n int, packet func(int) []byte) ([]time.Duration, error) {
 	conn, err := b.dial(r, "udp")
 	if err != nil {
@@ -120,11 +119,11 @@ func (b *bench) sequence(r *resolver, n int, packet func(int) []byte) ([]time.Du
 	return times, nil
 }
 
-// batch is how many packets the load generator sends and receives in one system call,
-// so that one processor is enough to keep the resolver's busy.
+// batch is the number of packets that the load generator sends and receives in one system call, so that one
+// processor is sufficient to saturate the resolver's processor.
 const batch = 32
 
-// flood keeps a window of questions under way and counts the answers.
+// flood keeps a window of concurrent queries and counts the answers.
 func (b *bench) flood(r *resolver, k kind, length time.Duration) (answers, lost int, took time.Duration, err error) {
 	conn, err := b.dial(r, "udp")
 	if err != nil {
@@ -173,7 +172,7 @@ func (b *bench) flood(r *resolver, k kind, length time.Duration) (answers, lost 
 	return answers, lost, time.Since(began), nil
 }
 
-// processorTime is what the resolver has used so far.
+// processorTime returns the processor time that the resolver has used.
 func (r *resolver) processorTime() (time.Duration, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.cmd.Process.Pid))
 	if err != nil {
@@ -191,7 +190,7 @@ func (r *resolver) processorTime() (time.Duration, error) {
 	return time.Duration(ticks) * (time.Second / 100), nil
 }
 
-// memory is VmRSS and RssAnon in MB.
+// memory returns VmRSS and RssAnon in MB.
 func (r *resolver) memory() (rss, anonymous float64, err error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.cmd.Process.Pid))
 	if err != nil {

@@ -1,7 +1,6 @@
-// Command dns measures kedge's resolver and CoreDNS, one after the other, in a network
-// namespace of their own: the same cluster, the same outside names, the same questions.
-// docs/performance.md says what the figures mean. It needs root and the programs that
-// `make bench-dns` builds.
+// Command dns measures kedge's resolver and CoreDNS, one after the other, in a network namespace, with the same
+// cluster, the same outside names and the same queries. docs/performance.md explains the figures. It needs root
+// and the programs that `make bench-dns` builds.
 package main
 
 import (
@@ -22,11 +21,11 @@ func main() {
 
 func run() error {
 	services := flag.Int("services", 5000, "services of the cluster, with three endpoints each")
-	rounds := flag.Int("n", 3, "how often each resolver is measured; the median counts")
+	rounds := flag.Int("n", 3, "number of rounds for each resolver; the median is printed")
 	seconds := flag.Int("seconds", 5, "length of each measurement of throughput")
 	flag.Parse()
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("needs root: it makes network namespaces")
+		return fmt.Errorf("root is required to create network namespaces")
 	}
 	all := map[string][]figures{}
 	for range *rounds {
@@ -41,19 +40,19 @@ func run() error {
 	return report(all)
 }
 
-// figures are those of one round.
+// figures are the figures of one round.
 type figures struct {
-	rss, anonymous float64 // MB, after the questions
+	rss, anonymous float64 // MB, after the queries
 	kinds          []kindFigures
 }
 
-// kindFigures are those of one kind of question.
+// kindFigures are the figures of one kind of query.
 type kindFigures struct {
 	kind     string
-	rate     float64       // answers a second, with many questions under way
-	perCore  float64       // answers for each second of processor time
-	p50, p99 time.Duration // of one question at a time
-	lost     int           // questions without an answer within a second
+	rate     float64       // answers per second, with many concurrent queries
+	perCore  float64       // answers per second of processor time
+	p50, p99 time.Duration // of one query at a time
+	lost     int           // queries without an answer within a second
 }
 
 func measure(name string, services int, length time.Duration) (f figures, err error) {
@@ -82,12 +81,12 @@ func measure(name string, services int, length time.Duration) (f figures, err er
 		}
 		f.kinds = append(f.kinds, kf)
 	}
-	time.Sleep(5 * time.Second) // what is garbage may be collected
+	time.Sleep(5 * time.Second) // allows a garbage collection
 	f.rss, f.anonymous, err = r.memory()
 	return f, err
 }
 
-// median of one figure of all rounds.
+// median returns the median of one figure of all rounds.
 func median[T int | float64 | time.Duration](rounds []figures, of func(figures) T) T {
 	var all []T
 	for _, r := range rounds {

@@ -13,7 +13,7 @@ func namespace(name string) corev1.Namespace {
 	return corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, ResourceVersion: "1"}}
 }
 
-// many is a cluster of n services with three endpoints each, one in ten headless.
+// many returns a cluster of n services with three endpoints each; one in ten is headless.
 func many(n int) objects {
 	o := objects{namespaces: []corev1.Namespace{namespace("default"), namespace("kube-system")}}
 	ready := true
@@ -52,14 +52,14 @@ func many(n int) objects {
 	return o
 }
 
-// varied is a small cluster with services of every kind, drawn at random.
+// varied returns a small cluster with random services of every kind.
 func varied(rng *rand.Rand) objects {
 	o := objects{namespaces: []corev1.Namespace{namespace("default"), namespace("other"), namespace("kube-system")}}
 	pick := func(from ...string) string { return from[rng.IntN(len(from))] }
 	protocols := []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP}
 	for i := range 30 {
 		s := corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("svc-%d", i), Namespace: pick("default", "other"), ResourceVersion: "1"}}
-		if i == 0 { // what the bench waits for
+		if i == 0 { // the benchmark waits for this service
 			s.Namespace = "default"
 		}
 		kind := rng.IntN(4)

@@ -16,10 +16,10 @@ import (
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
 
-	"kedge/internal/testhost"
+	"kedge/internal/test/host"
 )
 
-// Where everything is in the namespace of a bench.
+// Addresses in the namespace of a bench.
 const (
 	apiAddress      = "127.0.0.1:18080"
 	upstreamAddress = "127.0.0.2:53"
@@ -27,12 +27,12 @@ const (
 	corednsAddress  = "10.43.0.11"
 )
 
-// bench is a network namespace with an API server, a name server for outside names, and
-// the resolvers that are started in it.
+// bench is a network namespace with an API server, a name server for outside names, and the resolvers that are
+// started in it.
 type bench struct {
-	dir   string // for files; removed at the end
-	lan   *testhost.LAN
-	host  *testhost.Host
+	dir   string // for files; removed by close
+	lan   *host.LAN
+	host  *host.Host
 	api   *http.Server
 	zones []*dns.Server
 }
@@ -47,13 +47,13 @@ func newBench(o objects) (b *bench, err error) {
 	if b.dir, err = os.MkdirTemp("", "bench-dns"); err != nil {
 		return b, err
 	}
-	if b.lan, err = testhost.NewLAN(); err != nil {
+	if b.lan, err = host.NewLAN(); err != nil {
 		return b, err
 	}
 	if b.host, err = b.lan.Host("bench", netip.MustParsePrefix("192.0.2.1/24")); err != nil {
 		return b, err
 	}
-	// kedge makes its address local by itself.
+	// kedge makes its address local itself.
 	lo, err := b.host.Netlink().LinkByName("lo")
 	if err != nil {
 		return b, err
@@ -89,7 +89,7 @@ func newBench(o objects) (b *bench, err error) {
 	return b, os.WriteFile(b.path("resolv.conf"), []byte("nameserver 127.0.0.2\n"), 0o644)
 }
 
-// outsideName answers every question for an address, and denies all other records.
+// outsideName answers every query for an address, and denies all other records.
 func outsideName(w dns.ResponseWriter, m *dns.Msg) {
 	a := new(dns.Msg).SetReply(m)
 	if q := m.Question[0]; q.Qtype == dns.TypeA {
@@ -116,24 +116,24 @@ func (b *bench) close() error {
 	return errors.Join(append(errs, os.RemoveAll(b.dir))...)
 }
 
-// resolver is a running one.
+// resolver is a running resolver.
 type resolver struct {
 	name    string
 	address string
 	cmd     *exec.Cmd
 }
 
-// programs are those that make bench-dns builds.
+// programs are built by make bench-dns.
 const programs = "build/bench"
 
-// kedge starts ours.
+// kedge starts kedge's resolver.
 func (b *bench) kedge(root string) (*resolver, error) {
 	return b.start("kedge", kedgeAddress, filepath.Join(root, programs, "resolver"),
 		"-api=http://"+apiAddress, "-addresses="+kedgeAddress, "-resolv-conf="+b.path("resolv.conf"))
 }
 
-// coredns starts CoreDNS as a cluster has it: with the plugins and the cache of kubeadm's
-// and k3s's Corefile, less logging of every query, which they do not have either.
+// coredns starts CoreDNS like a cluster does: with the plugins and the cache of kubeadm's and k3s's Corefile.
+// Those do not log queries either.
 func (b *bench) coredns(root string) (*resolver, error) {
 	corefile := fmt.Sprintf(`.:53 {
 	bind %s
@@ -184,7 +184,7 @@ func (b *bench) start(name, address, program string, args ...string) (*resolver,
 }
 
 func (r *resolver) stop() error {
-	_ = r.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+	_ = r.cmd.Process.Signal(syscall.SIGTERM) // it may have exited
 	done := make(chan error, 1)
 	go func() { done <- r.cmd.Wait() }()
 	select {
@@ -195,12 +195,12 @@ func (r *resolver) stop() error {
 	}
 }
 
-// dial opens a socket to a resolver from inside the namespace.
+// dial opens a socket to a resolver inside the namespace.
 func (b *bench) dial(r *resolver, network string) (net.Conn, error) {
 	return b.host.Dial(context.Background(), network, r.address+":53")
 }
 
-// ask asks a resolver over TCP, so that nothing is cut off.
+// ask sends a query over TCP, so that the answer is not truncated.
 func (b *bench) ask(r *resolver, name string, qtype uint16) (*dns.Msg, error) {
 	conn, err := b.dial(r, "tcp")
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/flannel-io/flannel/pkg/subnet"
 )
 
-// leases is flannel's subnet.Manager: what it knows of the machines. This machine has a
-// fixed range, and the others come by a channel.
+// leases is flannel's subnet.Manager, which has the leases of the machines. This machine has a fixed range; the
+// leases of the others arrive on a channel.
 type leases struct {
 	config *subnet.Config
 	own    ip.IP4Net
@@ -30,13 +30,12 @@ func (l *leases) Name() string { return "leases that the benchmark hands out" }
 // GetNetworkConfig implements subnet.Manager.
 func (l *leases) GetNetworkConfig(context.Context) (*subnet.Config, error) { return l.config, nil }
 
-// AcquireLease implements subnet.Manager. attrs says how the backend is reached.
+// AcquireLease implements subnet.Manager. attrs describes how other machines reach the backend.
 func (l *leases) AcquireLease(_ context.Context, attrs *lease.LeaseAttrs) (*lease.Lease, error) {
 	return &lease.Lease{EnableIPv4: true, Subnet: l.own, Attrs: *attrs}, nil
 }
 
-// WatchLeases implements subnet.Manager: it closes receiver when ctx is cancelled, which
-// is how the backend knows that its work is done.
+// WatchLeases implements subnet.Manager. It closes receiver when ctx is cancelled, which ends the backend.
 func (l *leases) WatchLeases(ctx context.Context, receiver chan []lease.LeaseWatchResult) error {
 	defer close(receiver)
 	for {
@@ -54,7 +53,7 @@ func (l *leases) WatchLeases(ctx context.Context, receiver chan []lease.LeaseWat
 	}
 }
 
-// errNotAsked is what flanneld's own part would call; backends do not.
+// errNotAsked is returned by methods that only flanneld calls, and no backend.
 var errNotAsked = errors.New("only flanneld itself calls this")
 
 // WatchLease implements subnet.Manager.
@@ -75,8 +74,8 @@ func (l *leases) HandleSubnetFile(string, *subnet.Config, bool, ip.IP4Net, ip.IP
 	return errNotAsked
 }
 
-// GetStoredMacAddresses implements subnet.Manager: nothing is stored, so that flannel
-// makes hardware addresses up.
+// GetStoredMacAddresses implements subnet.Manager. Nothing is stored, so that flannel generates hardware
+// addresses.
 func (l *leases) GetStoredMacAddresses(context.Context) (v4, v6 string) { return "", "" }
 
 // GetStoredPublicIP implements subnet.Manager.

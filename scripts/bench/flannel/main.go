@@ -1,14 +1,13 @@
-// Command flannel runs one of flannel's own backends on a machine, for measuring
-// kedge's beside it. It is a module of its own: nothing of it comes into kedge's go.mod.
+// Command flannel runs one of flannel's own backends on a machine, for comparing kedge's with it. It is a
+// module of its own, so that its dependencies are not in kedge's go.mod.
 //
-// Where flanneld asks an API server or etcd which machines there are, this program is
-// told by whoever started it. It prints one line, the report, when the machine's own
-// end is set up, and reads the leases of other machines from its standard input, one a
-// line, as they are in those machines' reports. It works until that ends. What it has
-// made in the kernel stays, as flanneld's does.
+// flanneld gets the list of machines from an API server or etcd; this program gets it from its parent process.
+// It prints one line, the report, when the machine's own end is set up. It reads the leases of other machines
+// from standard input, one per line, in the form of those machines' reports, and runs until its input ends.
+// Like flanneld it leaves its kernel objects behind.
 //
-// Flannel's backend udp is not among them: it is C, and this is built without a C
-// compiler. Its wireguard needs that of the kernel.
+// Flannel's backend udp is not supported, because it is written in C, and this program is built without a C
+// compiler. The backend wireguard needs the kernel's WireGuard.
 package main
 
 import (
@@ -33,9 +32,9 @@ import (
 	"github.com/flannel-io/flannel/pkg/subnet"
 )
 
-// report is what other machines need of this one, and its pods.
+// report describes a machine for the other machines, and for its pods.
 type report struct {
-	MTU   int // of pods' interfaces
+	MTU   int // MTU of pods' interfaces
 	Lease lease.Lease
 }
 
@@ -93,7 +92,7 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 	return err
 }
 
-// external describes the interface towards the other machines as flanneld would find it.
+// external returns the interface towards the other machines as flanneld would find it.
 func external(link, addr string) (*backend.ExternalInterface, error) {
 	a := net.ParseIP(addr)
 	if a == nil {
@@ -106,7 +105,7 @@ func external(link, addr string) (*backend.ExternalInterface, error) {
 	return &backend.ExternalInterface{Iface: i, IfaceName: link, IfaceAddr: a, ExtAddr: a}, nil
 }
 
-// read passes on the leases that come until the input ends or ctx is cancelled.
+// read passes on the leases from the input until it ends or ctx is cancelled.
 func (l *leases) read(ctx context.Context, in io.Reader) error {
 	failed := make(chan error, 1)
 	go func() {

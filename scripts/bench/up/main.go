@@ -1,10 +1,9 @@
-// Up measures throwaway clusters, and wears them: `make bench-up`.
+// Up measures and stresses throwaway clusters: `make bench-up`.
 //
-// For one and three nodes, without a template and with one, it prints how long
-// "kedge up" takes to all nodes Ready, to DNS answering and to a first pod Running, how
-// long "kedge down" takes, and how much memory a node needs. With -stress it makes and
-// removes clusters and kills kedge at random moments, and fails if anything is left.
-// It is no part of the product.
+// For one and three nodes, with and without a template, it prints how long "kedge up" takes until all nodes are
+// Ready, until DNS answers and until a first pod is Running, how long "kedge down" takes, and how much memory a
+// node needs. With -stress it creates and removes clusters and kills kedge at random times, and fails if a
+// trace is left. It is not part of the product.
 package main
 
 import (
@@ -22,7 +21,7 @@ import (
 	"strings"
 	"time"
 
-	"kedge/internal/testimage"
+	"kedge/internal/test/image"
 )
 
 type bench struct {
@@ -32,7 +31,7 @@ type bench struct {
 func main() {
 	var b bench
 	runs := flag.Int("n", 3, "runs of each kind; the median is printed")
-	stress := flag.Int("stress", 0, "in place of measuring, make and remove this many clusters with kills at random moments")
+	stress := flag.Int("stress", 0, "instead of measuring, create and remove this number of clusters with kills at random times")
 	flag.StringVar(&b.kedge, "kedge", "bin/kedge", "executable")
 	flag.Parse()
 	if err := b.run(*runs, *stress); err != nil {
@@ -100,14 +99,14 @@ func (b bench) command(args ...string) *exec.Cmd {
 func (b bench) archive() string  { return filepath.Join(b.dir, "image.tar") }
 func (b bench) manifest() string { return filepath.Join(b.dir, "pod.yaml") }
 
-// writePod makes an image and a pod that runs as soon as it can.
+// writePod writes an image and a pod that uses it.
 func (b bench) writePod() error {
 	program, err := os.ReadFile("build/e2e/probe")
 	if err != nil {
 		return fmt.Errorf("%w; run make build-e2e", err)
 	}
-	err = testimage.WriteFile(b.archive(), testimage.Docker, testimage.Image{
-		Name: "example.org/probe:1", Files: map[string]testimage.File{"/probe": {Data: program, Mode: 0o755}},
+	err = image.WriteFile(b.archive(), image.Docker, image.Image{
+		Name: "example.org/probe:1", Files: map[string]image.File{"/probe": {Data: program, Mode: 0o755}},
 	})
 	if err != nil {
 		return err
@@ -115,8 +114,8 @@ func (b bench) writePod() error {
 	return os.WriteFile(b.manifest(), []byte(`{apiVersion: v1, kind: Pod, metadata: {name: first}, spec: {containers: [{name: first, image: "example.org/probe:1", command: [/probe, serve, ":8080", x]}]}}`), 0o644)
 }
 
-// measure returns seconds from the command to nodes, DNS and first pod, seconds of
-// "down", and the MiB that a node's kedge has to itself.
+// measure returns the seconds from the command until nodes, DNS and first pod are ready, the seconds of "down",
+// and the private memory of a node's kedge in MiB.
 func (b bench) measure(agents int, cold bool) ([]float64, error) {
 	if cold {
 		if out, err := b.command("down", "--all").CombinedOutput(); err != nil {
@@ -124,7 +123,7 @@ func (b bench) measure(agents int, cold bool) ([]float64, error) {
 		}
 	}
 	cmd := b.command("up", fmt.Sprint("--agents=", agents), "--image="+b.archive(), "--manifest="+b.manifest())
-	said, err := cmd.StderrPipe()
+	reported, err := cmd.StderrPipe()
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +135,7 @@ func (b bench) measure(agents int, cold bool) ([]float64, error) {
 	times := map[string]float64{}
 	buf := make([]byte, 4096)
 	for {
-		n, err := said.Read(buf)
+		n, err := reported.Read(buf)
 		text.Write(buf[:n])
 		for _, word := range []string{"are Ready", "DNS answers", "of manifests"} {
 			if times[word] == 0 && strings.Contains(text.String(), word) {
@@ -161,7 +160,7 @@ func (b bench) measure(agents int, cold bool) ([]float64, error) {
 	return []float64{times["are Ready"], times["DNS answers"], times["of manifests"], time.Since(begin).Seconds(), memory}, nil
 }
 
-// memory is what the nodes' kedge processes have, each page divided by those who
+// memory returns the memory of the nodes' kedge processes; each page is divided by the number of processes that
 // share it.
 func (b bench) memory(nodes int) (float64, error) {
 	total := 0.0
@@ -186,7 +185,7 @@ func (b bench) memory(nodes int) (float64, error) {
 	return total / float64(nodes), nil
 }
 
-// onMachine reports whether a process is one of a machine's, by its folder in /proc.
+// onMachine reports whether a process, given by its folder in /proc, runs on a machine of a cluster.
 func onMachine(dir string) bool {
 	groups, err := os.ReadFile(filepath.Join(dir, "cgroup"))
 	return err == nil && bytes.Contains(groups, []byte("/kedge-machines-"))
@@ -194,14 +193,13 @@ func onMachine(dir string) bool {
 
 var pss = regexp.MustCompile(`(?m)^Pss:\s+(\d+) kB`)
 
-// stress makes clusters and kills at random: up at any moment, down at any moment, or
-// neither.
+// stress creates clusters and kills at random: during up, during down, or not at all.
 func (b bench) stress(cycles int) error {
 	before, err := traces(b.dir)
 	if err != nil {
 		return err
 	}
-	if out, err := b.command("up").CombinedOutput(); err != nil { // and the template
+	if out, err := b.command("up").CombinedOutput(); err != nil { // this also makes the template
 		return fmt.Errorf("kedge up: %w: %s", err, out)
 	}
 	if out, err := b.command("down").CombinedOutput(); err != nil {
@@ -231,7 +229,7 @@ func (b bench) stress(cycles int) error {
 				killed++
 			}
 		}
-		// What is complete is removed; what is not, the next call removes by itself.
+		// Complete clusters are removed; the next call removes incomplete ones itself.
 		if out, err := b.command("ls").CombinedOutput(); err != nil {
 			return fmt.Errorf("cycle %d: kedge ls: %w: %s", i, err, out)
 		} else if bytes.Contains(out, []byte("server-1")) {
@@ -245,7 +243,7 @@ func (b bench) stress(cycles int) error {
 		}
 		for _, line := range after {
 			if !slices.Contains(before, line) {
-				return fmt.Errorf("cycle %d has left behind: %s", i, line)
+				return fmt.Errorf("cycle %d left a trace: %s", i, line)
 			}
 		}
 	}
@@ -253,7 +251,7 @@ func (b bench) stress(cycles int) error {
 	return nil
 }
 
-// traces are what clusters could leave.
+// traces returns the objects that clusters could leave behind.
 func traces(dir string) ([]string, error) {
 	var all []string
 	for _, pattern := range []string{"/sys/fs/cgroup/kedge-machines-*", "/sys/fs/cgroup/*/kedge-machines-*", "/sys/class/net/kdm-*"} {

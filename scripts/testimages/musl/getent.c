@@ -1,5 +1,5 @@
-/* getent for images whose tests ask musl's resolver, as on Alpine: "getent hosts
- * NAME" prints the addresses of NAME and fails when there are none. Linked with musl. */
+/* getent for images whose tests use musl's resolver, as on Alpine: "getent hosts NAME"
+ * prints the addresses of NAME and fails if there are none. Linked with musl. */
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
-/* sh for the stand-in of busybox. Tests know its shell's messages by heart, so that is
- * what runs; but Debian's version of it drops what is no name of a variable, as in
- * "data-1=x", from the environment that it passes on, and where there is such a thing bash
- * runs instead, which keeps it. */
+/* sh for the busybox image. Tests compare the messages of busybox's shell, so this program
+ * runs it. But Debian's busybox drops entries with invalid variable names, as in "data-1=x",
+ * from the environment of its children; if there is such an entry, bash runs instead, which
+ * keeps it. */
 #include <ctype.h>
 #include <unistd.h>
 

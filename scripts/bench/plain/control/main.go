@@ -1,10 +1,9 @@
-// Command control is the control plane of the composition that kedge is measured
-// against: etcd over TCP, kube-apiserver, kube-controller-manager and kube-scheduler
-// in one process, each as upstream's own command would run it with ordinary flags.
-// Nothing is tuned. It is run by scripts/bench only and is no part of the product.
+// Command control is the control plane of the composition with which kedge is compared: etcd over TCP,
+// kube-apiserver, kube-controller-manager and kube-scheduler in one process, each started like upstream's own
+// command with ordinary flags, without tuning. Only scripts/bench runs it; it is not part of the product.
 //
-// Upstream's commands themselves cannot share a process: each of them claims the
-// process's signals, and the second one panics.
+// Upstream's commands themselves cannot share a process: each of them registers for the process's signals, and
+// the second one panics.
 package main
 
 import (
@@ -32,12 +31,12 @@ import (
 	scheduleroptions "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
 )
 
-// settings are what scripts/bench writes into the file that is the only argument.
+// settings is the content of the file that is the only argument; scripts/bench writes it.
 type settings struct {
 	EtcdDir    string
 	EtcdClient string // URL to listen on
 	EtcdPeer   string // URL to listen on
-	Ready      string // URL that answers 200 when the API server is ready
+	Ready      string // URL that returns 200 when the API server is ready
 
 	APIServer   []string // flags
 	Controllers []string
@@ -66,7 +65,7 @@ func run(ctx context.Context, args []string) error {
 	if err := json.Unmarshal(data, &s); err != nil {
 		return err
 	}
-	// Upstream's commands do this, each for itself.
+	// Upstream's commands do this too.
 	rest.SetDefaultWarningHandler(rest.NoWarnings{})
 
 	etcd, err := startEtcd(ctx, s)
@@ -75,7 +74,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	defer etcd.Close()
 
-	// All flags are parsed before feature gates take effect for all of them.
+	// All flags are parsed before the feature gates of all components take effect.
 	api := apiserveroptions.NewServerRunOptions()
 	if err := parse(api.Flags(), s.APIServer); err != nil {
 		return fmt.Errorf("kube-apiserver: %w", err)
@@ -129,13 +128,13 @@ func run(ctx context.Context, args []string) error {
 		select {
 		case <-ended:
 		case <-time.After(5 * time.Second):
-			return nil // whoever waits has waited long enough
+			return nil // a component that does not stop in time is abandoned
 		}
 	}
 	return nil
 }
 
-// ignore drops the errors of what was told to end.
+// ignore drops the error of a component after the stop was requested.
 func ignore(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -191,8 +190,7 @@ func runAPIServer(ctx context.Context, o *apiserveroptions.ServerRunOptions) err
 	return apiserver.Run(ctx, completed)
 }
 
-// waitReady spares the others the seconds that they would wait after a refused
-// connection.
+// waitReady saves the other components the delay after a refused connection.
 func waitReady(ctx context.Context, url string, ended <-chan error) error {
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}, Timeout: 2 * time.Second}
 	defer client.CloseIdleConnections()

@@ -1,0 +1,301 @@
+package integrity
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+// logFile is one file of the write-ahead log.
+type logFile struct {
+	path       string
+	seq, index uint64
+}
+
+// logFiles returns the files of the log in order. A gap in their sequence is damage.
+func logFiles(dir string) ([]logFile, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var all []logFile
+	for _, e := range entries { // sorted by name, which is their order
+		f := logFile{path: filepath.Join(dir, e.Name())}
+		if !strings.HasSuffix(e.Name(), ".wal") {
+			continue
+		}
+		if _, err := fmt.Sscanf(e.Name(), "%016x-%016x.wal", &f.seq, &f.index); err != nil {
+			continue // etcd ignores such a file too
+		}
+		if n := len(all); n > 0 && f.seq != all[n-1].seq+1 {
+			return nil, damaged(filepath.Join(dir, fmt.Sprintf("%016x-*.wal", all[n-1].seq+1)), "is missing")
+		}
+		all = append(all, f)
+	}
+	return all, nil
+}
+
+// log is the summary of a log: the facts with which other files must agree.
+type log struct {
+	identity Identity
+	last     uint64 // index of the last entry, or of a snapshot after it
+	commit   uint64 // commit index in the last hard state
+
+	known bool // whether the log has an entry or snapshot
+
+	torn   string // file that ends in a write that was never acknowledged; empty if none does
+	tornAt int64
+}
+
+// clear overwrites a torn end of the log, which was never acknowledged, with zeros.
+func (l *log) clear() error {
+	if l.torn == "" {
+		return nil
+	}
+	f, err := os.OpenFile(l.torn, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(make([]byte, st.Size()-l.tornAt), l.tornAt); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// Identity names the cluster and the member to which a log belongs.
+type Identity struct{ Cluster, Member uint64 }
+
+// ReadIdentity returns the identity in the log of the store in dir.
+func ReadIdentity(dir string) (id Identity, err error) {
+	files, err := logFiles(filepath.Join(dir, logDir))
+	if err != nil || len(files) == 0 {
+		return id, err
+	}
+	f, err := os.Open(files[len(files)-1].path)
+	if err != nil {
+		return id, err
+	}
+	defer f.Close()
+	d := wal.NewDecoder(fileutil.NewFileReader(f))
+	var record walpb.Record
+	for range 2 { // the checksum of the previous file, then the metadata
+		if err := d.Decode(&record); err != nil {
+			return id, damaged(f.Name(), "cannot be read: %v", err)
+		}
+		if record.GetType() == wal.CrcType {
+			d.UpdateCRC(record.GetCrc())
+		}
+	}
+	var l log
+	if record.GetType() != wal.MetadataType || !l.setIdentity(record.Data) {
+		return id, damaged(f.Name(), "has no cluster and member ID")
+	}
+	return l.identity, nil
+}
+
+func (l *log) setIdentity(data []byte) bool {
+	var m pb.Metadata
+	if proto.Unmarshal(data, &m) != nil {
+		return false
+	}
+	id := Identity{Cluster: m.GetClusterID(), Member: m.GetNodeID()}
+	ok := l.identity == Identity{} || l.identity == id
+	l.identity = id
+	return ok
+}
+
+// readLog reads the whole log like etcd, whose records have chained checksums. An end that a power cut has torn was never
+// acknowledged, and is recorded in torn.
+//
+// etcd truncates the log at the first record that it cannot decode. So a damaged length makes etcd drop all records after
+// it, acknowledged or not. Here the end counts as torn only if a whole sector is missing, as it is if the disk has not
+// written it.
+func readLog(dir string, segment int64) (*log, error) {
+	files, err := logFiles(dir)
+	if err != nil {
+		return nil, err
+	}
+	l := &log{}
+	crc := uint32(0)
+	for i, f := range files {
+		if crc, err = l.readFile(f.path, crc, i == 0, i == len(files)-1, segment); err != nil {
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// readFile reads one file of the log. crc is the checksum of all files before it.
+func (l *log) readFile(path string, crc uint32, first, last bool, segment int64) (uint32, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if st.Size() == 0 {
+		return 0, damaged(path, "is empty")
+	}
+	d := wal.NewDecoder(fileutil.NewFileReader(f))
+	var record walpb.Record
+	records := 0
+	for err = d.Decode(&record); err == nil; err = d.Decode(&record) {
+		if record.GetType() == wal.CrcType {
+			if records == 0 && !first && record.GetCrc() != crc {
+				return 0, damaged(path, "does not continue the file before it")
+			}
+			if records > 0 && record.GetCrc() != d.LastCRC() {
+				return 0, damaged(path, "has a wrong checksum at byte %d", d.LastOffset())
+			}
+			d.UpdateCRC(record.GetCrc())
+		}
+		if what := l.check(&record); what != "" {
+			return 0, damaged(path, "%s at byte %d", what, d.LastOffset())
+		}
+		records++
+	}
+	at := d.LastOffset()
+	switch {
+	case errors.Is(err, io.EOF) && records < 2, errors.Is(err, io.ErrUnexpectedEOF) && records < 2:
+		return 0, damaged(path, "does not begin with the header of a log file")
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	default:
+		return 0, damaged(path, "is damaged at byte %d: %v", at, err)
+	}
+	tail := make([]byte, st.Size()-at)
+	if _, err := f.ReadAt(tail, at); err != nil {
+		return 0, err
+	}
+	if len(tail) == 0 || allZero(tail) {
+		return d.LastCRC(), nil
+	}
+	if !last || !isTorn(tail, at, segment) {
+		return 0, damaged(path, "is damaged at byte %d: the entries after it cannot be read", at)
+	}
+	l.torn, l.tornAt = path, at
+	return d.LastCRC(), nil
+}
+
+// check adds a record to the summary of the log, and returns its damage, if any.
+func (l *log) check(record *walpb.Record) (what string) {
+	switch record.GetType() {
+	case wal.CrcType:
+	case wal.MetadataType:
+		if !l.setIdentity(record.Data) {
+			return "belongs to another member"
+		}
+	case wal.EntryType:
+		var e raftpb.Entry
+		if proto.Unmarshal(record.Data, &e) != nil {
+			return "has an entry that cannot be decoded"
+		}
+		if l.known && e.GetIndex() > l.last+1 {
+			return fmt.Sprintf("has entry %d after entry %d", e.GetIndex(), l.last)
+		}
+		l.last, l.known = e.GetIndex(), true
+	case wal.StateType:
+		var s raftpb.HardState
+		if proto.Unmarshal(record.Data, &s) != nil {
+			return "has a hard state that cannot be decoded"
+		}
+		l.commit = s.GetCommit()
+	case wal.SnapshotType:
+		var s walpb.Snapshot
+		if proto.Unmarshal(record.Data, &s) != nil {
+			return "has a snapshot that cannot be decoded"
+		}
+		if s.GetIndex() > l.last {
+			l.last, l.known = s.GetIndex(), true
+		}
+	default:
+		return fmt.Sprintf("has a record of the unknown type %d", record.GetType())
+	}
+	return ""
+}
+
+const (
+	sector      = 512
+	frameLength = 8
+)
+
+// isTorn reports whether the end of the log, tail, which begins at offset at, is what a power cut or a full disk leaves of
+// unacknowledged writes: some sectors were written, and others were not. A file that ends within a record is torn only if
+// it has grown beyond the size of a segment, which is allocated in advance, or could not grow beyond it.
+func isTorn(tail []byte, at, segment int64) bool {
+	if len(tail) < frameLength {
+		return false
+	}
+	record := int64(0)
+	for i := range 7 {
+		record |= int64(tail[i]) << (8 * i)
+	}
+	length := record
+	if tail[7]&0x80 != 0 {
+		length += int64(tail[7] & 7)
+	}
+	end := frameLength + length
+	if length == 0 {
+		end = 1 // if it is torn, the sector of the length itself is missing
+	} else if end > int64(len(tail)) {
+		// A full disk cuts a record off at the end of the segment, since only the segment is allocated.
+		size := at + int64(len(tail))
+		return size > segment || size == segment && recordIs(tail[frameLength:], record)
+	}
+	for from := int64(0); from < end; {
+		to := min(from+sector-(at+from)%sector, int64(len(tail)))
+		if allZero(tail[from:to]) {
+			return true
+		}
+		from = to
+	}
+	return false
+}
+
+// recordIs reports whether a record (walpb.Record) that begins with begin has the given length by its own fields. A damaged
+// length of its frame does not match.
+func recordIs(begin []byte, length int64) bool {
+	const dataField = 3
+	for rest := begin; ; {
+		number, kind, n := protowire.ConsumeTag(rest)
+		if n < 0 {
+			return false
+		}
+		rest = rest[n:]
+		if number == dataField && kind == protowire.BytesType {
+			size, n := protowire.ConsumeVarint(rest)
+			return n > 0 && int64(len(begin)-len(rest)+n)+int64(size) == length
+		}
+		if n = protowire.ConsumeFieldValue(number, kind, rest); n < 0 {
+			return false
+		}
+		rest = rest[n:]
+	}
+}
+
+func allZero(b []byte) bool {
+	for _, x := range b {
+		if x != 0 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,9 +1,0 @@
-package preflight
-
-import (
-	"testing"
-
-	"kedge/internal/testhost"
-)
-
-func TestMain(m *testing.M) { testhost.Main(m) }
