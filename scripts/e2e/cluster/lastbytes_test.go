@@ -41,7 +41,7 @@ func TestLastBytesArrive(t *testing.T) {
 		t.Fatal(err)
 	}
 	ns := f.Namespace(t)
-	const files, megabytes = 3000, 60
+	const files, megabytes = 2000, 24
 	for pod, node := range map[string]string{"on-server": f.Name, "on-agent": a.Name} {
 		f.Apply(t, ns, harness.Shell(pod, fmt.Sprintf(`
 			dd if=/dev/urandom of=/tmp/much bs=1M count=%d 2>/dev/null

@@ -50,11 +50,11 @@ const portVar = "KEDGE_E2E_PORT"
 const slowVar = "KEDGE_E2E_SLOW"
 
 // usualSlowness is for machines that do other things meanwhile. It costs time only where a test fails.
-const usualSlowness = "3"
+const usualSlowness = 3
 
 // slowness is by how much waits are longer.
 var slowness = sync.OnceValues(func() (int, error) {
-	n, err := strconv.Atoi(cmp.Or(os.Getenv(slowVar), usualSlowness))
+	n, err := strconv.Atoi(cmp.Or(os.Getenv(slowVar), strconv.Itoa(usualSlowness)))
 	if err == nil && n < 1 {
 		err = fmt.Errorf("%d is no number of times", n)
 	}
@@ -108,9 +108,9 @@ func Main(m *testing.M) int {
 		return 1
 	}
 	// Tests wait for most of their time, some of them for a slot of [Own]; go test would
-	// run one per processor. A slow machine has enough to do with one.
+	// run one per processor. A machine that is said to be slow has enough to do with one.
 	parallel := max(24, goruntime.GOMAXPROCS(0))
-	if slow > 1 {
+	if slow > usualSlowness {
 		parallel = 1
 	}
 	if err := flag.Set("test.parallel", strconv.Itoa(parallel)); err != nil {
