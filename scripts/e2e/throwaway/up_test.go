@@ -377,17 +377,26 @@ func TestUpIsKilled(t *testing.T) {
 	c.must(t, "up", "--name=first") // and the template
 	c.must(t, "down", "first")
 	var ids []string
-	for i, after := range []time.Duration{20 * time.Millisecond, 150 * time.Millisecond, 600 * time.Millisecond, 2 * time.Second} {
+	begun := func() error {
+		if len(c.ids()) == 0 {
+			return errors.New("it has not made a site")
+		}
+		return nil
+	}
+	for i, after := range []time.Duration{20 * time.Millisecond, 150 * time.Millisecond, 600 * time.Millisecond, 0, time.Second} {
 		for _, sig := range []os.Signal{syscall.SIGKILL, syscall.SIGTERM} {
 			cmd := c.kedge("up", fmt.Sprint("--name=k", i))
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
+			if i >= 3 { // however slow the machine is
+				harness.Eventually(t, 20*time.Second, begun)
+			}
 			time.Sleep(after)
 			ids = append(ids, c.ids()...)
 			_ = cmd.Process.Signal(sig)
 			if err := cmd.Wait(); err == nil {
-				t.Logf("it was faster than %s", after)
+				t.Logf("it had ended before signal %d", i)
 				c.must(t, "down", fmt.Sprint("k", i))
 			}
 			if out := c.must(t, "ls"); strings.Count(out, "\n") != 1 {
