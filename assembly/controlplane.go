@@ -11,6 +11,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 
 	"kedge/agent"
@@ -26,6 +27,7 @@ import (
 	"kedge/launcher/bootguard"
 	"kedge/server"
 	"kedge/server/bootstrap"
+	"kedge/server/customkinds"
 	"kedge/server/identity"
 	"kedge/server/join"
 	"kedge/server/kubeconfigs"
@@ -199,6 +201,13 @@ func newUpgrades(s Config, p *controlPlane, leader *loopback.Loopback, log *slog
 				return p.self.Conn(), nil
 			}
 			return p.hub.Node(ctx, node)
+		},
+		Define: func(ctx context.Context) error {
+			client, err := dynamic.NewForConfig(leader.Config(bootstrap.UpgradesUser))
+			if err != nil {
+				return err
+			}
+			return customkinds.Kind{Definition: upgrades.Definition, Revision: upgrades.Revision, Resource: upgrades.Resource}.Define(ctx, client)
 		},
 	}
 	return upgrades.New(cfg, leader.Config(bootstrap.UpgradesUser), component(log, "upgrades"))

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/term"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/component-base/version"
 
@@ -24,6 +25,7 @@ import (
 	"kedge/server/identity"
 	"kedge/server/snapshots"
 	"kedge/server/snapshots/archive"
+	"kedge/server/snapshots/objects"
 	"kedge/server/snapshots/s3"
 	"kedge/settings"
 )
@@ -85,9 +87,21 @@ func wireSnapshots(group *lifecycle.Group, requests *control.Server, s Config, p
 	}
 	log = component(log, "snapshots")
 	keys := snapshots.NewKeys(client.CoreV1().Secrets(metav1.NamespaceSystem), s.server.Dir, func(key archive.Key) { showFirstKey(key, log) })
-	saver := snapshots.NewSaver(s.snapshots, s.cluster, p.store, keys, log)
+	untyped, err := dynamic.NewForConfig(p.loopback.Admin())
+	if err != nil {
+		return fmt.Errorf("make the client of snapshots: %w", err)
+	}
+	var saver *snapshots.Saver
+	listed := objects.Config{Folder: s.snapshots.Folder, Node: s.snapshots.Node, Cluster: p.id.ServerCA.Hash()}
+	if s.snapshots.Remote != nil {
+		listed.Bucket = func(ctx context.Context) (*s3.Bucket, error) { return saver.Bucket(ctx) }
+	}
+	list := objects.New(listed, untyped, log)
+	s.snapshots.Changed = list.Changed
+	saver = snapshots.NewSaver(s.snapshots, s.cluster, p.store, keys, log)
 	answerArchives(requests, saver)
 	group.AddRestarted(saver, api)
+	group.AddRestarted(list, api)
 	return nil
 }
 

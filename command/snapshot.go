@@ -90,7 +90,7 @@ func saveSnapshotCommand() *cli.Command {
 		Usage: "Save the cluster in a file, and check the file; on a server that runs",
 		Description: "The file has the datastore, the authorities and keys, and the settings that are equal on all nodes. The\n" +
 			"recovery key opens it (\"kedge recovery-key show\"), or a passphrase. Keep a copy of both elsewhere.",
-	}, rowsOf(settings.RunDir, snapshotName, passphraseFile), func(c *call) error {
+	}, append(nodeRows(), rowsOf(snapshotName, passphraseFile)...), func(c *call) error {
 		if err := archive.CheckPrefix(snapshotName.In(c.values)); err != nil {
 			return errorkind.BadSetting(snapshotName.Name, ": %w", err)
 		}
@@ -341,7 +341,7 @@ func (p *Program) restoreCommand() *cli.Command {
 			fmt.Fprintf(c.out, "the state of before is kept in %s\n", done.Kept)
 		}
 		if done.NewNode {
-			fmt.Fprintln(c.out, "this machine joins as a new node; delete the node of the lost server with \"kedge kubectl delete node\"")
+			fmt.Fprintln(c.out, "this machine joins as a new node; those of the servers of then are removed")
 		}
 		fmt.Fprintln(c.out, "start kedge now; other servers of the cluster join anew after \"kedge server reset\" on each")
 		return nil

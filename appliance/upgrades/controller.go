@@ -43,6 +43,8 @@ type Config struct {
 	Servers func(context.Context) ([]string, error)
 	// Dial connects to kedge itself on a node, also on this one.
 	Dial func(ctx context.Context, node string) (net.Conn, error)
+	// Define creates the kind, with [Definition], and waits until the API serves it.
+	Define func(ctx context.Context) error
 }
 
 // retryDelay is the time after which an upgrade that waits is looked at again.
@@ -88,13 +90,13 @@ func (c *Controller) Name() string { return "upgrades" }
 // Run implements lifecycle.Component. It calls ready at once: the cluster works without this controller.
 func (c *Controller) Run(ctx context.Context, ready func()) error {
 	ready()
-	if err := c.define(ctx); err != nil {
+	if err := c.cfg.Define(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
 		return err
 	}
-	informer := dynamicinformer.NewFilteredDynamicInformer(c.any, resource, "", 0, cache.Indexers{}, nil).Informer()
+	informer := dynamicinformer.NewFilteredDynamicInformer(c.any, Resource, "", 0, cache.Indexers{}, nil).Informer()
 	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc: func(any) { c.wake.Wake() }, DeleteFunc: func(any) { c.wake.Wake() },
 		UpdateFunc: func(a, b any) {
@@ -252,7 +254,7 @@ func final(err error) bool {
 
 // get returns an upgrade as it is now.
 func (c *Controller) get(ctx context.Context, name string) (*Upgrade, error) {
-	o, err := c.any.Resource(resource).Get(ctx, name, metav1.GetOptions{})
+	o, err := c.any.Resource(Resource).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
 		return nil, err
 	}
@@ -262,7 +264,7 @@ func (c *Controller) get(ctx context.Context, name string) (*Upgrade, error) {
 
 func (c *Controller) event(u *Upgrade, eventType, reason, message string) {
 	if u != nil {
-		c.recorder.Event(&corev1.ObjectReference{APIVersion: resource.GroupVersion().String(), Kind: kind.Kind, Name: u.Name, UID: u.UID}, eventType, reason, message)
+		c.recorder.Event(&corev1.ObjectReference{APIVersion: Resource.GroupVersion().String(), Kind: kind.Kind, Name: u.Name, UID: u.UID}, eventType, reason, message)
 	}
 }
 

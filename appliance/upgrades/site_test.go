@@ -105,8 +105,9 @@ func newSite(t *testing.T, names ...string) *site {
 		Keys:    func() ([]release.Key, error) { return s.keys, nil },
 		Servers: func(context.Context) ([]string, error) { return servers, nil },
 		Dial:    s.dial,
+		Define:  func(context.Context) error { return nil },
 	}
-	any := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(kruntime.NewScheme(), map[schema.GroupVersionResource]string{resource: "UpgradeList", definitions: "CustomResourceDefinitionList"})
+	any := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(kruntime.NewScheme(), map[schema.GroupVersionResource]string{Resource: "UpgradeList"})
 	s.Controller = newController(cfg, s.client, any, slog.New(slog.DiscardHandler))
 	s.events = record.NewFakeRecorder(1000)
 	s.recorder = s.events
@@ -260,7 +261,7 @@ func (s *site) create(name string, spec map[string]any, status map[string]any) {
 		status["observedGeneration"] = int64(1)
 		o["status"] = status
 	}
-	if _, err := s.any.Resource(resource).Create(s.t.Context(), &unstructured.Unstructured{Object: o}, metav1.CreateOptions{}); err != nil {
+	if _, err := s.any.Resource(Resource).Create(s.t.Context(), &unstructured.Unstructured{Object: o}, metav1.CreateOptions{}); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -268,11 +269,11 @@ func (s *site) create(name string, spec map[string]any, status map[string]any) {
 // changeSpec changes an Upgrade as a user does.
 func (s *site) changeSpec(name string, spec map[string]any) {
 	s.t.Helper()
-	o, err := s.any.Resource(resource).Get(s.t.Context(), name, metav1.GetOptions{})
+	o, err := s.any.Resource(Resource).Get(s.t.Context(), name, metav1.GetOptions{})
 	if err == nil {
 		o.Object["spec"] = spec
 		o.SetGeneration(o.GetGeneration() + 1)
-		_, err = s.any.Resource(resource).Update(s.t.Context(), o, metav1.UpdateOptions{})
+		_, err = s.any.Resource(Resource).Update(s.t.Context(), o, metav1.UpdateOptions{})
 	}
 	if err != nil {
 		s.t.Fatal(err)

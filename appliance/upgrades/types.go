@@ -11,10 +11,10 @@ import (
 // Group is the API group of kedge's own kinds.
 const Group = "kedge.io"
 
-var (
-	resource = schema.GroupVersionResource{Group: Group, Version: "v1", Resource: "upgrades"}
-	kind     = resource.GroupVersion().WithKind("Upgrade")
-)
+// Resource is that of the kind.
+var Resource = schema.GroupVersionResource{Group: Group, Version: "v1", Resource: "upgrades"}
+
+var kind = Resource.GroupVersion().WithKind("Upgrade")
 
 // Upgrade is an object of kind Upgrade. definition.yaml describes its fields for users.
 type Upgrade struct {

@@ -2,7 +2,6 @@ package upgrades
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"reflect"
 	"slices"
@@ -13,7 +12,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
 
 	"kedge/appliance"
@@ -218,7 +216,7 @@ func TestWindowAndOrder(t *testing.T) {
 	s.create("b", map[string]any{"version": newVersion}, nil)
 	round := func() (again time.Duration, begun string) {
 		t.Helper()
-		list, err := s.any.Resource(resource).List(t.Context(), metav1.ListOptions{})
+		list, err := s.any.Resource(Resource).List(t.Context(), metav1.ListOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -239,7 +237,7 @@ func TestWindowAndOrder(t *testing.T) {
 	if a, b := s.read("a").Status, s.read("b").Status; a.Phase != Waiting || !strings.HasPrefix(a.Message, "it waits for its window, which opens at ") || b.Phase != Waiting || b.Message != "it begins when upgrade a has ended" || len(s.began) > 0 {
 		t.Errorf("%+v, %+v, began %v", a, b, s.began)
 	}
-	if err := s.any.Resource(resource).Delete(t.Context(), "a", metav1.DeleteOptions{}); err != nil {
+	if err := s.any.Resource(Resource).Delete(t.Context(), "a", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if again, begun := round(); again != 0 || begun != "b" || s.read("b").Status.Phase != Succeeded {
@@ -254,7 +252,7 @@ func TestWindowAndOrder(t *testing.T) {
 func TestChangeInTheMiddle(t *testing.T) {
 	for name, change := range map[string]func(s *site){
 		"deleted": func(s *site) {
-			if err := s.any.Resource(resource).Delete(s.t.Context(), "u", metav1.DeleteOptions{}); err != nil {
+			if err := s.any.Resource(Resource).Delete(s.t.Context(), "u", metav1.DeleteOptions{}); err != nil {
 				s.t.Error(err)
 			}
 		},
@@ -348,7 +346,7 @@ func TestDefinitionHasAllFields(t *testing.T) {
 			}
 		}
 	}
-	if err := yaml.Unmarshal(definition, &d); err != nil {
+	if err := yaml.Unmarshal(Definition, &d); err != nil {
 		t.Fatal(err)
 	}
 	compare(t, "", d.Spec.Versions[0].Schema.OpenAPIV3Schema, reflect.TypeFor[Upgrade]())
@@ -385,39 +383,6 @@ func compare(t *testing.T, path string, schema map[string]any, of reflect.Type) 
 	for name := range properties {
 		if path != "" && !slices.Contains(fields, name) {
 			t.Errorf("the definition has %s.%s, and the type has no such field", path, name)
-		}
-	}
-}
-
-func TestDefine(t *testing.T) {
-	s := newSite(t, "s1")
-	client := s.any.Resource(definitions)
-	if err := s.define(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	revisionOf := func() string {
-		t.Helper()
-		o, err := client.Get(t.Context(), "upgrades.kedge.io", metav1.GetOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return o.GetAnnotations()[revisionAnnotation] + " " + fmt.Sprint(o.Object["spec"] != nil)
-	}
-	if got := revisionOf(); got != "1 true" {
-		t.Errorf("created: %s", got)
-	}
-	for before, want := range map[string]string{"0": "1 true", "2": "2 false", "": "1 true"} {
-		old := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": map[string]any{
-			"name": "upgrades.kedge.io", "annotations": map[string]any{revisionAnnotation: before},
-		}}}
-		if _, err := client.Update(t.Context(), old, metav1.UpdateOptions{}); err != nil {
-			t.Fatal(err)
-		}
-		if err := s.define(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if got := revisionOf(); got != want {
-			t.Errorf("over revision %q: %s, want %s", before, got, want)
 		}
 	}
 }

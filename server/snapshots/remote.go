@@ -28,6 +28,11 @@ const (
 	MetaCluster  = "kedge-cluster"
 )
 
+// Bucket opens the place outside of the machine, to list what is there. [Config.Remote] must be set.
+func (s *Saver) Bucket(ctx context.Context) (*s3.Bucket, error) {
+	return s.bucket(ctx, archive.Scheduled)
+}
+
 // bucket opens the place outside of the machine. Uploads of names with another prefix are left alone: they may be those of other
 // servers.
 func (s *Saver) bucket(ctx context.Context, prefix string) (*s3.Bucket, error) {
@@ -57,6 +62,7 @@ func (s *Saver) store(ctx context.Context, path, prefix string) error {
 	if err := s.upload(ctx, path, prefix); err != nil {
 		return fmt.Errorf("%w, in %s: %w", ErrNotStored, path, err)
 	}
+	s.changed()
 	return nil
 }
 

@@ -37,6 +37,8 @@ type Config struct {
 	Schedule  Schedule
 	Retention int     // of the snapshots that the schedule takes, of this server
 	Remote    *Remote // nil if snapshots stay on the machine
+
+	Changed func() // called after a snapshot was taken, stored or removed; must not wait. Nil for nobody
 }
 
 // settingsFile is the file of an archive with the settings that are equal on all nodes: what a server that joins gets, too.
@@ -108,9 +110,16 @@ func (s *Saver) Save(ctx context.Context, prefix string, lock archive.Lock) (arc
 	saved, err := s.save(ctx, path, taken, lock)
 	if err == nil {
 		s.log.Info("snapshot of the cluster saved", "file", saved.Path, "bytes", saved.Size, "revision", saved.Header.Revision)
+		s.changed()
 		err = s.store(ctx, saved.Path, prefix)
 	}
 	return saved, err
+}
+
+func (s *Saver) changed() {
+	if s.cfg.Changed != nil {
+		s.cfg.Changed()
+	}
 }
 
 // removeLeftovers removes the files of a process that was killed while it took a snapshot.

@@ -2,7 +2,10 @@ package storage
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -62,6 +65,7 @@ func TestSnapshotAndRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.check(r.Node)
+	r.listed(r.Node)
 	r.podsRunOn()
 	r.Stop(t, syscall.SIGTERM, 15*time.Second)
 	if out, err := r.Command("killall"); err != nil {
@@ -132,6 +136,7 @@ func (r *restored) save() {
 // goOn changes what the snapshot has.
 func (r *restored) goOn() {
 	t := r.t
+	r.listed(r.Node)
 	r.Kubectl(t, "delete", "secret", "-n", r.ns, "s")
 	r.Apply(t, r.ns, `{apiVersion: v1, kind: ConfigMap, metadata: {name: later}}`)
 	later, err := r.Client.CoreV1().ConfigMaps(r.ns).Get(context.Background(), "later", metav1.GetOptions{})
@@ -142,6 +147,18 @@ func (r *restored) goOn() {
 	if out := r.command(1, "snapshot", "restore", r.snapshot); !strings.Contains(out, "stop it first") {
 		t.Errorf("while kedge runs, restore says\n%s", out)
 	}
+}
+
+// listed waits until a cluster has an object for the snapshot.
+func (r *restored) listed(n *harness.Node) {
+	r.t.Helper()
+	harness.Eventually(r.t, 20*time.Second, func() error {
+		out, err := n.TryKubectl(nil, "get", "snapshots.kedge.io")
+		if err == nil && !strings.Contains(out, filepath.Base(r.snapshot)) {
+			err = fmt.Errorf("the snapshots are\n%s", out)
+		}
+		return err
+	})
 }
 
 // refused tries keys and files that are wrong.
@@ -219,4 +236,11 @@ func (r *restored) onABareMachine() {
 		t.Fatal(err)
 	}
 	r.check(bare)
+	harness.Eventually(t, 30*time.Second, func() error {
+		_, err := bare.Client.CoreV1().Nodes().Get(context.Background(), r.Name, metav1.GetOptions{})
+		if !apierrors.IsNotFound(err) {
+			return fmt.Errorf("the node of the lost server is there: %w", cmp.Or(err, errors.New("found")))
+		}
+		return nil
+	})
 }
