@@ -5,8 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -33,8 +33,8 @@ const (
 	settleDelay = 500 * time.Millisecond
 	// retryDelay is the time between attempts after a failure.
 	retryDelay = time.Minute
-	// bucketInterval is the time after which a bucket is listed again, which others change too.
-	bucketInterval = time.Hour
+	// relistInterval is the time after which what cannot be watched is listed again: a bucket, which others change too.
+	relistInterval = time.Hour
 )
 
 // Config says what is listed.
@@ -68,43 +68,76 @@ func (l *List) Changed() { l.wake.Wake() }
 // Run implements lifecycle.Component. It calls ready at once: the cluster works without this list.
 func (l *List) Run(ctx context.Context, ready func()) error {
 	ready()
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch the folder of snapshots: %w", err)
+	var w folderWatch
+	defer w.close()
+	return l.follow(ctx, func() changes { return w.of(l.cfg.Folder) })
+}
+
+// changes are those of a folder. The zero changes are of a folder that does not exist.
+type changes struct {
+	events   <-chan fsnotify.Event
+	failures <-chan error // changes may have been missed
+	err      error        // the folder cannot be watched
+}
+
+// folderWatch watches a folder. It holds nothing before the folder exists, which is made with the first snapshot.
+type folderWatch struct{ watcher *fsnotify.Watcher }
+
+// of has the changes of the folder reported. It is called again whenever something has changed: the folder is another one if
+// somebody has moved it away.
+func (w *folderWatch) of(folder string) changes {
+	if _, err := os.Stat(folder); err != nil {
+		return changes{}
 	}
-	defer watcher.Close()
-	// The folder is made with the first snapshot, and is another one if somebody has moved it away: it is watched anew each time.
-	watch := func() { _ = watcher.Add(l.cfg.Folder) }
-	return l.follow(ctx, watch, watcher.Events, watcher.Errors)
+	if w.watcher == nil {
+		watcher, err := fsnotify.NewWatcher()
+		if err != nil {
+			return changes{err: err}
+		}
+		w.watcher = watcher
+	}
+	if err := w.watcher.Add(folder); err != nil {
+		return changes{err: err}
+	}
+	return changes{events: w.watcher.Events, failures: w.watcher.Errors}
+}
+
+func (w *folderWatch) close() {
+	if w.watcher != nil {
+		_ = w.watcher.Close() // it never fails
+	}
 }
 
 // follow lists the files whenever they have changed. watch has changes of the folder reported.
-func (l *List) follow(ctx context.Context, watch func(), events <-chan fsnotify.Event, failures <-chan error) error {
+func (l *List) follow(ctx context.Context, watch func() changes) error {
+	var folder changes
 	due := time.NewTimer(0) // when the files are listed again
 	defer due.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case event := <-events:
+		case event := <-folder.events:
 			if !strings.HasPrefix(filepath.Base(event.Name), ".") { // files have another name while they are written
 				due.Reset(settleDelay)
 			}
-		case err := <-failures:
-			l.log.Warn("changes of the folder of snapshots may be noticed late", "err", err)
-			due.Reset(retryDelay)
+		case <-folder.failures:
+			due.Reset(settleDelay)
 		case <-l.wake:
 			due.Reset(settleDelay)
 		case <-due.C:
-			watch()
+			folder = watch()
 			switch err := l.update(ctx); {
 			case ctx.Err() != nil:
 				return nil
 			case err != nil:
 				l.log.Warn("the objects of snapshots could not be brought up to date; trying again", "err", err, "again", retryDelay)
 				due.Reset(retryDelay)
+			case folder.err != nil:
+				l.log.Warn("changes of the folder of snapshots are noticed late, since it cannot be watched", "err", folder.err, "within", relistInterval)
+				due.Reset(relistInterval)
 			case l.cfg.Bucket != nil:
-				due.Reset(bucketInterval)
+				due.Reset(relistInterval)
 			}
 		}
 	}

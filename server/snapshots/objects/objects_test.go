@@ -252,7 +252,7 @@ func TestTriesAgain(t *testing.T) {
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- s.list.follow(ctx, func() {}, nil, nil) }()
+		go func() { done <- s.list.follow(ctx, func() changes { return changes{} }) }()
 		time.Sleep(time.Second)
 		refused = false
 		time.Sleep(retryDelay + time.Second)
