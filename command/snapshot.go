@@ -267,7 +267,7 @@ func lockOf(c *call) (archive.Lock, error) {
 	}
 	key, err := archive.ReadKey(filepath.Join(settings.DataDir.In(c.values), "server"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errNoKey
+		return nil, errorkind.Permanent(errNoKey)
 	}
 	return key, err
 }

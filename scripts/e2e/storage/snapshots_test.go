@@ -226,7 +226,7 @@ func (r *restored) onABareMachine() {
 		}
 	}
 	restore := []string{"snapshot", "restore", r.snapshot, "--node-name=" + bare.Name}
-	if out := commandOf(t, bare, nil, 1, restore...); !strings.Contains(out, "KEDGE_RECOVERY_KEY") {
+	if out := commandOf(t, bare, nil, 78, restore...); !strings.Contains(out, "KEDGE_RECOVERY_KEY") {
 		t.Errorf("without a key it says\n%s", out)
 	}
 	if out := commandOf(t, bare, nil, 0, append(restore, "--recovery-key-file="+filepath.Join(bare.Dir, "key"))...); !strings.Contains(out, "joins as a new node") {
