@@ -129,6 +129,10 @@ build-conformance: deps payload ## build Kubernetes' own end-to-end suite and it
 test-datastore: ## the datastore's members under faults, which takes minutes; some need root
 	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
 
+.PHONY: torture
+torture: ## cut the power of the datastore CUTS=2000 times, on a disk that is recorded, and print what became of it; needs root
+	KEDGE_TORTURE=$(or $(CUTS),2000) go test -count=1 -timeout 4h -v -artifacts -run 'TestPowerCut$$' ./datastore
+
 .PHONY: test-long
 test-long: build build-e2e ## tests that take too long for make test: five servers, a minute of each network backend, 50 clusters created and killed, every file with every damage, the upgrade of running clusters, another key for Secrets of three servers, installations beside Docker and without a trace, on emulated machines, a bundle of 3 GB, 50 upgrades that are killed, upgrades on a full disk, from a release, of drained nodes, and 8 with power cuts
 	KEDGE_TEST_EARLIER=$$(scripts/build-earlier.sh cd4a154) && export KEDGE_TEST_EARLIER && \

@@ -22,19 +22,23 @@ const (
 	childRole = "KEDGE_DATASTORE_TEST_CHILD"
 	childDir  = "KEDGE_DATASTORE_TEST_DIR"
 
-	roleWriter  = "writer" // writes for ever
-	roleFull    = "full"   // writes until files may not grow further
-	roleFatal   = "fatal"  // logs a fatal message of etcd
-	rolePanic   = "panic"  // panics in a call
-	roleMember  = "member" // runs commands; see machines_test.go
-	childFailed = 3        // exit status of a child whose Run returned ErrFailed
-	fileLimit   = 20 << 20 // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
-	writers     = 4        // of roleWriter
+	roleWriter  = "writer"  // writes for ever
+	roleFull    = "full"    // writes until files may not grow further
+	roleFatal   = "fatal"   // logs a fatal message of etcd
+	rolePanic   = "panic"   // panics in a call
+	roleMember  = "member"  // runs commands; see machines_test.go
+	rolePowered = "powered" // writes to a disk that is recorded; see powercut_test.go
+	childFailed = 3         // exit status of a child whose Run returned ErrFailed
+	fileLimit   = 20 << 20  // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
+	writers     = 4         // of roleWriter
 )
 
 func runChild(role string) int {
 	if role == roleMember {
 		return runMember()
+	}
+	if role == rolePowered {
+		return runPowered()
 	}
 	if role == roleFull {
 		// The kernel refuses to grow a file beyond this limit, as on a full disk, but for this process only.

@@ -85,6 +85,7 @@ var rooms = map[string][]string{
 	"agent/nodeobject":             {"internal"},
 	"agent/uplink":                 {"internal"},
 	"agent/watches":                {"internal/informertrim"},
+	"datastore/blockrecorder":      {},
 	"datastore/hook":               {"datastore", "internal"},
 	"datastore/integrity":          {"internal/atomicfile"},
 	"datastore/peers":              {"internal/atomicfile", "internal/beacon", "internal/lifecycle"},
