@@ -1,6 +1,8 @@
 package pki
 
 import (
+	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
@@ -37,7 +39,7 @@ var ErrMismatch = errors.New("certificate and key do not belong together")
 // Authority is a certificate authority with its private key.
 type Authority struct {
 	Cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	key  crypto.Signer
 	path string // without extension
 }
 
@@ -68,18 +70,22 @@ func EnsureAuthority(dir, name string, now time.Time) (*Authority, error) {
 }
 
 // LoadAuthority loads the authority in <dir>/<name>.crt and .key, and writes
-// nothing. Where a file is missing the error is fs.ErrNotExist.
+// nothing. Where a file is missing the error is fs.ErrNotExist. The files may be
+// an administrator's own.
 func LoadAuthority(dir, name string, now time.Time) (*Authority, error) {
 	base := filepath.Join(dir, name)
-	key, err := LoadKey(base + ".key")
+	key, err := loadSigner(base + ".key")
 	if err != nil {
 		return nil, err
 	}
 	a := &Authority{key: key, path: base}
-	if a.Cert, err = readCert(base + ".crt"); err != nil {
+	if a.Cert, err = readSole(base + ".crt"); err != nil {
 		return nil, err
 	}
-	if pub, ok := a.Cert.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&key.PublicKey) {
+	if !a.Cert.BasicConstraintsValid || !a.Cert.IsCA || a.Cert.KeyUsage != 0 && a.Cert.KeyUsage&x509.KeyUsageCertSign == 0 {
+		return nil, fmt.Errorf("%s.crt is not the certificate of an authority: it needs CA:TRUE and keyCertSign; restore it from a backup, or give another", base)
+	}
+	if !fits(a.Cert, key) {
 		return nil, fmt.Errorf("authority %s: %w; restore both files from a backup", base, ErrMismatch)
 	}
 	if now.After(a.Cert.NotAfter) {
@@ -87,6 +93,12 @@ func LoadAuthority(dir, name string, now time.Time) (*Authority, error) {
 			base, ErrExpired, a.Cert.NotAfter.Format(time.DateOnly), now.Format(time.DateOnly))
 	}
 	return a, nil
+}
+
+// fits reports whether a certificate is for a key.
+func fits(c *x509.Certificate, key crypto.Signer) bool {
+	public, ok := c.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && public.Equal(key.Public())
 }
 
 // CertFile is the path of the certificate in PEM.
@@ -142,10 +154,15 @@ func newSerial() (*big.Int, error) {
 	return n.Add(n, big.NewInt(1)), nil
 }
 
-func readCert(path string) (*x509.Certificate, error) {
+// readSole reads a certificate in a file that has no other one. Programs that read the file trust all in it: beside the
+// authority's own certificate, that of who has signed it would let in whatever else that one signs.
+func readSole(path string) (*x509.Certificate, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
+	}
+	if n := bytes.Count(data, []byte("-----BEGIN CERTIFICATE-----")); n > 1 {
+		return nil, fmt.Errorf("%s holds %d certificates; leave only the authority's own, since whatever else is there would be trusted too", path, n)
 	}
 	return parseCert(path, data)
 }

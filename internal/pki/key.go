@@ -1,9 +1,11 @@
 package pki
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -29,26 +31,54 @@ func EnsureKey(path string) (*ecdsa.PrivateKey, error) {
 
 // LoadKey is EnsureKey without making a key.
 func LoadKey(path string) (*ecdsa.PrivateKey, error) {
-	data, err := os.ReadFile(path)
+	any, err := loadSigner(path)
 	if err != nil {
 		return nil, err
-	}
-	block, _ := pem.Decode(data)
-	if block == nil {
-		return nil, fmt.Errorf("%w: %s holds no PEM block; restore it from a backup", ErrDamaged, path)
-	}
-	if key, err := x509.ParseECPrivateKey(block.Bytes); err == nil {
-		return key, nil
-	}
-	any, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, fmt.Errorf("%w: read key %s: %w; restore it from a backup", ErrDamaged, path, err)
 	}
 	key, ok := any.(*ecdsa.PrivateKey)
 	if !ok {
 		return nil, fmt.Errorf("key %s is a %T; kedge uses ECDSA keys", path, any)
 	}
 	return key, nil
+}
+
+// minRSA is the least length of an RSA key, in bits.
+const minRSA = 2048
+
+// loadSigner loads the private key in path (PEM, PKCS #8, SEC 1 or PKCS #1): an ECDSA key, or an RSA key, which authorities of
+// administrators have.
+func loadSigner(path string) (crypto.Signer, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(data)
+	for rest := data; block != nil && block.Type == "EC PARAMETERS"; { // openssl writes them before the key
+		block, rest = pem.Decode(rest)
+	}
+	if block == nil {
+		return nil, fmt.Errorf("%w: %s holds no PEM block; restore it from a backup", ErrDamaged, path)
+	}
+	if key, err := x509.ParseECPrivateKey(block.Bytes); err == nil {
+		return key, nil
+	}
+	var key any
+	if key, err = x509.ParsePKCS1PrivateKey(block.Bytes); err != nil {
+		if key, err = x509.ParsePKCS8PrivateKey(block.Bytes); err != nil {
+			return nil, fmt.Errorf("%w: read key %s: %w; restore it from a backup", ErrDamaged, path, err)
+		}
+	}
+	switch key := key.(type) {
+	case *ecdsa.PrivateKey:
+		return key, nil
+	case *rsa.PrivateKey:
+		if bits := key.N.BitLen(); bits < minRSA {
+			return nil, fmt.Errorf("key %s is an RSA key of %d bits; it must have %d at least", path, bits, minRSA)
+		}
+		return key, nil
+	default:
+		return nil, fmt.Errorf("key %s is a %T; use an ECDSA or RSA key", path, key)
+	}
 }
 
 // writeKey makes a key in path, in place of another.

@@ -29,7 +29,7 @@ func (a *Authority) Limited(names []string, ranges []netip.Prefix) ([]byte, erro
 		t.ExcludedIPRanges = append(t.ExcludedIPRanges, &net.IPNet{IP: r.Masked().Addr().AsSlice(), Mask: net.CIDRMask(r.Bits(), r.Addr().BitLen())})
 	}
 	t.SerialNumber = new(big.Int).SetBytes(sum.Sum(nil)[:15])
-	der, err := x509.CreateCertificate(nil, t, t, &a.key.PublicKey, a.key) // deterministic
+	der, err := x509.CreateCertificate(nil, t, t, a.key.Public(), a.key) // deterministic
 	if err != nil {
 		return nil, fmt.Errorf("sign a limited certificate of %s: %w", a.path, err)
 	}

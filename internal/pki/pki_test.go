@@ -110,7 +110,7 @@ func TestAuthorityAfterCrashBetweenKeyAndCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !ca.key.Equal(key) {
+	if !key.Equal(ca.key) {
 		t.Error("the key was replaced")
 	}
 }

@@ -99,6 +99,9 @@ func readFingerprints(cfg Config, now time.Time) (found fingerprints, missing []
 			continue
 		}
 		ca, err := pki.LoadAuthority(cfg.tlsDir(), name, now)
+		if err != nil && !cfg.Established { // an administrator has put it there
+			return nil, nil, errorkind.Permanent(fmt.Errorf("an authority of the new cluster cannot be used: %w", err))
+		}
 		if err != nil {
 			return nil, nil, errorkind.Permanent(fmt.Errorf("%w: %w", ErrLost, err))
 		}

@@ -1,10 +1,20 @@
 package security
 
 import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -18,10 +28,14 @@ import (
 )
 
 // TestCertificates: "kedge certificate" knows all certificates of a server and of an agent, finds what is wrong with them, and
-// makes new ones, which the running node uses without a restart.
+// makes new ones, which the running node uses without a restart. Some of the cluster's authorities are an administrator's own.
 func TestCertificates(t *testing.T) {
 	t.Parallel()
-	f := harness.NewFleet(t)
+	own := map[string][]byte{}
+	f := harness.NewPreparedFleet(t, func(n *harness.Node) { own = ownAuthorities(t, filepath.Join(n.DataDir(), "server", "tls")) })
+	if !bytes.Equal(f.Config.CAData, own["server-ca"]) {
+		t.Errorf("clients are to trust\n%s", f.Config.CAData)
+	}
 	a := f.StartAgent(t)
 	harness.Eventually(t, 30*time.Second, func() error { return f.NodeIsReady(a.Name) })
 	ns := f.Namespace(t)
@@ -133,4 +147,43 @@ func servedBy(t *testing.T, f *harness.Fleet, address string) string {
 		t.Fatal(err)
 	}
 	return string(c.ConnectionState().PeerCertificates[0].Raw)
+}
+
+// ownAuthorities makes authorities as an administrator does with openssl, with RSA keys too, in the folder of a server that has
+// not started yet. It returns their certificates in PEM.
+func ownAuthorities(t *testing.T, dir string) map[string][]byte {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certs := map[string][]byte{}
+	for name, key := range map[string]crypto.Signer{"server-ca": rsaKey, "client-ca": rsaKey, "kubelet-ca": p384} {
+		c := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "own " + name}, NotBefore: time.Now().Add(-time.Hour),
+			NotAfter: time.Now().Add(10 * 365 * 24 * time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+		der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs[name] = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+		err = errors.Join(os.WriteFile(filepath.Join(dir, name+".crt"), certs[name], 0o644),
+			os.WriteFile(filepath.Join(dir, name+".key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certs
 }
