@@ -78,7 +78,7 @@ func New(dir string, content []byte) (_ *Disk, err error) {
 		return nil, errors.Join(err, d.counter.Close())
 	}
 	d.server, err = fs.Mount(mountpoint, &root{disk: d}, &fs.Options{MountOptions: fuse.MountOptions{
-		DirectMountStrict: true, FsName: "kedge-blockrecorder", Name: "blockrecorder", MaxWrite: 1 << 20,
+		DirectMountStrict: true, FsName: "kedge-blockrecorder", Name: "blockrecorder", MaxWrite: 512 << 10,
 	}})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("mount the file of the disk: %w", err), d.counter.Close())
