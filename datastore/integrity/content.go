@@ -1,6 +1,7 @@
 package integrity
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -25,6 +26,10 @@ type contents struct {
 	members []string // IDs
 	buckets map[string]int
 	newest  uint64 // revision of the last key
+
+	memberData [][]byte // values of members
+	prefix     []byte   // of the keys for value; empty for none
+	value      []byte   // of the latest write to a key with the prefix
 }
 
 // check reports damage if etcd cannot have written this key with this value.
@@ -46,7 +51,7 @@ func (c *contents) check(bucket string, key, value []byte) *Damage {
 		if !json.Valid(value) {
 			what = fmt.Sprintf("has a member %q that cannot be decoded", key)
 		}
-		c.members = append(c.members, string(key))
+		c.members, c.memberData = append(c.members, string(key)), append(c.memberData, bytes.Clone(value))
 	}
 	if what != "" {
 		return &Damage{File: c.path, What: what}
@@ -101,8 +106,31 @@ func (c *contents) checkRevision(key, value []byte) string {
 		}
 	case got[3] != main || got[2] == 0 || got[2] > main || got[4] == 0 || got[4] > main:
 		return fmt.Sprintf("has a revision %d whose value has revision %d", main, got[3])
+	case len(c.prefix) > 0:
+		c.note(value)
 	}
 	return ""
+}
+
+// note keeps the value of a key with the prefix. message is a valid mvccpb.KeyValue.
+func (c *contents) note(message []byte) {
+	var key, value []byte
+	for len(message) > 0 {
+		number, kind, n := protowire.ConsumeTag(message)
+		message = message[n:]
+		switch {
+		case kind == protowire.VarintType:
+			_, n = protowire.ConsumeVarint(message)
+		case number == 1:
+			key, n = protowire.ConsumeBytes(message)
+		default:
+			value, n = protowire.ConsumeBytes(message)
+		}
+		message = message[n:]
+	}
+	if bytes.HasPrefix(key, c.prefix) {
+		c.value = append(c.value[:0], value...)
+	}
 }
 
 const (
@@ -152,13 +180,17 @@ func fields(message []byte, known map[protowire.Number]protowire.Type) (map[prot
 // readContents checks the structure of a database and the form of its keys and values.
 func readContents(path string) (*contents, error) {
 	c := &contents{path: path, buckets: map[string]int{}}
-	if err := checkDatabase(path, c.check); err != nil {
-		return nil, err
+	return c, c.read()
+}
+
+func (c *contents) read() error {
+	if err := checkDatabase(c.path, c.check); err != nil {
+		return err
 	}
 	if c.index == 0 && c.buckets[keyBucket] > 0 {
-		return nil, damaged(path, "has keys, but no index of the last applied log entry")
+		return damaged(c.path, "has keys, but no index of the last applied log entry")
 	}
-	return c, nil
+	return nil
 }
 
 // CheckDatabase checks the structure of a database file, which nobody changes meanwhile, and the form of its keys and values.

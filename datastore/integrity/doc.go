@@ -5,8 +5,7 @@
 // end there is no seal. Then the log is verified by its own checksums, and the structure of the database by the rules of
 // its format: every page, key and value.
 //
-// The package changes nothing but the seal, and the end of a log that a power cut has torn. It does not open the store,
-// and knows nothing about members.
+// The package changes nothing but the seal, and the end of a log that a power cut has torn. It does not open the store.
 //
 // Only package datastore may import it.
 package integrity

@@ -50,7 +50,9 @@ func logFiles(dir string) ([]logFile, error) {
 type log struct {
 	identity Identity
 	last     uint64 // index of the last entry, or of a snapshot after it
+	lastTerm uint64 // of that entry or snapshot
 	commit   uint64 // commit index in the last hard state
+	term     uint64 // in the last hard state
 
 	known bool // whether the log has an entry or snapshot
 
@@ -211,20 +213,20 @@ func (l *log) check(record *walpb.Record) (what string) {
 		if l.known && e.GetIndex() > l.last+1 {
 			return fmt.Sprintf("has entry %d after entry %d", e.GetIndex(), l.last)
 		}
-		l.last, l.known = e.GetIndex(), true
+		l.last, l.lastTerm, l.known = e.GetIndex(), e.GetTerm(), true
 	case wal.StateType:
 		var s raftpb.HardState
 		if proto.Unmarshal(record.Data, &s) != nil {
 			return "has a hard state that cannot be decoded"
 		}
-		l.commit = s.GetCommit()
+		l.commit, l.term = s.GetCommit(), s.GetTerm()
 	case wal.SnapshotType:
 		var s walpb.Snapshot
 		if proto.Unmarshal(record.Data, &s) != nil {
 			return "has a snapshot that cannot be decoded"
 		}
 		if s.GetIndex() > l.last {
-			l.last, l.known = s.GetIndex(), true
+			l.last, l.lastTerm, l.known = s.GetIndex(), s.GetTerm(), true
 		}
 	default:
 		return fmt.Sprintf("has a record of the unknown type %d", record.GetType())

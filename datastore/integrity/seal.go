@@ -198,12 +198,20 @@ func (r *Report) read(dir string, segment int64) error {
 	if err != nil {
 		return err
 	}
-	if l.known && c.index > l.last {
-		return damaged(filepath.Join(dir, logDir), "ends at entry %d, and the database holds entry %d already", l.last, c.index)
-	}
-	if l.known && l.commit > l.last {
-		return damaged(filepath.Join(dir, logDir), "ends at entry %d, but entry %d was committed", l.last, l.commit)
+	if err := l.agrees(c, filepath.Join(dir, logDir)); err != nil {
+		return err
 	}
 	r.Torn, r.Members = l.torn, c.members
 	return l.clear()
+}
+
+// agrees returns the damage of the log in dir if it lacks what the database or its own hard state names.
+func (l *log) agrees(c *contents, dir string) error {
+	switch {
+	case l.known && c.index > l.last:
+		return damaged(dir, "ends at entry %d, and the database holds entry %d already", l.last, c.index)
+	case l.known && l.commit > l.last:
+		return damaged(dir, "ends at entry %d, but entry %d was committed", l.last, l.commit)
+	}
+	return nil
 }
