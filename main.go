@@ -27,6 +27,7 @@ import (
 	"kedge/server/snapshots"
 	"kedge/server/snapshots/archive"
 	"kedge/server/snapshots/s3"
+	"kedge/server/snapshots/survivor"
 	"kedge/throwaway/machine/supervisor"
 )
 
@@ -83,6 +84,13 @@ func program(host assembly.Host) *command.Program {
 		Restore: func(ctx context.Context, n command.Node, file string, lock archive.Lock, force bool) (command.Restored, error) {
 			done, err := assembly.Restore(ctx, node(n), file, lock, force)
 			return command.Restored{Snapshot: done.Header, Revision: done.Revision, Kept: done.Kept, NewNode: done.NewNode}, err
+		},
+		Survivor: func(ctx context.Context, n command.Node) (survivor.State, error) {
+			return assembly.Survivor(ctx, node(n))
+		},
+		Recover: func(ctx context.Context, n command.Node, others []survivor.State, force bool) (command.Restored, error) {
+			done, err := assembly.Recover(ctx, node(n), others, force)
+			return command.Restored{Revision: done.Revision, Kept: done.Kept}, err
 		},
 		Bucket: func(ctx context.Context, n command.Node) (command.Bucket, error) {
 			b, err := assembly.OpenBucket(ctx, node(n))

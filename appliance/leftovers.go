@@ -24,7 +24,7 @@ import (
 // that of docs/architecture.md.
 func dataNames() []string {
 	return []string{"agent", "bundle", "cni", "containerd", "containerd-damaged-*", "disk-probe", "images", "kedge.json", "kubelet", "log",
-		"pod-manifests", "previous", "program", "runtime", "server", "server.before-restore-*", "server.new", "restore.json", ".restore-*",
+		"pod-manifests", "previous", "program", "runtime", "server", "server.before-restore-*", "server.new", "recover.new", "restore.json", ".restore-*",
 		control.SnapshotFolder, "upgrade", ".tmp-*", "kedge.lock"}
 }
 

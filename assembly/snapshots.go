@@ -27,6 +27,7 @@ import (
 	"kedge/server/snapshots/archive"
 	"kedge/server/snapshots/objects"
 	"kedge/server/snapshots/s3"
+	"kedge/server/snapshots/survivor"
 	"kedge/settings"
 )
 
@@ -150,22 +151,58 @@ func answerArchives(requests *control.Server, saver *snapshots.Saver) {
 
 // Restore makes this machine the server of the cluster in a snapshot file. lock opens it; nil for a file with a database only.
 func Restore(ctx context.Context, in Input, file string, lock archive.Lock, force bool) (snapshots.Restored, error) {
-	dataDir := absolute(settings.DataDir.In(in.Values))
-	node, err := datadir.NodeName(dataDir)
+	dataDir, node, err := stoppedNode(in)
 	if err != nil {
-		return snapshots.Restored{}, errorkind.Permanent(err)
+		return snapshots.Restored{}, err
 	}
-	if node == "" {
-		if node, err = in.Host.nodeName(in.Values); err != nil {
-			return snapshots.Restored{}, errorkind.Permanent(err)
-		}
-	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	done, err := snapshots.Restore{DataDir: dataDir, File: file, Lock: lock, Node: node, Force: force, Log: log}.Run(ctx)
+	done, err := snapshots.Restore{DataDir: dataDir, File: file, Lock: lock, Node: node, Force: force, Log: commandLog(slog.LevelWarn)}.Run(ctx)
 	if errors.Is(err, snapshots.ErrOtherCluster) || errors.Is(err, archive.ErrWrongKey) || errors.Is(err, archive.ErrNewer) || errors.Is(err, archive.ErrDamaged) || errors.Is(err, archive.ErrNotArchive) {
 		err = errorkind.Permanent(err)
 	}
 	return done, err
+}
+
+// stoppedNode returns the data directory of a node that does not run, and its name.
+func stoppedNode(in Input) (dataDir, node string, err error) {
+	dataDir = absolute(settings.DataDir.In(in.Values))
+	if node, err = datadir.NodeName(dataDir); err == nil && node == "" {
+		node, err = in.Host.nodeName(in.Values)
+	}
+	return dataDir, node, errorkind.Permanent(err)
+}
+
+// commandLog is the log of a command, whose output is on the standard output.
+func commandLog(level slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
+// Survivor returns what the stopped server of this machine holds, and which other servers answer.
+func Survivor(ctx context.Context, in Input) (survivor.State, error) {
+	r, err := recovery(in)
+	if err != nil {
+		return survivor.State{}, err
+	}
+	return r.Inspect(ctx)
+}
+
+// Recover makes the stopped server of this machine the only one of its cluster, whose majority is gone for good. others are the
+// states of other stopped servers.
+func Recover(ctx context.Context, in Input, others []survivor.State, force bool) (snapshots.Restored, error) {
+	r, err := recovery(in)
+	if err != nil {
+		return snapshots.Restored{}, err
+	}
+	done, err := r.Run(ctx, others, force)
+	if errors.Is(err, survivor.ErrImpossible) {
+		err = errorkind.Permanent(err)
+	}
+	return done, err
+}
+
+func recovery(in Input) (snapshots.Recovery, error) {
+	dataDir, node, err := stoppedNode(in)
+	// etcd warns of what a recovery is for: that no other member answers.
+	return snapshots.Recovery{DataDir: dataDir, Node: node, Log: commandLog(slog.LevelError)}, err
 }
 
 // ResetServer sets the datastore of a stopped server aside, so that the server joins its cluster anew. It returns where the old

@@ -16,6 +16,7 @@ import (
 	"kedge/internal/lifecycle"
 	"kedge/preflight"
 	"kedge/server/snapshots/archive"
+	"kedge/server/snapshots/survivor"
 	"kedge/settings"
 )
 
@@ -40,6 +41,11 @@ type Program struct {
 	// Restore makes this machine the server of the cluster in a snapshot file. lock opens it; nil for a file with a database
 	// only.
 	Restore func(ctx context.Context, n Node, file string, lock archive.Lock, force bool) (Restored, error)
+	// Survivor returns what the stopped server of this machine holds, and which other servers answer.
+	Survivor func(ctx context.Context, n Node) (survivor.State, error)
+	// Recover makes it the only server of its cluster, whose majority is gone for good. others are the states of other stopped
+	// servers.
+	Recover func(ctx context.Context, n Node, others []survivor.State, force bool) (Restored, error)
 	// Bucket opens the bucket in the settings, where snapshots are stored outside of the machine.
 	Bucket func(ctx context.Context, n Node) (Bucket, error)
 	// ResetServer sets the datastore of a stopped server aside, and returns where it is kept.
@@ -142,6 +148,7 @@ func (p *Program) app(stdout, stderr io.Writer) *cli.App {
 			p.nodeCommand(),
 			p.snapshotCommand(),
 			recoveryKeyCommand(),
+			p.recoverCommand(),
 			kubeconfigCommand(),
 			p.certificateCommand(),
 			p.statusCommand(),

@@ -35,7 +35,6 @@ type State struct {
 	Committed           uint64    // index up to which this member knows that entries are committed
 	Revision            int64     // of the last write in its database; later ones may be in its log
 	Changed             time.Time // when its log was last changed, by this machine's clock; a start changes it too
-	Newest              []byte    // the value of the latest write in its database to a key with the prefix of ReadState
 	Bytes               int64     // size of its files
 }
 
@@ -45,21 +44,21 @@ type StateMember struct {
 	Learner bool // has no vote
 }
 
-// ReadState reads what the store in dir holds, which is closed, and checks its files. It changes nothing. prefix is that of
-// the keys for State.Newest.
-func ReadState(dir, prefix string) (State, error) {
+// ReadState reads what the store in dir holds, which is closed, and checks its files. It changes nothing. visit is called with
+// every write to a key that is in the database, in order, with bytes that are valid until it returns; it may be nil.
+func ReadState(dir string, visit func(key, value []byte)) (State, error) {
 	release, err := lockStore(dir)
 	if err != nil {
 		return State{}, err
 	}
 	defer release()
-	found, err := integrity.ReadState(dir, prefix, walSegment)
+	found, err := integrity.ReadState(dir, walSegment, visit)
 	if err != nil {
 		return State{}, damagedAt(dir, dir, err)
 	}
 	s := State{
 		Cluster: types.ID(found.Identity.Cluster).String(), Self: types.ID(found.Identity.Member).String(), Term: found.Term,
-		LastIndex: found.LastIndex, LastTerm: found.LastTerm, Committed: found.Committed, Revision: found.Revision, Newest: found.Newest,
+		LastIndex: found.LastIndex, LastTerm: found.LastTerm, Committed: found.Committed, Revision: found.Revision,
 	}
 	if s.Members, err = stateMembers(dir, found.Members); err != nil {
 		return State{}, err
@@ -87,7 +86,7 @@ func lockStore(dir string) (release func() error, err error) {
 		return nil, err
 	}
 	if !holds {
-		return nil, fmt.Errorf("%s holds no datastore", dir)
+		return nil, fmt.Errorf("%s holds no datastore; recover another server, or restore a snapshot", dir)
 	}
 	lock, err := lockDir(dir)
 	if err != nil {
@@ -97,7 +96,7 @@ func lockStore(dir string) (release func() error, err error) {
 		return nil, errors.Join(err, ErrRemoved, lock.Close())
 	}
 	if b, err := peers.OpenAddressBook(dir, ""); err == nil && b.Get().Joining {
-		return nil, errors.Join(fmt.Errorf("the member in %s was admitted and has never taken part in its cluster, so its data is not complete", dir), lock.Close())
+		return nil, errors.Join(fmt.Errorf("the member in %s was admitted and has never taken part in its cluster, so its data is not complete; recover another server", dir), lock.Close())
 	}
 	return lock.Close, nil
 }

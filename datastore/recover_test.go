@@ -63,7 +63,7 @@ func TestRecoverKeepsTheLog(t *testing.T) {
 	leader.kill()
 	survivor.kill()
 
-	state, err := ReadState(image, "/a")
+	state, err := ReadState(image, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,7 +184,7 @@ func TestOldMembersDoNotDisturbARecoveredStore(t *testing.T) {
 
 // TestReadStateRefuses: what cannot be recovered is refused, with the reason.
 func TestReadStateRefuses(t *testing.T) {
-	if _, err := ReadState(t.TempDir(), ""); err == nil {
+	if _, err := ReadState(t.TempDir(), nil); err == nil {
 		t.Error("an empty folder has a state")
 	}
 	cfg := testConfig(t.TempDir())
@@ -192,18 +192,19 @@ func TestReadStateRefuses(t *testing.T) {
 	if _, err := newClient(t, s).Put(t.Context(), "/a", "x"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadState(cfg.Dir, ""); !errors.Is(err, ErrInUse) {
+	if _, err := ReadState(cfg.Dir, nil); !errors.Is(err, ErrInUse) {
 		t.Errorf("while the store runs: %v", err)
 	}
 	stop()
-	state, err := ReadState(cfg.Dir, "/a")
-	if err != nil || string(state.Newest) != "x" || len(state.Members) != 1 || state.Members[0].Name != cfg.MemberName || state.Committed != state.LastIndex {
+	written := map[string]string{}
+	state, err := ReadState(cfg.Dir, func(key, value []byte) { written[string(key)] = string(value) })
+	if err != nil || written["/a"] != "x" || len(state.Members) != 1 || state.Members[0].Name != cfg.MemberName || state.Committed != state.LastIndex {
 		t.Errorf("%+v, %v", state, err)
 	}
 	if err := markRemoved(cfg.Dir); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadState(cfg.Dir, ""); !errors.Is(err, ErrRemoved) {
+	if _, err := ReadState(cfg.Dir, nil); !errors.Is(err, ErrRemoved) {
 		t.Errorf("a removed member: %v", err)
 	}
 	if err := os.Remove(filepath.Join(cfg.Dir, removedFile)); err != nil {
@@ -213,7 +214,7 @@ func TestReadStateRefuses(t *testing.T) {
 	if err := os.Truncate(path, 4096); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadState(cfg.Dir, ""); !errors.Is(err, ErrDamaged) {
+	if _, err := ReadState(cfg.Dir, nil); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a damaged store: %v", err)
 	}
 	if _, err := RecoverSnapshot(t.Context(), cfg.Dir, filepath.Join(t.TempDir(), "work"), cfg.MemberName, testLog(t)); !errors.Is(err, ErrDamaged) {

@@ -28,8 +28,8 @@ type contents struct {
 	newest  uint64 // revision of the last key
 
 	memberData [][]byte // values of members
-	prefix     []byte   // of the keys for value; empty for none
-	value      []byte   // of the latest write to a key with the prefix
+
+	visit func(key, value []byte) // called with every write of a key, in order; may be nil
 }
 
 // check reports damage if etcd cannot have written this key with this value.
@@ -106,15 +106,14 @@ func (c *contents) checkRevision(key, value []byte) string {
 		}
 	case got[3] != main || got[2] == 0 || got[2] > main || got[4] == 0 || got[4] > main:
 		return fmt.Sprintf("has a revision %d whose value has revision %d", main, got[3])
-	case len(c.prefix) > 0:
-		c.note(value)
+	case c.visit != nil:
+		c.visit(keyAndValue(value))
 	}
 	return ""
 }
 
-// note keeps the value of a key with the prefix. message is a valid mvccpb.KeyValue.
-func (c *contents) note(message []byte) {
-	var key, value []byte
+// keyAndValue returns the key and the value in a valid mvccpb.KeyValue.
+func keyAndValue(message []byte) (key, value []byte) {
 	for len(message) > 0 {
 		number, kind, n := protowire.ConsumeTag(message)
 		message = message[n:]
@@ -128,9 +127,7 @@ func (c *contents) note(message []byte) {
 		}
 		message = message[n:]
 	}
-	if bytes.HasPrefix(key, c.prefix) {
-		c.value = append(c.value[:0], value...)
-	}
+	return key, value
 }
 
 const (

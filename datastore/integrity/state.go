@@ -14,7 +14,6 @@ type State struct {
 	LastIndex, LastTerm uint64 // of the last entry in the log
 	Committed           uint64 // index up to which the files say that entries are committed; more may be
 	Revision            int64  // of the last write in the database; later ones may be in the log
-	Newest              []byte // the value of the latest write to a key with the prefix of ReadState; nil if there is none
 }
 
 // Member is a member in the database.
@@ -25,9 +24,10 @@ type Member struct {
 }
 
 // ReadState reads the files of the store in dir, which is closed, checks them, and changes nothing. An error that is a
-// *[Damage] names the damaged file. prefix is that of the keys for State.Newest.
-func ReadState(dir, prefix string, segment int64) (State, error) {
-	c := &contents{path: filepath.Join(dir, databaseFile), buckets: map[string]int{}, prefix: []byte(prefix)}
+// *[Damage] names the damaged file. visit is called with every write to a key that is in the database, in order, with bytes that are valid
+// until it returns; it may be nil.
+func ReadState(dir string, segment int64, visit func(key, value []byte)) (State, error) {
+	c := &contents{path: filepath.Join(dir, databaseFile), buckets: map[string]int{}, visit: visit}
 	if err := c.read(); err != nil {
 		return State{}, err
 	}
@@ -40,7 +40,7 @@ func ReadState(dir, prefix string, segment int64) (State, error) {
 	}
 	s := State{
 		Identity: l.identity, Term: l.term, LastIndex: l.last, LastTerm: l.lastTerm,
-		Committed: max(l.commit, c.index), Revision: int64(c.newest), Newest: c.value,
+		Committed: max(l.commit, c.index), Revision: int64(c.newest),
 	}
 	for i, id := range c.members {
 		m := struct {

@@ -69,6 +69,7 @@ var rooms = map[string][]string{
 	"server/snapshots/objects":     {"server/customkinds", "server/snapshots", "internal"},
 	"server/snapshots/s3":          {"server/snapshots/s3server", "internal"},
 	"server/snapshots/s3server":    {"internal"},
+	"server/snapshots/survivor":    {"internal/atomicfile"},
 	"server/tunnels":               {"internal"},
 	"appliance":                    {"appliance", "preflight", "launcher/bootguard", "internal"},
 	"appliance/parameters":         {"internal/atomicfile"},

@@ -4,8 +4,9 @@
 // keys, and the settings that are equal on all nodes. Package archive is its format, and the recovery key opens it, which
 // [Keys] keeps in the cluster and in a file of every server.
 //
-// [Saver] needs a running datastore and its API. [Restore] works on a stopped server, or on a machine that has none yet. The
-// package is not for volumes, images, or what runs in pods.
+// [Saver] needs a running datastore and its API. [Restore] works on a stopped server, or on a machine that has none yet.
+// [Recovery] makes a stopped server the only one of its cluster, with the datastore that it has. The package is not for volumes,
+// images, or what runs in pods.
 //
 // Package assembly imports it.
 package snapshots

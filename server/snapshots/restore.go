@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,6 +42,8 @@ type Restore struct {
 	Force   bool   // also over another cluster, and while other servers answer
 
 	Log *slog.Logger
+
+	above int64 // the highest revision that is known to have been handed out; see Recovery
 }
 
 // Restored is the result of a restore.
@@ -60,6 +63,7 @@ var (
 const (
 	serverFolder  = "server"
 	newFolder     = "server.new"
+	workFolder    = "recover.new" // in the data directory: what a recovery reads the datastore in
 	keptPrefix    = "server.before-restore-"
 	storeFolder   = "store"
 	pendingFile   = "restore.json"  // in the data directory: the restore that is in progress
@@ -120,7 +124,12 @@ func (r Restore) lock() (release func(), err error) {
 	if err := os.MkdirAll(r.DataDir, 0o755); err != nil {
 		return nil, err
 	}
-	f, err := datadir.TryLock(r.DataDir)
+	return lock(r.DataDir)
+}
+
+// lock takes the lock of a data directory, while kedge is stopped.
+func lock(dataDir string) (release func(), err error) {
+	f, err := datadir.TryLock(dataDir)
 	if errors.Is(err, datadir.ErrInUse) {
 		return nil, fmt.Errorf("%w; stop it first", err)
 	}
@@ -130,9 +139,12 @@ func (r Restore) lock() (release func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// EndInterrupted ends a restore in a data directory that was killed: its new state is in use already, or is removed. The caller
-// has the directory's lock.
+// EndInterrupted ends a restore or a recovery in a data directory that was killed: its new state is in use already, or is
+// removed. The caller has the directory's lock.
 func EndInterrupted(dataDir string) error {
+	if err := os.RemoveAll(filepath.Join(dataDir, workFolder)); err != nil {
+		return err
+	}
 	pending, err := readRecord(filepath.Join(dataDir, pendingFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -239,32 +251,48 @@ func (r Restore) checkOthers(ctx context.Context, dir string) error {
 	if err != nil || len(others) == 0 {
 		return err
 	}
-	cfg := identity.PeerConfig(dir, 0, nil)
-	ca, err := os.ReadFile(cfg.CAFile)
-	if err != nil {
-		return err
-	}
-	own, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
+	dialer, err := peerDialer(dir)
 	if err != nil {
 		return fmt.Errorf("whether other servers run cannot be asked: %w; --force restores all the same", err)
 	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(ca)
-	dialer := &tls.Dialer{NetDialer: &net.Dialer{Timeout: probeTimeout}, Config: &tls.Config{
-		RootCAs: roots, Certificates: []tls.Certificate{own}, ServerName: datastore.PeerServerName, MinVersion: tls.VersionTLS13,
-	}}
 	for _, p := range others {
-		for _, address := range p.Addresses {
-			ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-			conn, err := dialer.DialContext(ctx, "tcp", address.String())
-			cancel()
-			if err == nil {
-				conn.Close()
-				return fmt.Errorf("%w: %s answers at %s; stop kedge on all servers first, and let the others join anew after the restore (see docs/backup.md)", ErrStillServed, p.Name, address)
-			}
+		if at := answering(ctx, dialer, p.Addresses); at.IsValid() {
+			return fmt.Errorf("%w: %s answers at %s; stop kedge on all servers first, and let the others join anew after the restore (see docs/backup.md)", ErrStillServed, p.Name, at)
 		}
 	}
 	return nil
+}
+
+// peerDialer connects to the peer ports of other servers, with the certificate in a server's directory.
+func peerDialer(dir string) (*tls.Dialer, error) {
+	cfg := identity.PeerConfig(dir, 0, nil)
+	ca, err := os.ReadFile(cfg.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	own, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	return &tls.Dialer{NetDialer: &net.Dialer{Timeout: probeTimeout}, Config: &tls.Config{
+		RootCAs: roots, Certificates: []tls.Certificate{own}, ServerName: datastore.PeerServerName, MinVersion: tls.VersionTLS13,
+	}}, nil
+}
+
+// answering returns the first of a server's addresses at which its datastore answers; not valid if it does at none.
+func answering(ctx context.Context, dialer *tls.Dialer, addresses []netip.AddrPort) netip.AddrPort {
+	for _, at := range addresses {
+		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+		conn, err := dialer.DialContext(ctx, "tcp", at.String())
+		cancel()
+		if err == nil {
+			conn.Close()
+			return at
+		}
+	}
+	return netip.AddrPort{}
 }
 
 // replace builds the new state and puts it in the place of the old one.
@@ -316,7 +344,7 @@ func (r Restore) build(h archive.Header, had previous, rec record, now time.Time
 	if _, err := pki.EnsureKey(filepath.Join(dir, nodeKeyName(dir))); err != nil {
 		return out, err
 	}
-	made, err := datastore.RestoreSnapshot(database, filepath.Join(dir, storeFolder), r.Node, had.revision+sinceTaken(h, now), r.Log)
+	made, err := datastore.RestoreSnapshot(database, filepath.Join(dir, storeFolder), r.Node, max(r.above, had.revision+sinceTaken(h, now)), r.Log)
 	if err != nil {
 		return out, err
 	}
