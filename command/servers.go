@@ -40,8 +40,8 @@ func (p *Program) serverSubcommands() []*cli.Command {
 func (p *Program) resetServerCommand() *cli.Command {
 	return leaf(cli.Command{
 		Name: "reset", Usage: "Set the datastore of this stopped server aside, so that it joins its cluster anew",
-		Description: "For the other servers after a snapshot was restored on one, and for a server whose datastore is damaged\n" +
-			"while the others work. The next start needs --server and --token of a server of the cluster.",
+		Description: "For the other servers after \"kedge snapshot restore\" or \"kedge recover\" on one, and for a server whose\n" +
+			"datastore is damaged while the others work. The next start needs --server and --token of a server of the cluster.",
 	}, nodeRows(), func(c *call) error {
 		if err := needRoot("reset a server"); err != nil {
 			return err

@@ -80,6 +80,9 @@ func TestRecoverKeepsTheLog(t *testing.T) {
 	if made.Revision <= last {
 		t.Errorf("the recovered store begins after revision %d, and %d was handed out", made.Revision, last)
 	}
+	if now, err := ReadState(survivor.cfg.Dir, nil); err != nil || now.Cluster == state.Cluster || len(now.Members) != 1 {
+		t.Errorf("the cluster was %s with %d members, and the recovered store is %+v, %v", state.Cluster, len(state.Members), now, err)
+	}
 	survivor.start()
 	rc := newClient(t, survivor.Store)
 	got, err := rc.Client.Get(t.Context(), "/a")

@@ -1,11 +1,13 @@
 package snapshots
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -224,6 +226,69 @@ func TestRecovery(t *testing.T) {
 	}
 	if next := two.put("/a", "later"); next <= last {
 		t.Errorf("revision %d after %d", next, last)
+	}
+}
+
+// TestRecoveryKilled kills recoveries at many moments. What is left is the old state or the new one, and the next recovery, or the
+// next start, goes on from there.
+func TestRecoveryKilled(t *testing.T) {
+	_, two, stopOne, stopTwo := newPair(t)
+	last := two.put("/a", "then")
+	stopOne()
+	stopTwo()
+	recovered, old := 0, 0
+	for i, step := 0, 40*time.Millisecond; recovered == 0 && i < 1000; i++ {
+		dir := filepath.Join(t.TempDir(), "data")
+		if err := os.CopyFS(dir, os.DirFS(two.dataDir)); err != nil {
+			t.Fatal(err)
+		}
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), childDir+"="+dir)
+		var output bytes.Buffer
+		child.Stderr = &output
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- child.Wait() }()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatalf("%v: %s", err, output.String())
+			}
+		case <-time.After(time.Duration(i) * step):
+			if err := child.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+				t.Fatal(err)
+			}
+			<-done
+		}
+		if err := EndInterrupted(dir); err != nil {
+			t.Fatal(err)
+		}
+		copied := &peer{site: &site{T: t, dataDir: dir, node: "two"}, at: two.at}
+		kept, err := filepath.Glob(filepath.Join(dir, keptPrefix+"*", storeFolder, "member"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		state, err := datastore.ReadState(filepath.Join(copied.dir(), storeFolder), nil)
+		switch {
+		case err != nil:
+			t.Fatalf("killed after %v: %v", time.Duration(i)*step, err)
+		case len(state.Members) == 2 && len(kept) == 0 && state.Revision >= last:
+			old++
+		case len(state.Members) == 1 && len(kept) == 1 && state.Revision > last:
+			recovered++
+		default:
+			t.Fatalf("killed after %v: %+v, kept %v", time.Duration(i)*step, state, kept)
+		}
+		for _, name := range copied.entries() {
+			if name == workFolder || name == newFolder || name == pendingFile {
+				t.Errorf("killed after %v: %s is left", time.Duration(i)*step, name)
+			}
+		}
+	}
+	if old == 0 || recovered == 0 {
+		t.Errorf("%d kills before the exchange, and %d recoveries", old, recovered)
 	}
 }
 
