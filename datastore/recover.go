@@ -35,7 +35,6 @@ type State struct {
 	Committed           uint64    // index up to which this member knows that entries are committed
 	Revision            int64     // of the last write in its database; later ones may be in its log
 	Changed             time.Time // when its log was last changed, by this machine's clock; a start changes it too
-	Bytes               int64     // size of its files
 }
 
 // StateMember is a member in the list of a member that is not running.
@@ -63,20 +62,20 @@ func ReadState(dir string, visit func(key, value []byte)) (State, error) {
 	if s.Members, err = stateMembers(dir, found.Members); err != nil {
 		return State{}, err
 	}
-	return s, filepath.WalkDir(filepath.Join(dir, memberDir), func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		info, err := d.Info()
+	files, err := os.ReadDir(filepath.Join(dir, memberDir, "wal"))
+	if err != nil {
+		return State{}, err
+	}
+	for _, f := range files {
+		info, err := f.Info()
 		if err != nil {
-			return err
+			return State{}, err
 		}
-		s.Bytes += info.Size()
-		if filepath.Base(filepath.Dir(path)) == "wal" && info.ModTime().After(s.Changed) {
+		if info.ModTime().After(s.Changed) {
 			s.Changed = info.ModTime()
 		}
-		return nil
-	})
+	}
+	return s, nil
 }
 
 // lockStore locks the store in dir, which must be there and have taken part in its cluster.

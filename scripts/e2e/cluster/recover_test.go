@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -83,6 +84,17 @@ func TestRecover(t *testing.T) {
 	}
 	third.Stop(t, syscall.SIGKILL, 20*time.Second)
 
+	other, err := run(third, "recover", "-o=json")
+	if err != nil {
+		t.Fatalf("%v\n%s", err, other)
+	}
+	file := filepath.Join(t.TempDir(), "other.json")
+	if err := os.WriteFile(file, []byte(other), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run(s, "recover", "--compare="+file); err != nil || strings.Count(out, "last entry") != 2 || !strings.Contains(out, "by the clock of "+third.Name) {
+		t.Errorf("compared: %v\n%s", err, out)
+	}
 	out, err := run(s, "recover")
 	if err != nil || !strings.Contains(out, "kedge recover --yes\" makes this one") || strings.Count(out, ", by the clock of ") != 2 {
 		t.Fatalf("%v\n%s", err, out)
