@@ -187,6 +187,8 @@ func (r Restore) inspect(ctx context.Context, h archive.Header) (previous, error
 		return p, fmt.Errorf("%s has a database only, and %s has none of the keys that belong to it; restore a snapshot that \"kedge snapshot save\" has made", r.File, dir)
 	case errors.Is(err, fs.ErrNotExist):
 		return p, nil
+	case err != nil && databaseOnly:
+		return p, fmt.Errorf("%s has a database only, and the keys that belong to it cannot be used: %w; restore a snapshot that \"kedge snapshot save\" has made", r.File, err)
 	case err != nil && !r.Force:
 		return p, fmt.Errorf("%w; --force restores all the same, and keeps what is there", err)
 	case err != nil:

@@ -415,6 +415,15 @@ func TestRestoreDatabaseOnly(t *testing.T) {
 	if _, err := bare.restore(path, nil, false); err == nil || !strings.Contains(err.Error(), "none of the keys") {
 		t.Errorf("on a bare machine: %v", err)
 	}
+	// Without its keys the database is worth nothing, whatever is forced.
+	if err := os.WriteFile(identity.AuthorityFile(s.dir()), []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, force := range []bool{false, true} {
+		if _, err := s.restore(path, nil, force); err == nil || !strings.Contains(err.Error(), "the keys that belong to it cannot be used") {
+			t.Errorf("where the authority is damaged, force %v: %v", force, err)
+		}
+	}
 }
 
 // rotating is a datastore during whose snapshots the key of Secrets is replaced.
