@@ -13,6 +13,8 @@ import (
 	"runtime/debug"
 	"time"
 
+	"k8s.io/client-go/tools/clientcmd"
+
 	"kedge/appliance/bundle"
 	"kedge/appliance/doctor"
 	"kedge/appliance/support"
@@ -24,6 +26,7 @@ import (
 	"kedge/preflight"
 	"kedge/runtime"
 	"kedge/runtime/ctr"
+	"kedge/server/importk3s"
 	"kedge/server/snapshots"
 	"kedge/server/snapshots/archive"
 	"kedge/server/snapshots/s3"
@@ -101,6 +104,7 @@ func program(host assembly.Host) *command.Program {
 		},
 		ResetServer:  func(n command.Node) (string, error) { return assembly.ResetServer(node(n)) },
 		Certificates: command.Certificates{List: assembly.Certificates, Rotate: assembly.RotateCertificates},
+		ImportK3s:    importK3s,
 		LinkPrefixes: assembly.LinkPrefixes,
 		Kubectl:      kubectl.Run,
 		Containers: command.Containers{
@@ -113,6 +117,30 @@ func program(host assembly.Host) *command.Program {
 			Ctr: ctr.Run, ReadArchive: readArchive, Fetch: fetchImage,
 		},
 	}
+}
+
+// importK3s imports the objects of a k3s cluster.
+func importK3s(ctx context.Context, in command.K3sImport) (done command.K3sImported, err error) {
+	snapshot, err := importk3s.Read(ctx, importk3s.Source{File: in.Snapshot, Token: in.Token, Config: in.EncryptionConfig})
+	if err != nil {
+		return done, errorkind.Permanent(err)
+	}
+	client, err := clientcmd.BuildConfigFromFlags("", in.Kubeconfig)
+	if err != nil {
+		return done, errorkind.Permanent(fmt.Errorf("read the kubeconfig: %w; give it with --kubeconfig", err))
+	}
+	importer, err := importk3s.NewImporter(client, importk3s.Options{DryRun: in.DryRun, Overwrite: in.Overwrite})
+	if err != nil {
+		return done, err
+	}
+	report, err := importer.Run(ctx, snapshot)
+	for _, e := range report.Entries {
+		done.Objects = append(done.Objects, command.ImportedObject{
+			Outcome: string(e.Outcome), Kind: e.Kind, Namespace: e.Namespace, Name: e.Name, Count: e.Count, Reason: e.Reason,
+		})
+	}
+	done.Notices, done.Failed = report.Notices, report.Failures()
+	return done, err
 }
 
 // bucket is an S3 bucket for the commands.

@@ -51,6 +51,8 @@ type Program struct {
 	// ResetServer sets the datastore of a stopped server aside, and returns where it is kept.
 	ResetServer  func(n Node) (kept string, err error)
 	Certificates Certificates
+	// ImportK3s imports the objects of a k3s cluster. The result is valid with an error too: it is what was done until then.
+	ImportK3s func(context.Context, K3sImport) (K3sImported, error)
 	// LinkPrefixes returns the prefixes of the names of a node's network interfaces.
 	LinkPrefixes func(node string) []string
 
@@ -149,6 +151,7 @@ func (p *Program) app(stdout, stderr io.Writer) *cli.App {
 			p.snapshotCommand(),
 			recoveryKeyCommand(),
 			p.recoverCommand(),
+			p.importCommand(),
 			kubeconfigCommand(),
 			p.certificateCommand(),
 			p.statusCommand(),

@@ -55,6 +55,7 @@ var rooms = map[string][]string{
 	"server/directory":             {"internal"},
 	"server/expiring":              {},
 	"server/identity":              {"datastore", "server/bootstrap", "internal"},
+	"server/importk3s":             {"datastore", "internal"},
 	"server/join":                  {"internal"},
 	"server/kubeconfigs":           {"internal"},
 	"server/loopback":              {"internal"},
