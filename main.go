@@ -8,12 +8,14 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"time"
 
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
 
 	"kedge/appliance/bundle"
 	"kedge/appliance/doctor"
@@ -121,6 +123,8 @@ func program(host assembly.Host) *command.Program {
 
 // importK3s imports the objects of a k3s cluster.
 func importK3s(ctx context.Context, in command.K3sImport) (done command.K3sImported, err error) {
+	// Kubernetes' code logs each value that it cannot decrypt, and the result names them.
+	klog.SetSlogLogger(slog.New(slog.DiscardHandler))
 	snapshot, err := importk3s.Read(ctx, importk3s.Source{File: in.Snapshot, Token: in.Token, Config: in.EncryptionConfig})
 	if err != nil {
 		return done, errorkind.Permanent(err)

@@ -2,9 +2,12 @@ package command
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
+	"os/signal"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 
 	"github.com/urfave/cli/v2"
@@ -96,7 +99,13 @@ func (p *Program) importK3sCommand() *cli.Command {
 			}
 			in.EncryptionConfig = data
 		}
-		done, err := p.ImportK3s(c.ctx, in)
+		// A signal stops it between two objects, and lets it remove its copy of the snapshot.
+		ctx, stop := signal.NotifyContext(c.ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		defer stop()
+		done, err := p.ImportK3s(ctx, in)
+		if ctx.Err() != nil && err != nil {
+			err = errors.New("the import was interrupted; run the command again, and it goes on")
+		}
 		if printErr := printImported(c.out, done, in.DryRun); err == nil {
 			err = printErr
 		}

@@ -23,7 +23,8 @@ var k3sFlags = []struct {
 }{
 	{"the datastore is embedded, and other servers join with --server; leave it out", []string{"datastore-endpoint", "datastore-cafile", "datastore-certfile", "datastore-keyfile", "kine-tls"}},
 	{"other servers can always join the first server; leave it out", []string{"cluster-init"}},
-	{"use \"kedge snapshot restore\"; kedge has no command yet that resets a cluster of several servers to one", []string{"cluster-reset", "cluster-reset-restore-path"}},
+	{"use \"kedge snapshot restore\"; kedge has no command yet that resets a cluster of several servers to one", []string{"cluster-reset"}},
+	{"use \"kedge snapshot restore\" for a snapshot of kedge, and \"kedge import k3s\" for the objects in one of k3s", []string{"cluster-reset-restore-path"}},
 	{"kedge has --snapshot-schedule, --snapshot-retention and --snapshot-dir for it", []string{"etcd-snapshot*"}},
 	{"use --snapshot-schedule=off", []string{"etcd-disable-snapshots"}},
 	{"kedge has the same without etcd-: --s3, --s3-bucket and so on", []string{"etcd-s3*"}},

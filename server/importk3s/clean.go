@@ -43,6 +43,10 @@ func clean(o *unstructured.Unstructured) *unstructured.Unstructured {
 		unstructured.RemoveNestedField(u.Object, "spec", "claimRef", "resourceVersion")
 	case "ServiceAccount":
 		delete(u.Object, "secrets")
+	case "ClusterRole":
+		if hasField(u, "aggregationRule") {
+			delete(u.Object, "rules") // Kubernetes collects them
+		}
 	case "Job":
 		cleanJob(u)
 	case "Pod":

@@ -48,8 +48,12 @@ func decodeAll(ctx context.Context, values []stored, d *decrypter) *Snapshot {
 		if err == nil {
 			u, err = decoder.decode(data)
 		}
+		if reason, ok := reasonOfGone(err); ok {
+			s.unread = append(s.unread, Entry{Kind: "key", Name: v.key, Outcome: LeftOut, Reason: reason})
+			continue
+		}
 		if err != nil {
-			s.failed = append(s.failed, Entry{Kind: "key", Name: v.key, Outcome: Failed, Reason: err.Error()})
+			s.unread = append(s.unread, Entry{Kind: "key", Name: v.key, Outcome: Failed, Reason: err.Error()})
 			continue
 		}
 		s.objects = append(s.objects, &object{u, v.key})
@@ -63,8 +67,8 @@ func (d decoder) decode(data []byte) (*unstructured.Unstructured, error) {
 	switch {
 	case bytes.HasPrefix(data, []byte("k8s\x00")):
 		typed, kind, err := d.codecs.UniversalDeserializer().Decode(data, nil, nil)
-		if runtime.IsNotRegisteredError(err) {
-			return nil, fmt.Errorf("Kubernetes has no such type any more: %w", err)
+		if runtime.IsNotRegisteredError(err) && kind != nil {
+			return nil, goneError{*kind}
 		}
 		if err != nil {
 			return nil, err
@@ -87,6 +91,23 @@ func (d decoder) decode(data []byte) (*unstructured.Unstructured, error) {
 		return d.convert(u, apiextensionsv1.SchemeGroupVersion)
 	}
 	return u, nil
+}
+
+// goneError is the error for an object of a type that Kubernetes has no more.
+type goneError struct{ kind schema.GroupVersionKind }
+
+func (e goneError) Error() string {
+	return fmt.Sprintf("Kubernetes has no type %s any more; in k3s, read and replace the object once with kubectl", e.kind)
+}
+
+// reasonOfGone returns why an object with a type of the past is left out, if nothing of its kind is imported anyway.
+func reasonOfGone(err error) (string, bool) {
+	var gone goneError
+	if !errors.As(err, &gone) {
+		return "", false
+	}
+	reason, ok := leftKinds[gone.kind.GroupKind()]
+	return reason, ok
 }
 
 // convert converts a definition to a version. The API server stores definitions in v1beta1, which it has not served since

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -52,6 +51,7 @@ type Importer struct {
 	choice *choice
 	ranges []netip.Prefix            // of the cluster's services
 	done   map[*object]*result       // what has become of each object
+	last   bool                      // this is the last attempt
 	known  map[schema.GroupKind]bool // kinds that the snapshot's definitions define
 }
 
@@ -61,6 +61,9 @@ type result struct {
 	uid   types.UID // in the new cluster; empty if it does not exist there
 	err   error
 }
+
+// errOwner is the failure of an object that is tried again with its owner.
+var errOwner = errors.New("its owner could not be imported")
 
 // NewImporter returns the importer for a cluster. client may do everything there.
 func NewImporter(client *rest.Config, opts Options) (*Importer, error) {
@@ -88,7 +91,7 @@ func (i *Importer) Run(ctx context.Context, s *Snapshot) (Report, error) {
 	i.choice = choose(s.objects)
 	var err error
 	if i.ranges, err = i.serviceRanges(ctx); err != nil {
-		return Report{}, fmt.Errorf("ask the cluster for its range of services: %w", err)
+		return Report{}, fmt.Errorf("the new cluster does not say which addresses its services have: %w", err)
 	}
 	var queue []*object
 	for _, o := range s.objects {
@@ -101,7 +104,8 @@ func (i *Importer) Run(ctx context.Context, s *Snapshot) (Report, error) {
 	}
 	slices.SortStableFunc(queue, func(a, b *object) int { return rankOf(a) - rankOf(b) })
 	err = i.importAll(ctx, queue)
-	for n := 0; n < retries && err == nil && i.resetFailed(); n++ {
+	for n := 1; n <= retries && err == nil && i.resetFailed(); n++ {
+		i.last = n == retries
 		if err = pause(ctx, i.retryPause); err == nil {
 			err = i.importAll(ctx, queue)
 		}
@@ -112,7 +116,7 @@ func (i *Importer) Run(ctx context.Context, s *Snapshot) (Report, error) {
 			r.Entries = append(r.Entries, d.entry)
 		}
 	}
-	r.Entries = append(append(r.Entries, s.failed...), i.choice.leftOut()...)
+	r.Entries = append(append(r.Entries, s.unread...), i.choice.leftOut()...)
 	return r, err
 }
 
@@ -147,7 +151,8 @@ func (i *Importer) resetFailed() (any bool) {
 	return any
 }
 
-// visit imports an object, and its owners before, whose UIDs it needs. path has the objects that wait for it.
+// visit imports an object, and its owners before, whose UIDs it needs. path has the objects that wait for it. Without an owner that
+// fails it is created at the last attempt only.
 func (i *Importer) visit(ctx context.Context, o *object, path []*object) {
 	if i.done[o] != nil || slices.Contains(path, o) || ctx.Err() != nil {
 		return
@@ -160,9 +165,13 @@ func (i *Importer) visit(ctx context.Context, o *object, path []*object) {
 			continue
 		}
 		i.visit(ctx, owner, append(path, o))
-		if d := i.done[owner]; d != nil && d.uid != "" {
+		switch d := i.done[owner]; {
+		case d != nil && d.uid != "":
 			ref.UID = d.uid
 			owners = append(owners, ref)
+		case d != nil && d.err != nil && !i.last:
+			i.done[o] = &result{entry: entryOf(u, Failed, errOwner.Error()), err: errOwner}
+			return
 		}
 	}
 	u.SetOwnerReferences(owners)
@@ -185,6 +194,9 @@ func (i *Importer) put(ctx context.Context, u *unstructured.Unstructured) (outco
 	if meta.IsNoMatchError(err) {
 		if i.opts.DryRun && i.known[kind.GroupKind()] {
 			return Created, nil, "", nil
+		}
+		if i.known[kind.GroupKind()] {
+			return "", nil, "", fmt.Errorf("the cluster does not serve the kind %s in version %s, which its CustomResourceDefinition should define", kind.GroupKind(), kind.Version)
 		}
 		return "", nil, "", fmt.Errorf("the cluster does not serve the kind %s in version %s; in k3s, read and replace the object once with kubectl, so that it is stored in a later version", kind.GroupKind(), kind.Version)
 	}
@@ -228,6 +240,9 @@ func (i *Importer) put(ctx context.Context, u *unstructured.Unstructured) (outco
 // reconcile compares an object with the one that exists, and changes that if it may.
 func (i *Importer) reconcile(ctx context.Context, at dynamic.ResourceInterface, u, there *unstructured.Unstructured) (Outcome, string, error) {
 	field := difference(u.Object, there.Object)
+	if field == "" && lacksOwner(u, there) {
+		field = "metadata.ownerReferences"
+	}
 	if field == "" {
 		return Unchanged, "", nil
 	}
@@ -249,8 +264,18 @@ func (i *Importer) reconcile(ctx context.Context, at dynamic.ResourceInterface, 
 	}
 	next.SetLabels(union(there.GetLabels(), u.GetLabels()))
 	next.SetAnnotations(union(there.GetAnnotations(), u.GetAnnotations()))
+	if lacksOwner(u, there) {
+		next.SetOwnerReferences(u.GetOwnerReferences())
+	}
 	_, err := at.Update(ctx, next, metav1.UpdateOptions{FieldManager: fieldManager})
 	return outcome, field, err
+}
+
+// lacksOwner reports whether an existing object does not refer to an owner to which the imported one does.
+func lacksOwner(u, there *unstructured.Unstructured) bool {
+	return slices.ContainsFunc(u.GetOwnerReferences(), func(want metav1.OwnerReference) bool {
+		return !slices.ContainsFunc(there.GetOwnerReferences(), func(have metav1.OwnerReference) bool { return have.UID == want.UID })
+	})
 }
 
 // isMadeByCluster reports whether every cluster creates an object of this kind and name by itself, almost empty.
@@ -342,7 +367,9 @@ func refusesAddress(err error) bool {
 	if !errors.As(err, &status) || status.Status().Details == nil {
 		return false
 	}
-	return slices.ContainsFunc(status.Status().Details.Causes, func(c metav1.StatusCause) bool { return strings.HasPrefix(c.Field, "spec.clusterIP") })
+	return slices.ContainsFunc(status.Status().Details.Causes, func(c metav1.StatusCause) bool {
+		return hasAnyPrefix(c.Field, []string{"spec.clusterIP", "spec.ipFamil"})
+	})
 }
 
 // union returns the entries of both maps; those of the second count.

@@ -259,6 +259,8 @@ func TestImportFails(t *testing.T) {
 			return true, nil, apierrors.NewInvalid(schema.GroupKind{Kind: "Secret"}, name, nil)
 		case name == "alone" && tries[name] == 1:
 			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, name, fmt.Errorf("no service account yet"))
+		case name == "first":
+			return true, nil, apierrors.NewInternalError(fmt.Errorf("failed calling webhook"))
 		case name == "web" && u.GetKind() == "Service" && hasField(u, "spec", "clusterIP"):
 			err := apierrors.NewInvalid(schema.GroupKind{Kind: "Service"}, name, nil)
 			err.ErrStatus.Details.Causes = []metav1.StatusCause{{Field: "spec.clusterIPs", Message: "provided IP is already allocated"}}
@@ -280,9 +282,19 @@ func TestImportFails(t *testing.T) {
 	if e := got["Gone shop/x"]; e.Outcome != Failed || !strings.Contains(e.Reason, "does not serve the kind Gone.gone.example.org in version v1") {
 		t.Errorf("%v", e)
 	}
-	if report.Failures() != 2 {
+	if report.Failures() != 3 {
 		t.Errorf("%d failures", report.Failures())
 	}
+	// What an owner that fails would have owned is not lost with it, and gets its owner later.
+	if got["Order shop/first"].Outcome != Failed || tries["first"] != retries+1 || got["Secret shop/of-first-order"].Outcome != Created || tries["of-first-order"] != 1 {
+		t.Errorf("%v after %d tries, and %v", got["Order shop/first"], tries["first"], got["Secret shop/of-first-order"])
+	}
+	c.api.ReactionChain = c.api.ReactionChain[1:]
+	if got, _ := c.run(old, Options{}); got["Order shop/first"].Outcome != Created || got["Secret shop/of-first-order"].Reason != "metadata.ownerReferences" {
+		t.Errorf("%v, and %v", got["Order shop/first"], got["Secret shop/of-first-order"])
+	}
+	c.run(old, Options{Overwrite: true})
+	c.checkObjects()
 }
 
 // TestAddressOutside: a service whose address is not in the cluster's range gets another one.
@@ -312,6 +324,31 @@ func TestUsedDefinitions(t *testing.T) {
 		if got := c.left[all[n]]; got != want {
 			t.Errorf("%s is left out for %q, want %q", all[n].GetName(), got, want)
 		}
+	}
+}
+
+// TestAggregated: Kubernetes collects the rules of an aggregated role, and they may differ.
+func TestAggregated(t *testing.T) {
+	role := objectsIn(t, `{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRole, metadata: {name: a}, aggregationRule: {clusterRoleSelectors: [{matchLabels: {a: b}}]}, rules: [{verbs: [get]}]}`)
+	c := startCluster(t)
+	c.run(role, Options{})
+	if u := c.get(role[0].GroupVersionKind(), "", "a"); hasField(u, "rules") || !hasField(u, "aggregationRule") {
+		t.Errorf("%v", u.Object)
+	}
+}
+
+// TestGone: objects of types that Kubernetes has no more are reported, unless nothing of their kind is imported anyway.
+func TestGone(t *testing.T) {
+	value := func(version, kind string) []byte {
+		data, err := (&runtime.Unknown{TypeMeta: runtime.TypeMeta{APIVersion: version, Kind: kind}, Raw: []byte{10, 0}}).Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return append([]byte("k8s\x00"), data...)
+	}
+	s := decodeAll(t.Context(), []stored{{"/registry/a", value("policy/v1beta1", "PodSecurityPolicy")}, {"/registry/b", value("extensions/v1alpha1", "Thing")}}, &decrypter{})
+	if len(s.objects) != 0 || len(s.unread) != 2 || s.unread[0].Outcome != LeftOut || s.unread[1].Outcome != Failed || !strings.Contains(s.unread[1].Reason, "Kubernetes has no type extensions/v1alpha1") {
+		t.Errorf("%v, %v", s.objects, s.unread)
 	}
 }
 

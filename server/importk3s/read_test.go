@@ -63,8 +63,8 @@ func TestRead(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if len(s.objects) != len(store.objects) || len(s.failed) != 0 {
-			t.Errorf("%s: %d objects instead of %d; failed: %v", name, len(s.objects), len(store.objects), s.failed)
+		if len(s.objects) != len(store.objects) || len(s.unread) != 0 {
+			t.Errorf("%s: %d objects instead of %d; failed: %v", name, len(s.objects), len(store.objects), s.unread)
 		}
 		for _, o := range s.objects {
 			if o.GetKind() == "CustomResourceDefinition" && o.GetAPIVersion() != "apiextensions.k8s.io/v1" {
@@ -129,7 +129,7 @@ func TestReadRefuses(t *testing.T) {
 		t.Errorf("a wrong token is not told apart: %v", err)
 	}
 	s, err := Read(t.Context(), Source{File: path, Config: []byte(otherKey)})
-	if err != nil || len(s.failed) == 0 || !strings.Contains(s.failed[0].Name, "/registry/secrets/") {
+	if err != nil || len(s.unread) == 0 || !strings.Contains(s.unread[0].Name, "/registry/secrets/") {
 		t.Errorf("with another key nothing is reported as failed: %v", err)
 	}
 }

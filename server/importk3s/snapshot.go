@@ -30,7 +30,7 @@ type Source struct {
 // Snapshot is what was read from a snapshot file.
 type Snapshot struct {
 	objects []*object
-	failed  []Entry // values that could not be read
+	unread  []Entry // values that could not be read
 }
 
 // object is an object of the old cluster.
