@@ -102,7 +102,8 @@ func (i *Importer) Run(ctx context.Context, s *Snapshot) (Report, error) {
 			}
 		}
 	}
-	slices.SortStableFunc(queue, func(a, b *object) int { return rankOf(a) - rankOf(b) })
+	ranks := i.choice.ranks(queue)
+	slices.SortStableFunc(queue, func(a, b *object) int { return ranks[a] - ranks[b] })
 	err = i.importAll(ctx, queue)
 	for n := 1; n <= retries && err == nil && i.resetFailed(); n++ {
 		i.last = n == retries
@@ -160,8 +161,8 @@ func (i *Importer) visit(ctx context.Context, o *object, path []*object) {
 	u := clean(o.Unstructured)
 	var owners []metav1.OwnerReference
 	for _, ref := range o.GetOwnerReferences() {
-		owner := i.choice.uids[ref.UID]
-		if owner == nil || i.choice.left[owner] != "" {
+		owner := i.choice.owner(o, ref)
+		if owner == nil {
 			continue
 		}
 		i.visit(ctx, owner, append(path, o))
@@ -210,12 +211,12 @@ func (i *Importer) put(ctx context.Context, u *unstructured.Unstructured) (outco
 	if isService(u) {
 		reason = i.keepAddress(u)
 	}
-	if i.opts.DryRun {
-		there, err = at.Get(ctx, u.GetName(), metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
+	// It is asked for first: of an object that exists, the creation can fail for other reasons, such as its own node port.
+	there, err = at.Get(ctx, u.GetName(), metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		if i.opts.DryRun {
 			return Created, nil, reason, nil
 		}
-	} else {
 		there, err = at.Create(ctx, u, metav1.CreateOptions{FieldManager: fieldManager})
 		if err != nil && isService(u) && refusesAddress(err) {
 			dropAddress(u)
@@ -228,7 +229,7 @@ func (i *Importer) put(ctx context.Context, u *unstructured.Unstructured) (outco
 		if !apierrors.IsAlreadyExists(err) {
 			return "", nil, "", err
 		}
-		there, err = at.Get(ctx, u.GetName(), metav1.GetOptions{})
+		there, err = at.Get(ctx, u.GetName(), metav1.GetOptions{}) // a controller was faster
 	}
 	if err != nil {
 		return "", nil, "", err

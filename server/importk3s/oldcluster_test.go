@@ -45,7 +45,10 @@ var folders = map[string]string{
 	"Node": "minions", "Event": "events", "Lease": "leases", "Deployment": "deployments", "ReplicaSet": "replicasets", "DaemonSet": "daemonsets",
 	"Job": "jobs", "ClusterRole": "clusterroles", "StorageClass": "storageclasses", "Ingress": "ingress", "IngressClass": "ingressclasses", "EndpointSlice": "endpointslices",
 	"CustomResourceDefinition": "apiextensions.k8s.io/customresourcedefinitions", "APIService": "apiregistration.k8s.io/apiservices",
-	"ClusterRoleBinding": "clusterrolebindings",
+	"ClusterRoleBinding": "clusterrolebindings", "RoleBinding": "rolebindings", "StatefulSet": "statefulsets", "CronJob": "cronjobs",
+	"NetworkPolicy": "networkpolicies", "PodDisruptionBudget": "poddisruptionbudgets", "HorizontalPodAutoscaler": "horizontalpodautoscalers",
+	"LimitRange": "limitranges", "ResourceQuota": "resourcequotas", "PriorityClass": "priorityclasses",
+	"ValidatingWebhookConfiguration": "validatingwebhookconfigurations",
 }
 
 // keyOf returns the key under which k3s's API server stores an object.

@@ -1,6 +1,9 @@
 package importk3s
 
-import "k8s.io/apimachinery/pkg/runtime/schema"
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
 
 // The order in which objects are created. What others refer to comes first; pods come late, so that they find all of it; and what
 // can hinder the creation of others comes last: quotas, webhooks whose pods do not run yet, and APIs of pods.
@@ -62,4 +65,42 @@ func rankOf(o *object) int {
 		return rank
 	}
 	return rankOther
+}
+
+// ranks returns the ranks of objects, where one that is owned has at least the rank of its owners. So a StatefulSet is not created for
+// the sake of a Secret that it owns before the claims of its pods: it would create other claims, without the old volumes.
+func (c *choice) ranks(objects []*object) map[*object]int {
+	ranks := map[*object]int{}
+	var rank func(o *object) int
+	rank = func(o *object) int {
+		if known, ok := ranks[o]; ok {
+			return known
+		}
+		own := rankOf(o)
+		ranks[o] = own // for objects that own each other
+		if own < rankConfiguration {
+			return own
+		}
+		for _, ref := range o.GetOwnerReferences() {
+			if owner := c.owner(o, ref); owner != nil {
+				own = max(own, rank(owner))
+			}
+		}
+		ranks[o] = own
+		return own
+	}
+	for _, o := range objects {
+		rank(o)
+	}
+	return ranks
+}
+
+// owner returns the owner of an imported object to which it will refer; nil if that is not imported. A claim will not refer to its
+// StatefulSet, which must come later, and whose controller adds the reference again.
+func (c *choice) owner(o *object, ref metav1.OwnerReference) *object {
+	owner := c.uids[ref.UID]
+	if owner == nil || c.left[owner] != "" || o.GetKind() == "PersistentVolumeClaim" && owner.GetKind() == "StatefulSet" {
+		return nil
+	}
+	return owner
 }

@@ -107,12 +107,16 @@ func checkImported(t *testing.T, n *harness.Node, before map[string]int) {
 	if after["plain"] > before["plain"] || after["key1"] < before["key1"]+2 {
 		t.Errorf("Secrets by key were %v, and are %v", before, after)
 	}
-	claim, err := n.Client.CoreV1().PersistentVolumeClaims("shop").Get(ctx, "data", metav1.GetOptions{})
-	if err != nil || claim.Status.Phase != corev1.ClaimBound || claim.Spec.VolumeName != "pvc-1" {
-		t.Errorf("the claim: %v, %v", err, claim.Status)
-	}
-	if volume, err := n.Client.CoreV1().PersistentVolumes().Get(ctx, "pvc-1", metav1.GetOptions{}); err != nil || volume.Status.Phase != corev1.VolumeBound || volume.Spec.ClaimRef.UID != claim.UID {
-		t.Errorf("the volume: %v, %v", err, volume)
+	for name, of := range map[string]string{"data": "pvc-1", "data-db-0": "pvc-2"} {
+		claim, err := n.Client.CoreV1().PersistentVolumeClaims("shop").Get(ctx, name, metav1.GetOptions{})
+		if err != nil || claim.Status.Phase != corev1.ClaimBound || claim.Spec.VolumeName != of {
+			t.Errorf("the claim %s: %v, %v", name, err, claim.Status)
+			continue
+		}
+		volume, err := n.Client.CoreV1().PersistentVolumes().Get(ctx, of, metav1.GetOptions{})
+		if err != nil || volume.Status.Phase != corev1.VolumeBound || volume.Spec.ClaimRef.UID != claim.UID {
+			t.Errorf("the volume %s: %v, %v", of, err, volume)
+		}
 	}
 	if total := n.Kubectl(t, "get", "order", "-n", "shop", "first", "-o", "jsonpath={.spec.total}"); total != "3" {
 		t.Errorf("the order has the total %q", total)
@@ -130,7 +134,7 @@ func checkImported(t *testing.T, n *harness.Node, before map[string]int) {
 		}
 	}
 	harness.Eventually(t, harness.Patient(time.Minute), func() error {
-		_, err := n.TryKubectl(nil, "wait", "--for=condition=Ready", "pod/alone", "-n", "shop", "--timeout=5s")
+		_, err := n.TryKubectl(nil, "wait", "--for=condition=Ready", "pod/alone", "pod/db-0", "-n", "shop", "--timeout=5s")
 		return err
 	})
 }
