@@ -63,7 +63,7 @@ var (
 const (
 	serverFolder  = "server"
 	newFolder     = "server.new"
-	workFolder    = "recover.new" // in the data directory: what a recovery reads the datastore in
+	workFolder    = "recover.new" // in the data directory: where a recovery, or a restore, reads a datastore
 	keptPrefix    = "server.before-restore-"
 	storeFolder   = "store"
 	pendingFile   = "restore.json"  // in the data directory: the restore that is in progress
@@ -104,7 +104,24 @@ func (r Restore) Run(ctx context.Context) (Restored, error) {
 	if err != nil {
 		return Restored{}, err
 	}
+	if header == (archive.Header{}) {
+		if err := r.checkOrigin(ctx); err != nil {
+			return Restored{}, err
+		}
+	}
 	return r.replace(header, had)
+}
+
+// checkOrigin returns an error if the database in the file is one of k3s, which is a snapshot of etcd too.
+func (r Restore) checkOrigin(ctx context.Context) error {
+	const ofK3s = "/bootstrap/" // under which k3s keeps its cluster's keys
+	foreign := fmt.Errorf("%s is a snapshot of k3s; import it into a new cluster with \"kedge import k3s\"", r.File)
+	work := filepath.Join(r.DataDir, workFolder)
+	if err := os.Mkdir(work, 0o700); err != nil {
+		return err
+	}
+	err := datastore.ReadSnapshot(ctx, r.File, work, []string{ofK3s}, func(string, []byte) error { return foreign })
+	return errors.Join(err, os.RemoveAll(work))
 }
 
 // header returns the header of the file; zero for a database only.

@@ -415,6 +415,16 @@ func TestRestoreDatabaseOnly(t *testing.T) {
 	if _, err := bare.restore(path, nil, false); err == nil || !strings.Contains(err.Error(), "none of the keys") {
 		t.Errorf("on a bare machine: %v", err)
 	}
+	stop = s.run()
+	s.put("/bootstrap/1234", "the keys of a cluster")
+	foreign := filepath.Join(t.TempDir(), "k3s.db")
+	if _, err := s.store.SaveSnapshot(t.Context(), foreign); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if _, err := s.restore(foreign, nil, true); err == nil || !strings.Contains(err.Error(), "kedge import k3s") {
+		t.Errorf("of k3s: %v", err)
+	}
 	// Without its keys the database is worth nothing, whatever is forced.
 	if err := os.WriteFile(identity.AuthorityFile(s.dir()), []byte("damaged"), 0o600); err != nil {
 		t.Fatal(err)
