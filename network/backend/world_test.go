@@ -388,9 +388,21 @@ func (m *machine) end(sig syscall.Signal) {
 	running := m.stdin != nil
 	m.stdin = nil
 	m.c.mu.Unlock()
-	if running {
-		m.cmd.Process.Signal(sig)
-		<-m.ended
+	if !running {
+		return
+	}
+	m.cmd.Process.Signal(sig)
+	select {
+	case <-m.ended:
+	case <-time.After(30 * time.Second):
+		m.c.t.Errorf("node %s does not end", m.cfg.Name)
+		m.cmd.Process.Signal(syscall.SIGQUIT) // it says where its goroutines are
+		select {
+		case <-m.ended:
+		case <-time.After(5 * time.Second):
+			m.cmd.Process.Kill()
+			<-m.ended
+		}
 	}
 }
 
