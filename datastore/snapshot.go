@@ -28,13 +28,8 @@ type Snapshot struct {
 	Hash     string // of the database, hexadecimal
 }
 
-const (
-	// snapshotStep is how many bytes of a snapshot are written before they are synced. A sync of the log, for which every
-	// write waits, may have to wait for all that other files have written before.
-	snapshotStep = 8 << 20
-	// databaseUnit divides the size of every database, so that a missing hash is noticed.
-	databaseUnit = 512
-)
+// databaseUnit divides the size of every database, so that a missing hash is noticed.
+const databaseUnit = 512
 
 // SaveSnapshot writes a snapshot to a new file, reads it again, and checks it. It contains every write that was acknowledged
 // by any member before the call, so it needs a majority. The file has its name only when it is complete, on disk, and
@@ -163,22 +158,15 @@ func writeSnapshotFile(path string, free func(dir string) (int64, error), write 
 	if err != nil {
 		return err
 	}
-	sum, waiting := sha256.New(), 0
-	step := writerFunc(func(p []byte) (int, error) {
-		n, err := f.Write(p)
-		if waiting += n; err != nil || waiting < snapshotStep {
-			return n, err
-		}
-		waiting = 0
-		if err := f.Sync(); err != nil {
-			return n, err
-		}
+	sum := sha256.New()
+	// A sync of the log, for which every write waits, may have to wait for everything that other files have written before.
+	step := atomicfile.NewStepWriter(f, func() error {
 		// Something else may be filling the volume.
 		have, err := free(filepath.Dir(path))
 		if err == nil && have < resumeFree {
 			err = fmt.Errorf("the file system of %s has only %d MiB free; free some space", filepath.Dir(path), have>>20)
 		}
-		return n, err
+		return err
 	})
 	err = write(io.MultiWriter(step, sum))
 	if err == nil {

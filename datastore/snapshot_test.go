@@ -229,7 +229,7 @@ func TestSnapshotThatFailsLeavesNoFile(t *testing.T) {
 				}
 				return resumeFree - 1, nil
 			}
-		}(), func(w io.Writer) error { return errors.Join(whole(database)(w), whole(make([]byte, snapshotStep))(w)) }, "MiB free; free some space"},
+		}(), func(w io.Writer) error { return errors.Join(whole(database)(w), whole(make([]byte, 8<<20))(w)) }, "MiB free; free some space"},
 		"a write error": {plenty, func(w io.Writer) error { return errors.Join(whole(database[:len(database)/2])(w), broken) }, broken.Error()},
 		"cut off":       {plenty, whole(database[:len(database)-100]), "cut off"},
 		"too short":     {plenty, whole(database[:len(database)/2]), "too short"},

@@ -2,7 +2,8 @@
 // old content or the whole new content, never a mixture and never nothing.
 //
 // It is for small files: keys, certificates, kubeconfigs, state. It is not for
-// logs or databases. Any package of kedge may import it.
+// logs or databases; a large file that is written beside them has StepWriter, with
+// which the caller makes it durable. Any package of kedge may import it.
 package atomicfile
 
 import (

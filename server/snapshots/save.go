@@ -47,9 +47,6 @@ const settingsFile = "cluster.json"
 const (
 	// keyAttempts is how often a snapshot is begun anew because a key was replaced meanwhile.
 	keyAttempts = 5
-	// syncStep is how many bytes of a file are written before they are synced. A sync of the datastore's log, for which every
-	// write waits, may have to wait for all that other files have written before.
-	syncStep = 8 << 20
 	// plainPrefix and temporaryPrefix begin the names of files that are being written.
 	plainPrefix, temporaryPrefix = ".plain-", ".tmp-"
 )
@@ -256,7 +253,7 @@ func writeArchive(ctx context.Context, path, plain string, h archive.Header, loc
 	if err != nil {
 		return err
 	}
-	err = archive.Write(&steps{ctx: ctx, file: f}, h, lock, maps.Clone(files), database)
+	err = archive.Write(cancelled{ctx, atomicfile.NewStepWriter(f, nil)}, h, lock, maps.Clone(files), database)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -267,22 +264,17 @@ func writeArchive(ctx context.Context, path, plain string, h archive.Header, loc
 	return errors.Join(err, f.Close())
 }
 
-// steps writes a file, and syncs it every few MiB.
-type steps struct {
-	ctx     context.Context
-	file    *os.File
-	waiting int // bytes that are not synced
+// cancelled is a writer that ends with its context.
+type cancelled struct {
+	ctx context.Context
+	to  io.Writer
 }
 
-func (s *steps) Write(p []byte) (int, error) {
-	if s.ctx.Err() != nil {
-		return 0, context.Cause(s.ctx)
+func (c cancelled) Write(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
 	}
-	n, err := s.file.Write(p)
-	if s.waiting += n; err == nil && s.waiting >= syncStep {
-		s.waiting, err = 0, s.file.Sync()
-	}
-	return n, err
+	return c.to.Write(p)
 }
 
 // verify reads an archive to its end.
