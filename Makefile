@@ -221,6 +221,11 @@ bench-cluster: build build-e2e ## measure joining, and lost requests when one of
 bench-appliance: build build-e2e ## measure an installation from a release, a bundle of 1 GB, and how long an upgrade takes the API away; needs root
 	KEDGE_BENCH=1 go test ./scripts/e2e/appliance -count=1 -timeout 40m -v -run 'Figures$$'
 
+.PHONY: bench-store
+bench-store: deps ## measure the datastore, in process and behind gRPC, and snapshots and restores of 100 MB and 1 GB: ten minutes, or one with BENCHFLAGS=-short; TMPDIR is on the disk that is measured; STOREFLAGS and SNAPSHOTFLAGS are those of docs/performance.md
+	KEDGE_BENCH=1 go test ./datastore -count=1 -timeout 20m -v -run 'TestStoreFigures$$' $(BENCHFLAGS) $(STOREFLAGS)
+	KEDGE_BENCH=1 go test ./server/snapshots -count=1 -timeout 20m -v -run 'TestSnapshotFigures$$' $(BENCHFLAGS) $(SNAPSHOTFLAGS)
+
 .PHONY: bench
 bench: build bench-plain ## measure kedge beside plain upstream parts; BENCHFLAGS="-n 5 -only start,idle"; needs root
 	@go build -o build/bench/bench ./scripts/bench

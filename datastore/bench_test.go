@@ -35,7 +35,13 @@ func benchmark(b *testing.B, run func(b *testing.B, c *kubernetes.Client)) {
 	}{
 		{"in-process", func(b *testing.B, s *Store) *kubernetes.Client { return newClient(b, s) }},
 		{"grpc", func(b *testing.B, s *Store) *kubernetes.Client { return dialGRPC(b, s, nil) }},
-		{"grpc-mtls", func(b *testing.B, s *Store) *kubernetes.Client { return dialGRPC(b, s, selfSigned(b)) }},
+		{"grpc-mtls", func(b *testing.B, s *Store) *kubernetes.Client {
+			c, err := mutualTLS(selfSigned(b))
+			if err != nil {
+				b.Fatal(err)
+			}
+			return dialGRPC(b, s, c)
+		}},
 	} {
 		b.Run(way.name, func(b *testing.B) {
 			s, _ := start(b, testConfig(b.TempDir()))
@@ -206,11 +212,11 @@ func dialGRPC(b *testing.B, s *Store, tlsConfig *tls.Config) *kubernetes.Client 
 }
 
 // selfSigned returns a certificate that serves as client, server and CA certificate.
-func selfSigned(b *testing.B) *tls.Config {
-	b.Helper()
+func selfSigned(tb testing.TB) (certificate []byte, key *ecdsa.PrivateKey) {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
@@ -222,22 +228,27 @@ func selfSigned(b *testing.B) *tls.Config {
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	certificate, err = x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
-	certificate, err := x509.ParseCertificate(der)
+	return certificate, key
+}
+
+// mutualTLS returns the settings of both ends, with a certificate of selfSigned.
+func mutualTLS(certificate []byte, key any) (*tls.Config, error) {
+	parsed, err := x509.ParseCertificate(certificate)
 	if err != nil {
-		b.Fatal(err)
+		return nil, err
 	}
 	pool := x509.NewCertPool()
-	pool.AddCert(certificate)
+	pool.AddCert(parsed)
 	return &tls.Config{
-		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+		Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
 		RootCAs:      pool,
 		ClientCAs:    pool,
 		ClientAuth:   tls.RequireAndVerifyClientCert,
-	}
+	}, nil
 }
 
 // BenchmarkMembers measures an update through the leader and through a follower of three members on one machine, and

@@ -28,6 +28,7 @@ const (
 	rolePanic   = "panic"   // panics in a call
 	roleMember  = "member"  // runs commands; see machines_test.go
 	rolePowered = "powered" // writes to a disk that is recorded; see powercut_test.go
+	roleFigures = "figures" // is measured; see figureschild_test.go
 	childFailed = 3         // exit status of a child whose Run returned ErrFailed
 	fileLimit   = 20 << 20  // of roleFull: bbolt grows its file in steps of 16 MiB, and the second is too much
 	writers     = 4         // of roleWriter
@@ -37,8 +38,11 @@ func runChild(role string) int {
 	if role == roleMember {
 		return runMember()
 	}
-	if role == rolePowered {
+	switch role {
+	case rolePowered:
 		return runPowered()
+	case roleFigures:
+		return runFigures()
 	}
 	if role == roleFull {
 		// The kernel refuses to grow a file beyond this limit, as on a full disk, but for this process only.
