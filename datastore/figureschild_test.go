@@ -251,24 +251,38 @@ type figuresClient struct {
 
 // connect makes as many clients as are wanted, each with a connection of its own.
 func (p *figuresProcess) connect(n int) error {
-	for i := len(p.clients); i < n; i++ {
-		c, err := p.dial()
-		if err != nil {
-			return err
-		}
-		client := &figuresClient{Client: c, key: fmt.Sprintf("/registry/configmaps/own-%04d/", i), value: objectOf1KiB()}
-		got, err := c.Kubernetes.Get(context.Background(), client.key, kubernetes.GetOptions{})
-		if err != nil {
-			return err
-		}
-		if got.KV != nil {
-			client.revision = got.KV.ModRevision
-		} else if err := client.do("update"); err != nil {
-			return err
-		}
-		p.clients = append(p.clients, client)
+	from := len(p.clients)
+	p.clients = append(p.clients, make([]*figuresClient, max(n-from, 0))...)
+	errs := make([]error, len(p.clients))
+	places := make(chan struct{}, 32)
+	var wg sync.WaitGroup
+	for i := from; i < len(p.clients); i++ {
+		places <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-places }()
+			p.clients[i], errs[i] = p.newClient(fmt.Sprintf("/registry/configmaps/own-%04d/", i))
+		})
 	}
-	return nil
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// newClient returns a client whose object exists.
+func (p *figuresProcess) newClient(key string) (*figuresClient, error) {
+	c, err := p.dial()
+	if err != nil {
+		return nil, err
+	}
+	client := &figuresClient{Client: c, key: key, value: objectOf1KiB()}
+	got, err := c.Kubernetes.Get(context.Background(), client.key, kubernetes.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	if got.KV == nil {
+		return client, client.do("update")
+	}
+	client.revision = got.KV.ModRevision
+	return client, nil
 }
 
 func (p *figuresProcess) dial() (*kubernetes.Client, error) {

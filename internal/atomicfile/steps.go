@@ -9,12 +9,12 @@ const (
 	// step is how many bytes are written before they are synced. The sync of another file, such as the datastore's log, may have
 	// to wait for what was written before it (docs/decisions/snapshots.md has what it took with larger steps).
 	step = 256 << 10
-	// maxRest bounds a rest, so that a disk that stands still for a while does not make the writer stand still for longer.
-	maxRest = 250 * time.Millisecond
+	// maxRest bounds a rest: on a slow disk, all the rests of a file of 1 GiB take 100 s at most.
+	maxRest = 25 * time.Millisecond
 )
 
 // StepWriter writes a large file durably while others wait for the same disk and the same processors: in small steps, each of
-// which it syncs, and after each of which it rests for as long as the step took.
+// which it syncs, and after each of which it rests for as long as the step took, up to a limit.
 type StepWriter struct {
 	file    *os.File
 	after   func() error
