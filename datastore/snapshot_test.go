@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -203,12 +204,26 @@ func savedDatabase(t *testing.T) []byte {
 	return data[:len(data)-sha256.Size]
 }
 
+// rootPage returns the number of the page with the root of a database. The newer of bbolt's two meta pages has it: see the type
+// Meta of its package internal/common.
+func rootPage(database []byte) int {
+	const header, root, transaction = 16, 16, 48
+	word := func(page, at int) uint64 {
+		return binary.LittleEndian.Uint64(database[page*os.Getpagesize()+header+at:])
+	}
+	newer := 0
+	if word(1, transaction) > word(0, transaction) {
+		newer = 1
+	}
+	return int(word(newer, root))
+}
+
 // TestSnapshotThatFailsLeavesNoFile: neither a write error nor a full volume nor a damaged database leaves a file.
 func TestSnapshotThatFailsLeavesNoFile(t *testing.T) {
 	database := savedDatabase(t)
 	size := int64(len(database))
 	damaged := bytes.Clone(database)
-	damaged[2*os.Getpagesize()+10] ^= 1 // the count of the first page behind the meta pages
+	damaged[rootPage(database)*os.Getpagesize()+10] ^= 1 // the count of its elements
 	plenty := func(string) (int64, error) { return 1 << 40, nil }
 	whole := func(data []byte) func(io.Writer) error {
 		return func(w io.Writer) error { _, err := w.Write(data); return err }
