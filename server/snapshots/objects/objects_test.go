@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,22 +37,22 @@ type site struct {
 	*testing.T
 
 	api     *dynamicfake.FakeDynamicClient
-	defined bool
+	defined *atomic.Bool // the kind
 	dir     string
 	list    *List
 }
 
 func newSite(t *testing.T, node string) *site {
 	nodes := schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
-	s := &site{T: t, dir: filepath.Join(t.TempDir(), "snapshots")}
+	s := &site{T: t, defined: new(atomic.Bool), dir: filepath.Join(t.TempDir(), "snapshots")}
 	s.api = dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
 		kind.Resource: "SnapshotList", customkinds.Definitions: "CustomResourceDefinitionList", nodes: "NodeList",
 	})
 	s.api.PrependReactor("*", "snapshots", func(clienttesting.Action) (bool, runtime.Object, error) {
-		return !s.defined, nil, apierrors.NewNotFound(kind.Resource.GroupResource(), "")
+		return !s.defined.Load(), nil, apierrors.NewNotFound(kind.Resource.GroupResource(), "")
 	})
 	s.api.PrependReactor("create", "customresourcedefinitions", func(clienttesting.Action) (bool, runtime.Object, error) {
-		s.defined = true
+		s.defined.Store(true)
 		return false, nil, nil
 	})
 	n := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Node", "metadata": map[string]any{"name": "s1", "uid": "uid-of-s1"}}}
@@ -105,7 +106,7 @@ var noon = time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 func TestObjectsFollowFiles(t *testing.T) {
 	s := newSite(t, "s1")
 	s.update()
-	if s.defined {
+	if s.defined.Load() {
 		t.Error("the kind is defined, although there is no snapshot")
 	}
 	first, second := archive.FileName("scheduled", "s1", noon), archive.FileName("My_Own", "s1", noon)
@@ -245,16 +246,17 @@ func TestTriesAgain(t *testing.T) {
 	s.add(archive.FileName("a", "s1", noon), "s1", noon)
 	synctest.Test(t, func(t *testing.T) {
 		s.list = New(s.list.cfg, s.api, s.list.log) // with the channels of this bubble
-		s.defined = true
-		refused := true
+		s.defined.Store(true)
+		var refused atomic.Bool
+		refused.Store(true)
 		s.api.PrependReactor("list", "snapshots", func(clienttesting.Action) (bool, runtime.Object, error) {
-			return refused, nil, apierrors.NewInternalError(fmt.Errorf("away"))
+			return refused.Load(), nil, apierrors.NewInternalError(fmt.Errorf("away"))
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- s.list.follow(ctx, func() changes { return changes{} }) }()
 		time.Sleep(time.Second)
-		refused = false
+		refused.Store(false)
 		time.Sleep(retryDelay + time.Second)
 		if got := s.objects(); len(got) != 1 {
 			t.Errorf("%+v", got)
