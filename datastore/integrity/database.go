@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"io"
 	"os"
+	"slices"
 )
 
 // The format of a bbolt database: pages of one size, of which the first two are meta pages that are written alternately.
@@ -51,8 +52,18 @@ type database struct {
 	meta meta
 	used []bool // by page
 
+	// levels are used again for each page of the same depth in the tree: a database can have millions of pages, and it is
+	// checked while the API server's garbage is collected too.
+	levels [maxDepth + 2]level
+
 	// content is called with each key and value of the top-level buckets, in order. Both are valid until it returns.
 	content func(bucket string, key, value []byte) *Damage
+}
+
+// level is the memory for one page and its elements.
+type level struct {
+	data     []byte
+	elements []element
 }
 
 // checkDatabase checks every page in use of a bbolt file, and calls content with every key and value.
@@ -144,21 +155,23 @@ type bounds struct{ low, high []byte }
 // page is one page with its overflow pages.
 type page struct {
 	id    uint64
+	depth int // of the level that has its data; 0 for the root
 	flags uint16
 	count int
 	data  []byte // without the header
 	slack int    // maximum number of unused bytes at the end
 }
 
-// read reads a page and marks it as used.
-func (d *database) read(id uint64) (page, error) {
+// read reads a page at a depth of the tree, and marks it as used. The page is valid until the next one of that depth is read.
+func (d *database) read(id uint64, depth int) (page, error) {
 	if id >= d.meta.pages {
 		return page{}, d.damaged("points to page %d of %d", id, d.meta.pages)
 	}
 	if d.used[id] {
 		return page{}, d.damaged("points to page %d twice", id)
 	}
-	head := make([]byte, pageHeader)
+	at := &d.levels[depth]
+	head := at.bytes(pageHeader)
 	if _, err := d.file.ReadAt(head, int64(id)*d.meta.pageSize); err != nil {
 		return page{}, err
 	}
@@ -176,11 +189,18 @@ func (d *database) read(id uint64) (page, error) {
 		}
 		d.used[i] = true
 	}
-	data := make([]byte, int64(overflow+1)*d.meta.pageSize)
+	flags, count := le.Uint16(head[8:]), int(le.Uint16(head[10:]))
+	data := at.bytes(int(overflow+1) * int(d.meta.pageSize)) // head is a part of it
 	if _, err := d.file.ReadAt(data, int64(id)*d.meta.pageSize); err != nil {
 		return page{}, err
 	}
-	return page{id: id, flags: le.Uint16(head[8:]), count: int(le.Uint16(head[10:])), data: data[pageHeader:], slack: int(d.meta.pageSize)}, nil
+	return page{id: id, depth: depth, flags: flags, count: count, data: data[pageHeader:], slack: int(d.meta.pageSize)}, nil
+}
+
+// bytes returns n bytes, whose content is that of an earlier page.
+func (l *level) bytes(n int) []byte {
+	l.data = slices.Grow(l.data[:0], n)[:n]
+	return l.data
 }
 
 // element is one element of a page: a key with its value, or the first key of a child page.
@@ -198,7 +218,9 @@ func (d *database) elements(p page, branch bool) ([]element, error) {
 	if end > len(p.data) {
 		return nil, d.damaged("has %d elements in page %d, which is too small for them", p.count, p.id)
 	}
-	all := make([]element, p.count)
+	l := &d.levels[p.depth]
+	l.elements = slices.Grow(l.elements[:0], p.count)[:p.count]
+	all := l.elements
 	for i := range all {
 		at := i * elementSize
 		b := p.data[at:]
@@ -242,7 +264,7 @@ func (d *database) walk(id uint64, in bounds, depth int, visit func(element) err
 	if depth > maxDepth {
 		return d.damaged("has a tree of %d levels", depth)
 	}
-	p, err := d.read(id)
+	p, err := d.read(id, depth)
 	if err != nil {
 		return err
 	}
@@ -320,7 +342,7 @@ func (d *database) rootElement(e element) error {
 	if len(inline) < pageHeader || binary.LittleEndian.Uint16(inline[8:]) != leafPage {
 		return d.damaged("has a bucket %s that cannot be decoded", name)
 	}
-	return d.leaf(page{flags: leafPage, count: int(binary.LittleEndian.Uint16(inline[10:])), data: inline[pageHeader:]}, bounds{}, visit)
+	return d.leaf(page{depth: 1, flags: leafPage, count: int(binary.LittleEndian.Uint16(inline[10:])), data: inline[pageHeader:]}, bounds{}, visit)
 }
 
 // checkFreelist checks the list of free pages, if there is one on disk. etcd writes none on Linux.
@@ -328,7 +350,7 @@ func (d *database) checkFreelist() error {
 	if d.meta.freelist == noFreelist {
 		return nil
 	}
-	p, err := d.read(d.meta.freelist)
+	p, err := d.read(d.meta.freelist, 0)
 	if err != nil {
 		return err
 	}
