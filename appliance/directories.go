@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -46,12 +47,32 @@ func (m Machine) ownDirectories(in Install) error {
 			continue
 		}
 		for _, e := range entries {
+			if m.holdsAuthorities(filepath.Join(d.path, e.Name())) {
+				continue
+			}
 			if slices.ContainsFunc(d.names, func(pattern string) bool { ok, _ := filepath.Match(pattern, e.Name()); return ok }) {
 				return errorkind.BadSetting(d.setting, " %s has %s, which is not kedge's and which \"kedge uninstall\" would remove; give an empty directory, such as %s", d.path, e.Name(), d.usual)
 			}
 		}
 	}
 	return nil
+}
+
+// holdsAuthorities reports whether a folder of a server that has never started has the authorities that an administrator brings
+// (docs/certificates.md), and nothing else.
+func (m Machine) holdsAuthorities(dir string) bool {
+	if filepath.Base(dir) != "server" {
+		return false
+	}
+	entries, err := os.ReadDir(m.path(dir))
+	if err != nil || len(entries) != 1 || entries[0].Name() != "tls" {
+		return false
+	}
+	files, err := os.ReadDir(m.path(filepath.Join(dir, "tls")))
+	return err == nil && !slices.ContainsFunc(files, func(e fs.DirEntry) bool {
+		name := e.Name()
+		return !strings.HasSuffix(name, "-ca.crt") && !strings.HasSuffix(name, "-ca.key")
+	})
 }
 
 // check returns an error if a journal has not the form of one that kedge has written to a data directory: what it says is

@@ -24,6 +24,16 @@ func TestOwnDirectories(t *testing.T) {
 			put("/data/of-the-user")
 			in.DataDir = "/data"
 		}, ""},
+		"authorities of one's own": {func(_ Machine, in *Install, put func(string)) {
+			put("/data/server/tls/server-ca.crt")
+			put("/data/server/tls/server-ca.key")
+			in.DataDir = "/data"
+		}, ""},
+		"a server of others": {func(_ Machine, in *Install, put func(string)) {
+			put("/data/server/tls/server-ca.crt")
+			put("/data/server/tls/web.crt")
+			in.DataDir = "/data"
+		}, " /data has server, which is not kedge's"},
 		"a node that ran before": {func(_ Machine, in *Install, put func(string)) {
 			put("/data/kedge.json")
 			put("/data/server/tls/x")

@@ -98,7 +98,7 @@ func (b *File) without() error {
 	case err == nil:
 		return b.damaged("its end is missing")
 	case errors.Is(err, errNotELF):
-		return fmt.Errorf("%s is not a bundle, or one that is cut off", b.Path)
+		return fmt.Errorf("%s is not a bundle, or is cut off", b.Path)
 	}
 	return b.damaged("%v", err)
 }

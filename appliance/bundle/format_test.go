@@ -25,7 +25,7 @@ func TestBundleIsReadAsItWasWritten(t *testing.T) {
 	if err != nil || st.Mode().Perm() != 0o755 {
 		t.Errorf("mode %v, %v", st.Mode(), err)
 	}
-	// What is at its begin is the executable, to the byte.
+	// The file begins with the executable, byte for byte.
 	e, err := b.Executable("amd64")
 	if err != nil || e.Offset != 0 || string(mustRead(t, path)[:e.Size]) != string(tinyELF(amd64, "the program")) {
 		t.Errorf("executable %+v, %v", e, err)

@@ -131,6 +131,7 @@ func TestOwnAuthorityRefused(t *testing.T) {
 		"do not belong together":           {own.cert, root.key},
 		"it needs CA:TRUE and keyCertSign": issue(t, "leaf", rsaKey(t, 2048), nil, func(c *x509.Certificate) { c.IsCA, c.KeyUsage = false, x509.KeyUsageDigitalSignature }),
 		"CA:TRUE and keyCertSign":          issue(t, "no signer", rsaKey(t, 2048), nil, func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign }),
+		"needs CA:TRUE and keyCertSign":    issue(t, "no authority", rsaKey(t, 2048), nil, func(c *x509.Certificate) { c.IsCA, c.KeyUsage = false, 0 }),
 		"RSA key of 1024 bits":             issue(t, "short", short, nil, nil),
 		"use an ECDSA or RSA key":          issue(t, "edwards", edwards, nil, nil),
 		"has expired":                      issue(t, "old", rsaKey(t, 2048), nil, func(c *x509.Certificate) { c.NotAfter = now.Add(-1) }),
