@@ -33,8 +33,9 @@ type Install struct {
 	// Token is for joining, or of a first server the secret that it keeps.
 	Token string
 	// Joins says that the machine joins others. The token is then of no use after it.
-	Joins bool
-	// Kubeconfig is the file that the server writes; empty for an agent.
+	Joins   bool
+	Witness bool // the server is a witness
+	// Kubeconfig is the file that the server writes; empty for an agent and for a witness.
 	Kubeconfig string
 
 	BinDir      string // empty for the first usual folder that can be written
@@ -313,11 +314,11 @@ const tokenName = "token"
 
 // joined reports whether the machine is a member of the cluster.
 func (m Machine) joined(in Install) (bool, error) {
-	role := joining.Server
-	if in.Role == "agent" {
-		role = joining.Agent
+	role := joining.Role(in.Role)
+	if in.Witness {
+		role = joining.Witness
 	}
-	_, joined, err := joining.ReadState(role, m.path(filepath.Join(in.DataDir, in.Role)))
+	_, joined, err := joining.ReadState(role, m.path(filepath.Join(in.DataDir, string(role))))
 	return joined, err
 }
 

@@ -25,7 +25,7 @@ import (
 func dataNames() []string {
 	return []string{"agent", "bundle", "cni", "containerd", "containerd-damaged-*", "disk-probe", "images", "kedge.json", "kubelet", "log",
 		"pod-manifests", "previous", "program", "runtime", "server", "server.before-restore-*", "server.new", "recover.new", "restore.json", ".restore-*",
-		control.SnapshotFolder, "upgrade", ".tmp-*", "kedge.lock"}
+		control.SnapshotFolder, "upgrade", "witness", ".tmp-*", "kedge.lock"}
 }
 
 // runNames has the names in the run directory.

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"net/netip"
 
+	"kedge/datastore"
 	"kedge/internal/joining"
 	"kedge/server"
 	"kedge/server/bootstrap"
@@ -17,7 +18,7 @@ import (
 // ready. addresses returns the machine's current addresses.
 func newJoin(cfg server.Config, id *identity.Identity, servers *membership.Servers, addresses func() []netip.Addr, log *slog.Logger) *join.Service {
 	s := join.New(join.Config{
-		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA,
+		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA, PeerCA: id.PeerCA, PeerName: datastore.PeerServerName,
 		Preshared: map[joining.Role]joining.Secret{joining.Agent: cfg.Token, joining.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: bootstrap.NetworkGroup,
 		OwnAddresses: addresses, Life: cfg.AgentCertificateLife, Servers: servers,
 	}, servers.API(), log)

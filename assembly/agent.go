@@ -13,6 +13,7 @@ import (
 	"kedge/internal/joining"
 	"kedge/internal/lifecycle"
 	"kedge/internal/servers"
+	"kedge/server/witness"
 	"kedge/settings"
 )
 
@@ -31,6 +32,9 @@ func composeAgentStart(in Input) (Config, joining.Config, error) {
 	}
 	if _, err := os.Stat(filepath.Join(dataDir, "server", "tls")); err == nil {
 		return Config{}, jc, errorkind.Permanent(fmt.Errorf("%s is the data directory of a server; start it with \"kedge server\", or choose another with --data-dir", dataDir))
+	}
+	if witness.Joined(witnessDir(dataDir)) {
+		return Config{}, jc, errorkind.Permanent(fmt.Errorf("%s is the data directory of a witness; start it with \"kedge server --witness\", or choose another with --data-dir", dataDir))
 	}
 	s, err := composeAgent(in, settings.DefaultCluster(), netip.Addr{})
 	if err == nil {

@@ -18,6 +18,7 @@ import (
 	"kedge/internal/pki"
 	"kedge/internal/servers"
 	"kedge/server/identity"
+	"kedge/server/witness"
 )
 
 // ownedBy returns whether a server, or an agent that has joined, owns a data directory. The error says that there is none.
@@ -34,6 +35,9 @@ func ownedBy(dataDir string) (server bool, agent joining.State, err error) {
 
 // Certificates examines the certificates of the node in dataDir.
 func Certificates(dataDir, kubeconfig string) ([]pki.Examined, error) {
+	if witness.Joined(witnessDir(dataDir)) {
+		return witness.Certificates(witnessDir(dataDir), time.Now()), nil
+	}
 	server, _, err := ownedBy(dataDir)
 	switch {
 	case err != nil:
@@ -46,6 +50,9 @@ func Certificates(dataDir, kubeconfig string) ([]pki.Examined, error) {
 
 // RotateCertificates makes new certificates with the names, all without names, for the stopped node in dataDir.
 func RotateCertificates(ctx context.Context, dataDir string, names []string) ([]string, error) {
+	if witness.Joined(witnessDir(dataDir)) {
+		return nil, errorkind.Permanent(errors.New("the certificate of a witness is renewed while it runs; start kedge, or give its run directory with --run-dir"))
+	}
 	server, agent, err := ownedBy(dataDir)
 	if err != nil {
 		return nil, err

@@ -415,12 +415,15 @@ func (c *composer) finish() (Config, error) {
 	p.PodRanges, p.DNS = c.cluster.ClusterCIDRs, c.cluster.ClusterDNS
 	p.Ranges, p.OwnLinks = slices.Concat(c.cluster.ClusterCIDRs, c.cluster.ServiceCIDRs), cni.LinkPrefix(c.NodeName)
 	// A first server may stay the only node, which needs no VXLAN.
-	p.VXLAN = c.backend.Mode == backend.VXLAN && (c.role == parts.Agent || settings.JoinServer.In(c.Values) != "" || c.datastore.Join != nil)
+	p.VXLAN = !c.parts.Witness && c.backend.Mode == backend.VXLAN && (c.role == parts.Agent || settings.JoinServer.In(c.Values) != "" || c.datastore.Join != nil)
 	p.Snapshotter, p.SnapshotterFile = c.runtime.Snapshotter, c.runtime.SnapshotterFile()
 	p.BuildDate = c.Build.Time
 	p.Ports = nil
 	if c.parts.ControlPlane {
 		p.Ports = append(p.Ports, preflight.Port{Number: c.server.HTTPSPort, Protocol: "tcp", Purpose: "API server"})
+	}
+	if c.parts.Witness {
+		p.Ports = append(p.Ports, preflight.Port{Number: int(c.datastore.Peer.Port), Protocol: "tcp", Purpose: "datastores of the servers"})
 	}
 	if p.NoNode = !c.parts.Node; !p.NoNode {
 		p.Ports = append(p.Ports, preflight.Port{Number: c.agent.KubeletPort, Protocol: "tcp", Purpose: "kubelet"})
@@ -435,6 +438,9 @@ func (c *composer) finish() (Config, error) {
 // that could be wrong.
 func (c *Config) validate() error {
 	var errs []error
+	if c.parts.Witness {
+		return c.datastore.Validate()
+	}
 	if c.parts.ControlPlane {
 		errs = append(errs, c.server.Validate(), c.datastore.Validate())
 	}
@@ -462,6 +468,9 @@ func (c *Config) peers() []netip.AddrPort {
 
 // agentDir is the directory of an agent's key and certificates.
 func agentDir(dataDir string) string { return filepath.Join(dataDir, "agent") }
+
+// witnessDir is the directory of a witness's key, certificates and datastore.
+func witnessDir(dataDir string) string { return filepath.Join(dataDir, "witness") }
 
 // serverDir is the directory of a server's keys, certificates and datastore.
 func serverDir(dataDir string) string { return filepath.Join(dataDir, "server") }

@@ -114,7 +114,7 @@ func (p *controlPlane) newEncryption(s Config, log *slog.Logger) {
 	p.keeper = secretsencryption.NewKeeper(s.NodeName, s.server.Dir, open, p.peers.File, component(log, "encryption"))
 }
 
-// memberNames returns the names of the servers. That of one that was admitted and has not started is its ID.
+// memberNames returns the names of the servers, without witnesses. That of one that was admitted and has not started is its ID.
 func (p *controlPlane) memberNames(ctx context.Context) ([]string, error) {
 	members, err := p.members.Members(ctx)
 	if err != nil {
@@ -122,7 +122,9 @@ func (p *controlPlane) memberNames(ctx context.Context) ([]string, error) {
 	}
 	var names []string
 	for _, m := range members {
-		names = append(names, m.Name)
+		if !m.Witness {
+			names = append(names, m.Name)
+		}
 	}
 	return names, nil
 }

@@ -53,7 +53,7 @@ func doctorConfig(in Input) doctor.Config {
 	if s.Preflight.VXLAN {
 		c.Ports = append(c.Ports, c.Backend)
 	}
-	if s.parts.ControlPlane {
+	if s.parts.ControlPlane || s.parts.Witness {
 		c.Peer = doctor.Port{Port: preflight.Port{Number: int(s.datastore.Peer.Port), Protocol: "tcp", Purpose: "datastores of the servers"}, Flag: "--" + settings.PeerPort.Name}
 	}
 	if s.parts.Node {
@@ -81,7 +81,7 @@ func backendPort(c backend.Config) int {
 
 // askJoin fills in how an agent that has not joined its cluster would do so.
 func askJoin(c *doctor.Config, in Input, s Config) {
-	if s.parts.ControlPlane {
+	if s.parts.ControlPlane || s.parts.Witness {
 		return
 	}
 	_, joined, err := joining.ReadState(joining.Agent, agentDir(s.DataDir))

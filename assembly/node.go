@@ -22,6 +22,7 @@ import (
 	"kedge/runtime"
 	"kedge/server/identity"
 	"kedge/server/membership"
+	"kedge/server/witness"
 	"kedge/settings"
 )
 
@@ -43,6 +44,13 @@ func composeAny(in Input) (Config, error) {
 	if joined {
 		return composeAgent(in, member.Cluster, member.Address)
 	}
+	if witness.Joined(witnessDir(dataDir)) {
+		state, _, err := joining.ReadState(joining.Witness, witnessDir(dataDir))
+		if err != nil {
+			return Config{}, err
+		}
+		return composeWitness(in, state.Cluster)
+	}
 	dir := serverDir(dataDir)
 	others, joinedBefore, err := membership.JoinedBefore(dir)
 	switch {
@@ -58,6 +66,9 @@ func composeAny(in Input) (Config, error) {
 
 // composeNew composes the configuration of the node that this machine would have.
 func composeNew(in Input) (Config, error) {
+	if in.Values.IsSet(settings.Witness.Name) && settings.Witness.In(in.Values) {
+		return composeWitness(in, settings.DefaultCluster())
+	}
 	if settings.JoinServer.In(in.Values) != "" {
 		return composeAgent(in, settings.DefaultCluster(), netip.Addr{})
 	}
@@ -68,6 +79,10 @@ func composeNew(in Input) (Config, error) {
 func composeStart(in Input) (s Config, err error) {
 	if in.Role == settings.Agent {
 		s, _, err = composeAgentStart(in)
+		return s, err
+	}
+	if settings.Witness.In(in.Values) {
+		s, _, err = composeWitnessStart(in)
 		return s, err
 	}
 	s, _, _, err = composeServerStart(in)

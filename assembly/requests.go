@@ -3,7 +3,6 @@ package assembly
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -77,12 +76,12 @@ func answerKubeconfigs(requests *control.Server, users *kubeconfigs.Kubeconfigs,
 	})
 }
 
-// refuseJoin registers an agent's handlers for these commands, which refer to a server.
-func refuseJoin(requests *control.Server) {
+// refuseJoin registers the handlers of an agent or a witness for these commands, which refer to a server.
+func refuseJoin(requests *control.Server, machine string) {
 	elsewhere := func(context.Context, url.Values) (any, error) {
-		return nil, errors.New("this machine is an agent; run the command on a server")
+		return nil, fmt.Errorf("this machine is %s; run the command on a server", machine)
 	}
-	for _, path := range []string{control.TokensPath, control.ServersPath, control.KubeconfigsPath, control.RecoveryKeyPath, control.SecretsEncryptionPath} {
+	for _, path := range []string{control.TokensPath, control.KubeconfigsPath, control.RecoveryKeyPath, control.SecretsEncryptionPath} {
 		requests.HandleGet(path, elsewhere)
 	}
 	for _, path := range []string{
@@ -97,8 +96,19 @@ func refuseJoin(requests *control.Server) {
 // answerServers registers a server's handlers for "kedge server ls", "kedge server remove" and "kedge node
 // remove".
 func answerServers(requests *control.Server, servers *membership.Servers) {
+	listServers(requests, servers.Members)
+	requests.HandlePost(control.RemoveNodePath, func(ctx context.Context, v url.Values) (any, error) {
+		return struct{}{}, servers.RemoveNode(ctx, v.Get("name"))
+	})
+	requests.HandlePost(control.RemoveServerPath, func(ctx context.Context, v url.Values) (any, error) {
+		return struct{}{}, servers.Remove(ctx, v.Get("name"))
+	})
+}
+
+// listServers registers the handler of a server or a witness for "kedge server ls".
+func listServers(requests *control.Server, list func(context.Context) ([]datastore.Member, error)) {
 	requests.HandleGet(control.ServersPath, func(ctx context.Context, _ url.Values) (any, error) {
-		members, err := servers.Members(ctx)
+		members, err := list(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -106,6 +116,8 @@ func answerServers(requests *control.Server, servers *membership.Servers) {
 		for _, m := range members {
 			l := control.ListedServer{Name: m.Name, Role: "follower", Reachable: m.Reachable, LastSeen: m.LastSeen}
 			switch {
+			case m.Witness:
+				l.Role = "witness"
 			case m.Leader:
 				l.Role = "leader"
 			case m.Learner:
@@ -117,12 +129,6 @@ func answerServers(requests *control.Server, servers *membership.Servers) {
 			all = append(all, l)
 		}
 		return all, nil
-	})
-	requests.HandlePost(control.RemoveNodePath, func(ctx context.Context, v url.Values) (any, error) {
-		return struct{}{}, servers.RemoveNode(ctx, v.Get("name"))
-	})
-	requests.HandlePost(control.RemoveServerPath, func(ctx context.Context, v url.Values) (any, error) {
-		return struct{}{}, servers.Remove(ctx, v.Get("name"))
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 	"kedge/server/identity"
 	"kedge/server/membership"
 	"kedge/server/snapshots"
+	"kedge/server/witness"
 	"kedge/settings"
 )
 
@@ -27,6 +28,9 @@ func composeServerStart(in Input) (s Config, joiner membership.Joiner, joinedBef
 		return s, joiner, false, fmt.Errorf("check whether %s belongs to an agent: %w", dataDir, err)
 	} else if joined {
 		return s, joiner, false, errorkind.Permanent(fmt.Errorf("%s is the data directory of an agent; start it with \"kedge agent\", or choose another with --data-dir", dataDir))
+	}
+	if witness.Joined(witnessDir(dataDir)) {
+		return s, joiner, false, errorkind.Permanent(fmt.Errorf("%s is the data directory of a witness; start it with --witness, or choose another with --data-dir", dataDir))
 	}
 	dir := serverDir(dataDir)
 	before, joinedBefore, err := membership.JoinedBefore(dir)
@@ -51,8 +55,11 @@ func composeServerStart(in Input) (s Config, joiner membership.Joiner, joinedBef
 }
 
 // RunServer joins other servers if --server is set, and runs the control plane, and a node unless it is
-// disabled.
+// disabled. With --witness it runs a witness.
 func RunServer(ctx context.Context, in Input) error {
+	if settings.Witness.In(in.Values) {
+		return runWitness(ctx, in)
+	}
 	s, joiner, joinedBefore, err := composeServerStart(in)
 	if err != nil {
 		return err
@@ -66,7 +73,7 @@ func RunServer(ctx context.Context, in Input) error {
 			if err := datastore.ReleaseReserve(s.datastore.Dir, component(log, "datastore")); err != nil {
 				return s, err
 			}
-			lost, err := storeLost(owned, s.datastore.Dir)
+			lost, err := storeLost(owned, s.datastore.Dir, false)
 			if joiner.Server != "" && err == nil {
 				joiner.StoreLost, joiner.Forget = lost != nil, owned.ForgetStore
 				others, joined, err := joiner.Join(ctx, component(log, "join"))
@@ -105,13 +112,16 @@ func RunServer(ctx context.Context, in Input) error {
 
 // storeLost returns an error as lost if a server that had a datastore has none, most likely because a file
 // system is not mounted. Starting an empty cluster in its place would kill the processes of all pods.
-func storeLost(owned *datadir.Dir, dir string) (lost, err error) {
+func storeLost(owned *datadir.Dir, dir string, witness bool) (lost, err error) {
 	if !owned.HadStore() {
 		return nil, nil
 	}
 	holds, err := datastore.HoldsStore(dir)
-	if err != nil || holds {
+	switch {
+	case err != nil || holds:
 		return nil, err
+	case witness:
+		return datastore.LostWitness(dir), nil
 	}
 	return datastore.Lost(dir), nil
 }

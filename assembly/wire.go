@@ -171,7 +171,10 @@ func remember(list *servers.List, log *slog.Logger) func(urls []string) {
 func wireAgent(build Build, group *lifecycle.Group, s Config, m *joining.Member, list *servers.List, log *slog.Logger) error {
 	requests := control.NewServer(s.RunDir, reporter(build, group, s.NodeName))
 	group.Add(requests)
-	refuseJoin(requests)
+	refuseJoin(requests, "an agent")
+	requests.HandleGet(control.ServersPath, func(context.Context, url.Values) (any, error) {
+		return nil, errors.New("this machine is an agent; run the command on a server")
+	})
 	answerAgentsCertificates(requests, m)
 	pool, err := servers.New(list, m.ServerCAFile(), servers.DefaultTimes(), component(log, "servers"))
 	if err != nil {

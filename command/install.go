@@ -182,7 +182,7 @@ func (c *call) upgradeFirst(ctx context.Context, machine appliance.Machine, in a
 		return err
 	}
 	u.File, u.FileAt, u.FileSize, u.Patience = in.Program, in.ProgramAt, in.ProgramSize, installSettings.wait.In(c.values)
-	u.HasNode = n.Role == settings.Agent || !settings.DisableAgent.In(c.values)
+	u.HasNode = n.Role == settings.Agent || !(settings.DisableAgent.In(c.values) || settings.Witness.In(c.values))
 	return c.runUpgrade(machine, u, false)
 }
 
@@ -194,7 +194,8 @@ func (p *Program) installation(c *call, n Node, name string) (appliance.Install,
 		BinDir: installSettings.binDir.In(v), Links: appliance.LinkMode(installSettings.links.In(v)), Force: installSettings.force.In(v),
 		Environ: os.Environ(), Completions: completions,
 	}
-	if name == "server" {
+	in.Witness = name == "server" && settings.Witness.In(v)
+	if name == "server" && !in.Witness {
 		in.Kubeconfig = settings.Kubeconfig.In(v)
 	}
 	var errs []error
@@ -288,7 +289,7 @@ func (c *call) waitReady(ctx context.Context, m appliance.Manager, in appliance.
 			}
 		},
 	}
-	if settings.DisableAgent.In(c.values) {
+	if settings.DisableAgent.In(c.values) || in.Witness {
 		w.Node = nil
 	}
 	err := w.Wait(ctx)

@@ -53,7 +53,7 @@ func (p *Program) nodeCommand() *cli.Command {
 }
 
 func createTokenCommand() *cli.Command {
-	role := settings.Text(settings.Setting{Name: "role", Default: string(joining.Agent), NoVar: true, Help: "`ROLE` of the machine: agent or server"})
+	role := settings.Text(settings.Setting{Name: "role", Default: string(joining.Agent), NoVar: true, Help: "`ROLE` of the machine: agent, server or witness"})
 	ttl := settings.Duration(settings.Setting{Name: "ttl", Default: join.DefaultTTL.String(), NoVar: true, Help: "`TIME` for which the token is valid"})
 	uses := settings.Number(settings.Setting{Name: "uses", Default: "1", NoVar: true, Help: "`NUMBER` of machines that can join with the token"})
 	nodeName := settings.Text(settings.Setting{Name: "node-name", NoVar: true, Help: "`NAME` of the only node that may join with the token (default: any)"})
@@ -69,7 +69,7 @@ func createTokenCommand() *cli.Command {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(c.out, "kedge %s --server %s --token %s\n", s.Role, made.Server, made.Token)
+		fmt.Fprintf(c.out, "%s --server %s --token %s\n", s.Role.Command(), made.Server, made.Token)
 		return nil
 	})
 }

@@ -165,6 +165,9 @@ func (c *call) nodeHere() (in appliance.Upgrade, m appliance.Machine, err error)
 	v := c.values
 	m = appliance.Machine{Root: "/", Manager: appliance.FindManager(), Say: func(text string) { fmt.Fprintln(c.errOut, "kedge:", text) }}
 	in = appliance.Upgrade{Kubeconfig: settings.Kubeconfig.In(v), HasNode: !settings.DisableAgent.In(v)}
+	if settings.Witness.In(v) {
+		in.Kubeconfig, in.HasNode = "", false
+	}
 	for path, text := range map[*string]string{&in.Config: settings.Config.In(v), &in.DataDir: settings.DataDir.In(v), &in.RunDir: settings.RunDir.In(v)} {
 		if *path, err = filepath.Abs(text); err != nil {
 			return in, m, err

@@ -23,6 +23,10 @@ type Config struct {
 	// store already.
 	Join *Admission
 
+	// Witness says that this member votes and keeps the data on a machine without an API server. Whenever it becomes the
+	// leader, which raft cannot prevent, it hands the leadership over to a member that is none.
+	Witness bool
+
 	// Tick is raft's unit of time, and Election the time without a leader after which a follower stands for election. All
 	// members of a cluster must agree on both.
 	Tick, Election time.Duration

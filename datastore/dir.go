@@ -140,6 +140,15 @@ func Lost(dir string) error {
 	return errorkind.Permanent(fmt.Errorf("%w: %s; if a file system is not mounted there, mount it; otherwise %s", ErrDamaged, what, remedy(dir)))
 }
 
+// LostWitness is [Lost] for the store of a witness.
+func LostWitness(dir string) error {
+	return errorkind.Permanent(fmt.Errorf("%w: %s has no datastore; if a file system is not mounted there, mount it; otherwise %s", ErrDamaged, dir, remedyOfWitness))
+}
+
+// remedyOfWitness is [remedy] for a witness, which has nothing that the servers do not have.
+const remedyOfWitness = "remove this witness with \"kedge server remove\" on a server, and let it join in an empty data directory, with --server and a token that " +
+	"\"kedge token create --role witness\" makes there"
+
 // remedy says what to do when the store in dir is damaged or lost.
 func remedy(dir string) string {
 	return fmt.Sprintf("restore a snapshot with \"kedge snapshot restore\", or, if the cluster has other servers, set %s aside with "+
@@ -149,6 +158,14 @@ func remedy(dir string) string {
 // damage returns the error for a store whose files are damaged.
 func damage(dir, what string) error {
 	return errorkind.Permanent(fmt.Errorf("%w: %s; %s", ErrDamaged, what, remedy(dir)))
+}
+
+// damage returns the error for this store, whose files are damaged.
+func (s *Store) damage(what string) error {
+	if s.cfg.Witness {
+		return errorkind.Permanent(fmt.Errorf("%w: %s; %s", ErrDamaged, what, remedyOfWitness))
+	}
+	return damage(s.cfg.Dir, what)
 }
 
 // markCreated records that the store exists, so that it is never created again.

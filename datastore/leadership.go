@@ -114,6 +114,32 @@ func (s *Store) watchLeadership(ctx context.Context, server *etcdserver.EtcdServ
 	}
 }
 
+// yieldInterval is the interval at which a witness checks whether it leads, and tries again to hand over.
+const yieldInterval = 100 * time.Millisecond
+
+// yield hands the leadership of a witness over whenever it leads, until ctx ends. With two servers and a witness, the
+// witness may be the only one that has the last entries of a server that died: then it must lead until the other server
+// has them.
+func (s *Store) yield(ctx context.Context, server *etcdserver.EtcdServer) {
+	ticker := time.NewTicker(yieldInterval)
+	defer ticker.Stop()
+	for {
+		changed := server.LeaderChangedNotify()
+		tick := ticker.C
+		if server.Leader() != server.MemberID() {
+			tick = nil // the notification is enough
+		} else if err := s.HandOver(ctx); err != nil {
+			s.log.Debug("the witness leads, and no server takes the leadership over yet", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-tick:
+		}
+	}
+}
+
 // confirm reports whether a majority confirms that this member leads.
 func (s *Store) confirm(ctx context.Context, t *transport) bool {
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)

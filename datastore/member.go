@@ -43,6 +43,7 @@ type Member struct {
 	Self    bool
 	Leader  bool
 	Learner bool // has no vote yet; the leader promotes it when it has caught up
+	Witness bool // has no API server; see Config.Witness
 	Started bool // has started at least once
 
 	// Reachable means that the member answered a heartbeat within the last few seconds; for this member, that it has a

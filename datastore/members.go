@@ -75,14 +75,14 @@ func (s *Store) describe(t *transport, m *membership.Member) Member {
 		Learner: m.IsLearner, Started: m.Name != "",
 	}
 	if out.Self {
-		out.Addresses = s.book.Self().Addresses
+		out.Addresses, out.Witness = s.book.Self().Addresses, s.cfg.Witness
 		if out.Reachable = t.gate.hasLeader(); out.Reachable {
 			out.LastSeen = time.Now()
 		}
 		return out
 	}
 	if p, ok := s.book.Other(id); ok {
-		out.Addresses = p.Addresses
+		out.Addresses, out.Witness = p.Addresses, p.Witness
 	}
 	r := s.mesh.Status(id)
 	out.LastSeen, out.Reachable = r.LastSeen, r.Alive(time.Now())
@@ -113,7 +113,17 @@ func (s *Store) nameOf(server *etcdserver.EtcdServer, id types.ID) string {
 // members alive (else ErrQuorum). If the member of that name is alive, the error is ErrMemberExists. Members that were
 // admitted and never started do not block further admissions.
 func (s *Store) Admit(ctx context.Context, name string, addresses []netip.AddrPort) (Admission, error) {
-	if name == "" || len(addresses) == 0 {
+	return s.admitPeer(ctx, Peer{Name: name, Addresses: addresses})
+}
+
+// AdmitWitness is [Store.Admit] for a member whose Config.Witness is set.
+func (s *Store) AdmitWitness(ctx context.Context, name string, addresses []netip.AddrPort) (Admission, error) {
+	return s.admitPeer(ctx, Peer{Name: name, Addresses: addresses, Witness: true})
+}
+
+// admitPeer admits a new member, of which ID and URL are chosen here.
+func (s *Store) admitPeer(ctx context.Context, added Peer) (Admission, error) {
+	if added.Name == "" || len(added.Addresses) == 0 {
 		return Admission{}, errors.New("a member needs a name and an address")
 	}
 	if !s.cfg.Peer.Enabled() {
@@ -121,11 +131,11 @@ func (s *Store) Admit(ctx context.Context, name string, addresses []netip.AddrPo
 	}
 	var out Admission
 	err := s.change(ctx, func(ctx context.Context, t *transport) (err error) {
-		out, err = s.admit(ctx, t, name, addresses)
+		out, err = s.admit(ctx, t, added)
 		return err
 	})
 	if err != nil {
-		return Admission{}, fmt.Errorf("admit %s: %w", name, err)
+		return Admission{}, fmt.Errorf("admit %s: %w", added.Name, err)
 	}
 	return out, nil
 }
@@ -150,7 +160,7 @@ func (s *Store) change(ctx context.Context, do func(context.Context, *transport)
 	return nil
 }
 
-func (s *Store) admit(ctx context.Context, t *transport, name string, addresses []netip.AddrPort) (Admission, error) {
+func (s *Store) admit(ctx context.Context, t *transport, peer Peer) (Admission, error) {
 	server := t.server
 	if len(s.book.Self().Addresses) == 0 {
 		return Admission{}, errors.New("this machine has no address at which other members can reach it")
@@ -168,7 +178,7 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 	var pending []*membership.Member
 	for _, m := range members {
 		switch {
-		case s.nameOf(server, m.ID) == name:
+		case s.nameOf(server, m.ID) == peer.Name:
 			if err := s.replace(ctx, server, members, m); err != nil {
 				return Admission{}, err
 			}
@@ -182,7 +192,7 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 		}
 	}
 
-	peer := Peer{Name: name, URL: s.freeURL(members), Addresses: addresses}
+	peer.URL = s.freeURL(members)
 	urls, err := types.NewURLs([]string{peer.URL})
 	if err != nil {
 		return Admission{}, err
@@ -197,7 +207,7 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 	if err := s.retryUnhealthy(ctx, func(ctx context.Context) error { _, err := server.AddMember(ctx, *learner); return err }); err != nil {
 		return Admission{}, errors.Join(err, s.deletePeer(context.WithoutCancel(ctx), t, peer.ID))
 	}
-	out := Admission{Cluster: server.Cluster().ID().String(), Name: name, ID: peer.ID, URL: peer.URL}
+	out := Admission{Cluster: server.Cluster().ID().String(), Name: peer.Name, ID: peer.ID, URL: peer.URL}
 	for _, p := range s.book.All() {
 		if p.ID != peer.ID {
 			out.Members = append(out.Members, p)
@@ -205,7 +215,7 @@ func (s *Store) admit(ctx context.Context, t *transport, name string, addresses 
 	}
 	s.mesh.Learn([]Peer{peer})
 	s.mesh.ProbeNow() // tells the other members at once
-	s.log.Info("member of the datastore admitted", "name", name, "member", peer.ID)
+	s.log.Info("member of the datastore admitted", "name", peer.Name, "member", peer.ID)
 	return out, nil
 }
 
@@ -349,8 +359,8 @@ func (s *Store) removeSelf(ctx context.Context, server *etcdserver.EtcdServer) e
 	}
 }
 
-// guardQuorum refuses the removal of a voter if the remaining voters would have no majority alive. It waits for one
-// heartbeat, so that voters that have just come back count.
+// guardQuorum refuses the removal of a voter if the remaining voters would have no majority alive, or would all be
+// witnesses. It waits for one heartbeat, so that voters that have just come back count.
 func (s *Store) guardQuorum(ctx context.Context, server *etcdserver.EtcdServer, members []*membership.Member, leaves *membership.Member) error {
 	ctx, cancel := context.WithTimeout(ctx, peers.HeartbeatTimeout)
 	defer cancel()
@@ -359,6 +369,10 @@ func (s *Store) guardQuorum(ctx context.Context, server *etcdserver.EtcdServer, 
 		switch {
 		case voters == 0:
 			return fmt.Errorf("%w: it is the only voting member", ErrQuorum)
+		case !s.isWitness(leaves.ID) && !slices.ContainsFunc(members, func(m *membership.Member) bool {
+			return !m.IsLearner && m.ID != leaves.ID && !s.isWitness(m.ID)
+		}):
+			return fmt.Errorf("%w: only witnesses would remain", ErrQuorum)
 		case alive >= voters/2+1:
 			return nil
 		case ctx.Err() != nil:
@@ -383,8 +397,8 @@ func (s *Store) votersWithout(server *etcdserver.EtcdServer, members []*membersh
 	return voters, alive
 }
 
-// HandOver transfers the leadership to another member. If this member does not lead or has no other voter, HandOver does
-// nothing and succeeds. Run hands over by itself before it stops.
+// HandOver transfers the leadership to another member that is no witness. If this member does not lead or has no other such
+// voter, HandOver does nothing and succeeds. Run hands over by itself before it stops.
 func (s *Store) HandOver(ctx context.Context) error {
 	t := s.transport.Load()
 	if t == nil {
@@ -399,7 +413,7 @@ func (s *Store) HandOver(ctx context.Context) error {
 	if server.Leader() != server.MemberID() {
 		return nil
 	}
-	candidates := otherVoters(server)
+	candidates := slices.DeleteFunc(otherVoters(server), func(m *membership.Member) bool { return s.isWitness(m.ID) })
 	if len(candidates) == 0 {
 		return nil
 	}
@@ -419,6 +433,12 @@ func (s *Store) HandOver(ctx context.Context) error {
 		}
 	}
 	return fmt.Errorf("transfer leadership: %w", err)
+}
+
+// isWitness reports whether a member is a witness.
+func (s *Store) isWitness(id types.ID) bool {
+	p, _ := s.book.Other(id.String())
+	return p.Witness || s.book.Self().ID == id.String() && s.cfg.Witness
 }
 
 // otherVoters returns the voters besides this member.

@@ -107,7 +107,7 @@ func (s *Store) publishSelf(ctx context.Context, server *etcdserver.EtcdServer, 
 		return
 	}
 	self := s.book.Self()
-	if i := indexPeer(peers, self.ID); i >= 0 && peers[i].Seq == self.Seq && slices.Equal(peers[i].Addresses, self.Addresses) {
+	if i := indexPeer(peers, self.ID); i >= 0 && peers[i].Seq == self.Seq && peers[i].Witness == self.Witness && slices.Equal(peers[i].Addresses, self.Addresses) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, reconcileTimeout)

@@ -211,7 +211,7 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 	found, err := integrity.Check(s.cfg.Dir, book.Get().Seal, walSegment)
 	var bad *integrity.Damage
 	if errors.As(err, &bad) {
-		return nil, damage(s.cfg.Dir, bad.Error())
+		return nil, s.damage(bad.Error())
 	} else if err != nil {
 		return nil, fmt.Errorf("check the datastore's files: %w", err)
 	}
@@ -228,7 +228,7 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 		return book, nil // the database may not hold this member yet
 	}
 	if len(found.Members) > 0 && !slices.Contains(found.Members, member) {
-		return nil, damage(s.cfg.Dir, filepath.Join(s.cfg.Dir, memberDir, "snap", "db")+" belongs to another cluster than the log beside it")
+		return nil, s.damage(filepath.Join(s.cfg.Dir, memberDir, "snap", "db")+" belongs to another cluster than the log beside it")
 	}
 	if c.Cluster != "" && c.Cluster != cluster || c.Self.ID != "" && c.Self.ID != member {
 		s.log.Warn("the address book belongs to another member, replacing it with a new one", "file", book.Path(), "of", c.Self.ID, "member", member)
@@ -286,7 +286,7 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 	switch join := s.cfg.Join; {
 	case join == nil:
 	case !holds:
-		if err := s.book.Begin(join.Cluster, Peer{ID: join.ID, Name: join.Name, URL: join.URL}, join.Members); err != nil {
+		if err := s.book.Begin(join.Cluster, Peer{ID: join.ID, Name: join.Name, URL: join.URL, Witness: s.cfg.Witness}, join.Members); err != nil {
 			return nil, err
 		}
 	case s.book.Get().Cluster != join.Cluster:
@@ -296,6 +296,7 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 	s.mesh.SetAddresses(s.addresses)
 	s.addressMu.Unlock()
 
+	s.book.SetWitness(s.cfg.Witness)
 	c := s.book.Get()
 	o := openOptions{join: !holds && c.Joining, several: c.Joining || len(c.Others) > 0, quota: s.cfg.quota(size)}
 	if o.self, err = types.NewURLs([]string{c.Self.URL}); err != nil {
@@ -484,6 +485,9 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	})
 	wg.Go(func() { s.reconcileMembers(ctx, server) })
 	wg.Go(func() { t.disk.watch(ctx) })
+	if s.cfg.Witness {
+		wg.Go(func() { s.yield(ctx, server) })
+	}
 	leadCtx, stopLeading := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLeading()
 	wg.Go(func() { s.watchLeadership(leadCtx, server, t) })

@@ -132,6 +132,8 @@ var (
 		HelpFor: map[Role]string{Agent: "`TOKEN` for joining, from \"kedge token create\"; needed only at the first start"}}))
 	ServerToken = row(Text(Setting{Name: "server-token", Category: Joining, Roles: Server,
 		Help: "Secret of at least 16 characters with which servers can join at any time, and get all of a server's secrets; tokens of \"kedge token create --role server\" are safer"}))
+	Witness = row(Switch(Setting{Name: "witness", Category: Joining, Roles: Server,
+		Help: "Join as a witness, which votes and keeps a copy of the datastore, and runs nothing else: the third machine beside two servers"}))
 	AgentCertificateLife = row(Duration(Setting{Name: "agent-certificate-life", Category: Joining, Roles: Server, Default: "720h0m0s",
 		Help: "`TIME` for which the certificates that this server signs for agents are valid; they are renewed after half of it"}))
 	TokenFile = row(Text(Setting{Name: "token-file", Category: Joining, Roles: Both,

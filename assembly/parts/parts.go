@@ -18,6 +18,8 @@ const (
 	ServerOnly
 	// Agent runs a node without a control plane.
 	Agent
+	// Witness runs a member of the datastore and nothing else.
+	Witness
 )
 
 // Parts are the parts that a machine runs. The zero value runs none.
@@ -25,6 +27,7 @@ type Parts struct {
 	ControlPlane bool // datastore, API server, controllers and scheduler
 	Balancer     bool // the controller that gives Services of type LoadBalancer their addresses
 	Node         bool // kubelet, container runtime and what they need
+	Witness      bool // a member of the datastore without a control plane
 
 	PodNetwork bool // addresses and links of pods, by kedge's own CNI plugin
 	Policies   bool // NetworkPolicies; needs the pod network
@@ -35,6 +38,9 @@ type Parts struct {
 
 // Of returns the parts of a machine with this role in a cluster with these settings.
 func Of(role Role, cluster joining.Cluster) Parts {
+	if role == Witness {
+		return Parts{Witness: true}
+	}
 	p := Parts{ControlPlane: role != Agent, Node: role != ServerOnly}
 	p.Balancer = p.ControlPlane && !cluster.NoBalancer
 	if !p.Node {

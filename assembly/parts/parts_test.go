@@ -20,6 +20,7 @@ func TestOf(t *testing.T) {
 		{"server", Server, joining.Cluster{Backend: "vxlan"}, server},
 		{"agent", Agent, joining.Cluster{Backend: "vxlan"}, node},
 		{"server without a node", ServerOnly, joining.Cluster{Backend: "vxlan", Pools: []string{"192.0.2.0/24"}}, Parts{ControlPlane: true, Balancer: true}},
+		{"witness", Witness, joining.Cluster{Backend: "vxlan", Pools: []string{"192.0.2.0/24"}}, Parts{Witness: true}},
 		{"foreign CNI plugin", Server, joining.Cluster{Backend: "none"}, with(server, func(p *Parts) { p.PodNetwork, p.Policies = false, false })},
 		{"--disable-network-policy", Agent, joining.Cluster{Backend: "host-gw", NoPolicy: true}, with(node, func(p *Parts) { p.Policies = false })},
 		{"--disable-kube-proxy", Agent, joining.Cluster{Backend: "vxlan", NoProxy: true}, with(node, func(p *Parts) { p.Services = false })},

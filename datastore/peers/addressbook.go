@@ -133,6 +133,13 @@ func (b *AddressBook) setAddresses(addresses []netip.AddrPort) (bool, error) {
 	return true, b.save()
 }
 
+// SetWitness records whether this member is a witness, in the file with the next change.
+func (b *AddressBook) SetWitness(witness bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.content.Self.Witness = witness
+}
+
 // SetSelfURL records the peer URL that raft has for this member. It ignores a URL that has no loopback address.
 func (b *AddressBook) SetSelfURL(memberURL string) error {
 	b.mu.Lock()

@@ -74,6 +74,8 @@ type Peer struct {
 	URL       string           `json:"url"`           // peer URL with the loopback address; never changes
 	Addresses []netip.AddrPort `json:"addresses"`     // current addresses, best first
 	Seq       uint64           `json:"seq,omitempty"` // increased by the member itself with each change of Addresses
+	// Witness says that the member votes and keeps the data, and has no API server.
+	Witness bool `json:"witness,omitempty"`
 }
 
 // loopbackPort is the port of the members' loopback addresses.

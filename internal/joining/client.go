@@ -5,15 +5,18 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -54,7 +57,7 @@ const AdmitWithin = 40 * time.Second
 // within is the time that the client waits for an answer. It is longer than the server may take; otherwise the server's
 // work would be wasted, and undone when the client asks again.
 func within(path string) time.Duration {
-	if path == PathServer {
+	if path == PathServer || path == PathWitness {
 		return AdmitWithin + answerWithin
 	}
 	return answerWithin
@@ -145,15 +148,57 @@ func JoinServer(ctx context.Context, base string, ca *x509.Certificate, key *ecd
 	return a, c, nil
 }
 
+// JoinWitness requests to join as a witness.
+func JoinWitness(ctx context.Context, base string, ca *x509.Certificate, r ServerRequest) (WitnessAnswer, error) {
+	var a WitnessAnswer
+	_, err := ask(ctx, trusting(ca), http.MethodPost, base, PathWitness, r, &a)
+	return a, explainEarlier(err, base)
+}
+
+// RenewWitness is [Renew] for a witness.
+func RenewWitness(ctx context.Context, base string, ca *x509.Certificate, old tls.Certificate) (WitnessAnswer, error) {
+	var a WitnessAnswer
+	_, err := ask(ctx, proving(ca, old), http.MethodPost, base, PathRenewWitness, struct{}{}, &a)
+	return a, explainEarlier(err, base)
+}
+
+// explainEarlier explains the answer of a server of a version without witnesses.
+func explainEarlier(err error, base string) error {
+	var refused *Refused
+	if errors.As(err, &refused) && refused.Status == http.StatusNotFound {
+		return &Refused{Status: refused.Status, Message: base + " is a server of an earlier version of kedge, which knows no witnesses; upgrade the servers first"}
+	}
+	return err
+}
+
+// ProveKey returns a certificate for a machine's key and name, signed by the key itself. The servers know the key, and another
+// signature would add nothing. So expired or lost certificates are renewed without a token.
+func ProveKey(key *ecdsa.PrivateKey, name string, now time.Time) (tls.Certificate, error) {
+	t := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: NodeUser(name)},
+		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, t, &key.PublicKey, key)
+	if err != nil {
+		return tls.Certificate{}, fmt.Errorf("prove the node's key: %w", err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+}
+
 // Renew requests new certificates by the key of the old certificate, which may have expired.
 func Renew(ctx context.Context, base string, ca *x509.Certificate, old tls.Certificate) (Answer, netip.Addr, error) {
 	var a Answer
+	local, err := ask(ctx, proving(ca, old), http.MethodPost, base, PathRenew, struct{}{}, &a)
+	return a, local, err
+}
+
+// proving is [trusting] with a certificate of the client's key.
+func proving(ca *x509.Certificate, old tls.Certificate) *tls.Config {
 	c := trusting(ca)
 	// Not Certificates: Go would send none whose authority is missing in the server's list,
 	// and only the key counts here.
 	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &old, nil }
-	local, err := ask(ctx, c, http.MethodPost, base, PathRenew, struct{}{}, &a)
-	return a, local, err
+	return c
 }
 
 func trusting(ca *x509.Certificate) *tls.Config {

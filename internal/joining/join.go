@@ -63,7 +63,8 @@ type Admission struct {
 	Key   *ecdsa.PrivateKey // of this machine
 	State State             // to be written last
 
-	Certificates Answer // of an agent
+	Certificates Answer        // of an agent
+	Witness      WitnessAnswer // of a witness
 }
 
 // ParseToken parses the client's token. Without a token the error is [ErrNotJoined]; hint says in it what may have happened
@@ -154,12 +155,16 @@ func (c Client) request(ctx context.Context, t Token, key *ecdsa.PrivateKey) (Ad
 	}
 	a := Admission{CA: ca, Key: key}
 	r := Request{TokenID: t.ID, Secret: string(t.Secret), NodeName: c.NodeName, CSR: string(csr)}
-	if c.Role == Server {
+	switch c.Role {
+	case Server:
 		var answer ServerAnswer
 		var credentials Credentials
 		answer, credentials, err = JoinServer(ctx, c.Server, ca, key, ServerRequest{Request: r, Peers: c.Peers})
 		a.State = State{Cluster: answer.Cluster, Admission: answer.Admission, Credentials: credentials}
-	} else {
+	case Witness:
+		a.Witness, err = JoinWitness(ctx, c.Server, ca, ServerRequest{Request: r, Peers: c.Peers})
+		a.State = State{Server: c.Server, Cluster: a.Witness.Cluster, Admission: a.Witness.Admission}
+	default:
 		var local netip.Addr
 		a.Certificates, local, err = Join(ctx, c.Server, ca, r)
 		a.State = State{Server: c.Server, Address: local, Cluster: a.Certificates.Cluster}

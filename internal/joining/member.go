@@ -3,15 +3,11 @@ package joining
 import (
 	"context"
 	"crypto/ecdsa"
-	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -249,7 +245,7 @@ func (m *Member) join(ctx context.Context) error {
 func (m *Member) renew(ctx context.Context) error {
 	m.renewing.Lock()
 	defer m.renewing.Unlock()
-	old, err := m.proof()
+	old, err := ProveKey(m.key, m.cfg.NodeName, m.now())
 	if err != nil {
 		return err
 	}
@@ -271,22 +267,6 @@ func (m *Member) renew(ctx context.Context) error {
 		errs = append(errs, fmt.Errorf("%s: %w", server, err))
 	}
 	return errors.Join(errs...)
-}
-
-// proof is a certificate for the machine's key and name, signed by the key itself. The server
-// knows the key, and another signature would add nothing. So expired or lost certificates are
-// renewed without a token.
-func (m *Member) proof() (tls.Certificate, error) {
-	now := m.now()
-	t := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: NodeUser(m.cfg.NodeName)},
-		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, t, t, &m.key.PublicKey, m.key)
-	if err != nil {
-		return tls.Certificate{}, fmt.Errorf("prove the node's key: %w", err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: m.key}, nil
 }
 
 // NodeUser is the name of a kubelet's user in the API.

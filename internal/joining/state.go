@@ -18,13 +18,13 @@ import (
 // written after all other files that the machine needs, or has their contents in it ([State.Credentials]).
 type State struct {
 	// Server and Address are of an agent, as of the last answer: the URL of the server, and the machine's own address
-	// towards the server.
+	// towards the server. A witness has the URL.
 	Server  string     `json:"server,omitempty"`
 	Address netip.Addr `json:"address,omitzero"`
 
 	Cluster Cluster `json:"cluster"`
 
-	// Admission and Credentials are of a server, as of the answer to its join. The credentials are here only until they are
+	// Admission and Credentials are of a server, and the former of a witness, as of the answer to its join. The credentials are here only until they are
 	// in files of their own.
 	Admission   json.RawMessage `json:"admission,omitempty"`
 	Credentials Credentials     `json:"credentials,omitempty"`
@@ -34,10 +34,10 @@ type State struct {
 
 // StateFile is the path of the state of a machine with a role, in the role's directory.
 func StateFile(role Role, dir string) string {
-	if role == Server {
-		return filepath.Join(dir, "joined.json")
+	if role == Agent {
+		return filepath.Join(dir, "cluster.json")
 	}
-	return filepath.Join(dir, "cluster.json")
+	return filepath.Join(dir, "joined.json")
 }
 
 // ReadState returns the state of a machine in the directory of its role, and false if the machine has not joined.
@@ -55,7 +55,7 @@ func ReadState(role Role, dir string) (s State, joined bool, err error) {
 	}
 	if err != nil {
 		remedy := "remove it and start kedge with a token"
-		if role == Server {
+		if role != Agent {
 			remedy = "restore it from a backup, or remove the data directory and join again"
 		}
 		return State{}, false, errorkind.Permanent(fmt.Errorf("read %s: %w; %s", path, err, remedy))
@@ -68,7 +68,7 @@ func (s State) check(role Role) error {
 	if err := s.Cluster.check(); err != nil {
 		return err
 	}
-	if role == Server && !s.Restored && (len(s.Admission) == 0 || bytes.Equal(s.Admission, []byte("null"))) {
+	if role != Agent && !s.Restored && (len(s.Admission) == 0 || bytes.Equal(s.Admission, []byte("null"))) {
 		return errors.New("the admission to the datastore is missing")
 	}
 	return nil

@@ -13,6 +13,9 @@ const (
 	PathJoin   = Prefix + "join"   // POST Request, with a token: Answer
 	PathRenew  = Prefix + "renew"  // POST, over a connection with the node's key: Answer
 	PathServer = Prefix + "server" // POST ServerRequest, with a token for servers: ServerAnswer
+
+	PathWitness      = Prefix + "witness"       // POST ServerRequest, with a token for witnesses: WitnessAnswer
+	PathRenewWitness = Prefix + "witness/renew" // POST, over a connection with the witness's key: WitnessAnswer
 )
 
 // MaxBody bounds the bytes of a request or an answer.
@@ -45,7 +48,7 @@ type Answer struct {
 	Cluster Cluster `json:"cluster"`
 }
 
-// ServerRequest is the request of a machine that joins as a server.
+// ServerRequest is the request of a machine that joins as a server or as a witness.
 type ServerRequest struct {
 	Request
 	// Peers are the addresses of this machine's store for the other servers, best first.
@@ -60,6 +63,17 @@ type ServerAnswer struct {
 	// Admission has the data by which the machine's store becomes a member. It is opaque to
 	// this package.
 	Admission json.RawMessage `json:"admission"`
+}
+
+// WitnessAnswer is the answer to a witness's ServerRequest and to its renewal. It has no secret of the cluster.
+type WitnessAnswer struct {
+	Cluster Cluster `json:"cluster"`
+	// Certificate is that of the witness's datastore, for its own key, and Peers is the authority of the datastores' links,
+	// both in PEM.
+	Certificate string `json:"certificate"`
+	Peers       string `json:"peerCA"`
+	// Admission is that of a [ServerAnswer]. The answer to a renewal has none.
+	Admission json.RawMessage `json:"admission,omitempty"`
 }
 
 // Credentials are the secrets that all servers of a cluster share, such as the private keys of

@@ -65,6 +65,7 @@ var rooms = map[string][]string{
 	"server/nodeauthz":             {},
 	"server/secretsencryption":     {"server/identity", "internal"},
 	"server/servicelb":             {"internal"},
+	"server/witness":               {"datastore", "internal"},
 	"server/snapshots":             {"datastore", "server/identity", "server/snapshots", "internal"},
 	"server/snapshots/archive":     {"internal/atomicfile"},
 	"server/snapshots/objects":     {"server/customkinds", "server/snapshots", "internal"},

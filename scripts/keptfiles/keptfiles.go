@@ -145,6 +145,13 @@ func agentFiles() []File {
 		{Dir: Data, Path: "agent/server-ca.crt", Holds: "the authority of the API", On: [damages]Outcome{Refused, Refused, Refused, Refused, Same}},
 		{Dir: Data, Path: "agent/client-ca.crt", Holds: "the authority of the kubelet's clients", On: all(Again)},
 		{Dir: Data, Path: "agent/cluster.json", Holds: "the cluster's settings, as last received from a server", On: [damages]Outcome{Refused, Refused, Refused, Refused, Same}},
+		{Dir: Data, Path: "witness/node.key", Holds: "the key that identifies a witness", On: all(Refused)},
+		{Dir: Data, Path: "witness/server-ca.crt", Holds: "the authority of the API", On: [damages]Outcome{Refused, Refused, Refused, Refused, Same}},
+		{Dir: Data, Path: "witness/peer.crt", Holds: "the certificate of a witness's datastore", On: all(Again)},
+		{Dir: Data, Path: "witness/peer-ca.crt", Holds: "the authority of the datastores", On: all(Again)},
+		{Dir: Data, Path: "witness/joined.json", Holds: "the admission to the datastore, and the settings of the cluster", On: [damages]Outcome{Refused, Refused, Refused, Refused, Same}},
+		{Dir: Data, Path: "witness/store/**", Holds: "a witness's datastore, whose files are those of server/store", On: all(Refused)},
+		{Dir: Data, Path: "witness/store.removed-*/**", Holds: "the old datastore of a witness that was removed and has joined again", On: all(Same), Passing: true},
 		{Dir: Data, Path: "agent/servers.json", Holds: "the last known list of the cluster's servers", On: [damages]Outcome{Same, Repaired, Repaired, Repaired, Same}},
 	}
 }

@@ -57,6 +57,11 @@ func (c *cluster) Credentials() (joining.Credentials, error) {
 	return joining.Credentials{"tls/server-ca.key": []byte("a private key")}, nil
 }
 
+// AdmitWitness implements Servers.
+func (c *cluster) AdmitWitness(ctx context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error) {
+	return c.Admit(ctx, name, peers)
+}
+
 // Admit implements Servers.
 func (c *cluster) Admit(_ context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error) {
 	if c.full != nil {
@@ -95,11 +100,11 @@ func (c *cluster) server(t *testing.T, dir, name, tok string) (joining.ServerAns
 func newCluster(t *testing.T, change func(*Config)) *cluster {
 	t.Helper()
 	dir := t.TempDir()
-	cfg := Config{NetworkGroup: "net", Life: Life, Cluster: joining.Cluster{
+	cfg := Config{NetworkGroup: "net", PeerName: "peer.test", Life: Life, Cluster: joining.Cluster{
 		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
 		ClusterDomain: "cluster.local",
 	}}
-	for name, into := range map[string]**pki.Authority{"server": &cfg.ServerCA, "client": &cfg.ClientCA, "kubelet": &cfg.KubeletCA} {
+	for name, into := range map[string]**pki.Authority{"server": &cfg.ServerCA, "client": &cfg.ClientCA, "kubelet": &cfg.KubeletCA, "peer": &cfg.PeerCA} {
 		ca, err := pki.EnsureAuthority(dir, name, time.Now())
 		if err != nil {
 			t.Fatal(err)

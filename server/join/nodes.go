@@ -59,7 +59,7 @@ func validName(name string) error {
 }
 
 // admitted reports whether the node was admitted with this key in this role. If it was admitted with another key, which an
-// administrator has not allowed to be replaced, the error is ErrNameTaken. A server is an agent too.
+// administrator has not allowed to be replaced, the error is ErrNameTaken. A server is an agent too, and a witness is none.
 func (n *Nodes) admitted(ctx context.Context, name, fingerprint string, role joining.Role) (bool, error) {
 	s, err := n.get(ctx, name)
 	switch {
@@ -68,7 +68,8 @@ func (n *Nodes) admitted(ctx context.Context, name, fingerprint string, role joi
 	case err != nil:
 		return false, err
 	case string(s.Data[keyFingerprint]) == fingerprint:
-		return role == joining.Agent || joining.Role(s.Data[keyRole]) == role, nil
+		had := joining.Role(s.Data[keyRole])
+		return had == role || role == joining.Agent && had != joining.Witness, nil
 	case string(s.Data[keyAllowed]) == "true":
 		return false, nil
 	}

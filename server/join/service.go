@@ -34,6 +34,8 @@ type Config struct {
 	ServerCA  *pki.Authority // of the API's certificate: shown to everybody
 	ClientCA  *pki.Authority // signs what nodes call the API with
 	KubeletCA *pki.Authority // signs what kubelets serve with
+	PeerCA    *pki.Authority // signs what a witness's datastore shows the others
+	PeerName  string         // the name in the certificates of all datastores
 
 	// Preshared are an administrator's own secrets, one for each role at most.
 	Preshared map[joining.Role]joining.Secret
@@ -57,6 +59,8 @@ type Servers interface {
 	// Admit makes room in the store for a member of the name, reached at peers, and
 	// returns what it needs to start.
 	Admit(ctx context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error)
+	// AdmitWitness is Admit for a witness.
+	AdmitWitness(ctx context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error)
 }
 
 // Service answers machines that join and nodes that renew their certificates.
@@ -122,6 +126,8 @@ func (s *Service) Handler(next http.Handler) http.Handler {
 	mux.HandleFunc("POST "+joining.PathJoin, answering(s, s.admitAgent))
 	mux.HandleFunc("POST "+joining.PathRenew, answering(s, s.renew))
 	mux.HandleFunc("POST "+joining.PathServer, answering(s, s.admitServer))
+	mux.HandleFunc("POST "+joining.PathWitness, answering(s, s.admitWitness))
+	mux.HandleFunc("POST "+joining.PathRenewWitness, answering(s, s.renewWitness))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(r.URL.Path, joining.Prefix) {
 			next.ServeHTTP(w, r)
@@ -279,23 +285,9 @@ const maxPeers = 16
 // authorised changes nothing, and the credentials leave last.
 func (s *Service) admitServer(r *http.Request) (joining.ServerAnswer, error) {
 	var none joining.ServerAnswer
-	var q joining.ServerRequest
-	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
-		return none, fmt.Errorf("%w: %w", errRequest, err)
-	}
-	if len(q.Peers) == 0 || len(q.Peers) > maxPeers {
-		return none, fmt.Errorf("%w: a server has between 1 and %d addresses", errRequest, maxPeers)
-	}
-	key, err := s.admit(r, q.Request, joining.Server)
+	_, key, admission, err := s.admitMember(r, joining.Server, s.cfg.Servers.Admit)
 	if err != nil {
 		return none, err
-	}
-	// The machine does not wait for longer, and would ask for another admission, for which this one is removed.
-	ctx, cancel := context.WithTimeout(r.Context(), joining.AdmitWithin)
-	defer cancel()
-	admission, err := s.cfg.Servers.Admit(ctx, q.NodeName, q.Peers)
-	if err != nil {
-		return none, fmt.Errorf("%w: %w", errAdmission, err)
 	}
 	credentials, err := s.cfg.Servers.Credentials()
 	if err != nil {
@@ -310,6 +302,59 @@ func (s *Service) admitServer(r *http.Request) (joining.ServerAnswer, error) {
 		return none, err
 	}
 	return joining.ServerAnswer{Cluster: s.Cluster(), Sealed: sealed, Admission: admission}, nil
+}
+
+// admitMember admits a machine with a member of the datastore, of which make is the admission there.
+func (s *Service) admitMember(r *http.Request, role joining.Role, make func(context.Context, string, []netip.AddrPort) (json.RawMessage, error)) (
+	name string, key *ecdsa.PublicKey, admission json.RawMessage, err error,
+) {
+	var q joining.ServerRequest
+	if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+		return "", nil, nil, fmt.Errorf("%w: %w", errRequest, err)
+	}
+	if len(q.Peers) == 0 || len(q.Peers) > maxPeers {
+		return "", nil, nil, fmt.Errorf("%w: a %s has between 1 and %d addresses", errRequest, role, maxPeers)
+	}
+	if key, err = s.admit(r, q.Request, role); err != nil {
+		return "", nil, nil, err
+	}
+	// The machine does not wait for longer, and would ask for another admission, for which this one is removed.
+	ctx, cancel := context.WithTimeout(r.Context(), joining.AdmitWithin)
+	defer cancel()
+	if admission, err = make(ctx, q.NodeName, q.Peers); err != nil {
+		return "", nil, nil, fmt.Errorf("%w: %w", errAdmission, err)
+	}
+	return q.NodeName, key, admission, nil
+}
+
+// admitWitness admits a machine as a witness. It gets the certificate of its datastore, and no secret of the cluster.
+func (s *Service) admitWitness(r *http.Request) (joining.WitnessAnswer, error) {
+	name, key, admission, err := s.admitMember(r, joining.Witness, s.cfg.Servers.AdmitWitness)
+	if err != nil {
+		return joining.WitnessAnswer{}, err
+	}
+	a, err := s.signWitness(name, key)
+	a.Admission = admission
+	return a, err
+}
+
+// renewWitness is [Service.renew] for a witness.
+func (s *Service) renewWitness(r *http.Request) (joining.WitnessAnswer, error) {
+	name, key, err := s.holder(r, joining.Witness)
+	if err != nil {
+		return joining.WitnessAnswer{}, err
+	}
+	return s.signWitness(name, key)
+}
+
+// signWitness makes the certificate of a witness's datastore.
+func (s *Service) signWitness(name string, key *ecdsa.PublicKey) (joining.WitnessAnswer, error) {
+	leaf := pki.Leaf{CommonName: name, DNSNames: []string{s.cfg.PeerName}, Client: true, Server: true}
+	signed, err := s.cfg.PeerCA.Sign(key, leaf, pki.LeafLife, s.now())
+	if err != nil {
+		return joining.WitnessAnswer{}, fmt.Errorf("sign for witness %s: %w", name, err)
+	}
+	return joining.WitnessAnswer{Cluster: s.Cluster(), Certificate: string(signed), Peers: string(s.cfg.PeerCA.PEM())}, nil
 }
 
 // errAdmission is wrapped when the store has no room for a server at the moment.
@@ -367,9 +412,9 @@ func (s *Service) checkPreshared(secret joining.Secret, role joining.Role) error
 		return fixed != "" && secret.Matches(fixed.Hash())
 	}
 	switch {
-	case is(role):
+	case is(role), role == joining.Witness && is(joining.Server):
 		return nil
-	case role == joining.Server && is(joining.Agent):
+	case role != joining.Agent && is(joining.Agent):
 		return fmt.Errorf("%w: the secret that is fixed with --token lets agents in only; make a token with \"kedge token create --role server\", or fix a secret for servers with --server-token", ErrRole)
 	case role == joining.Agent && is(joining.Server):
 		return fmt.Errorf("%w: the secret that is fixed with --server-token lets servers in only", ErrRole)
@@ -380,15 +425,15 @@ func (s *Service) checkPreshared(secret joining.Secret, role joining.Role) error
 // renew signs again for a node that proves its key by the connection itself. Who
 // has signed the certificate that carries the key, and until when, does not matter.
 func (s *Service) renew(r *http.Request) (joining.Answer, error) {
-	name, key, err := s.holder(r)
+	name, key, err := s.holder(r, joining.Agent)
 	if err != nil {
 		return joining.Answer{}, err
 	}
 	return s.sign(name, key, sourceOf(r))
 }
 
-// holder is the node whose key the connection of a request proves.
-func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, err error) {
+// holder is the machine with the role whose key the connection of a request proves.
+func (s *Service) holder(r *http.Request, role joining.Role) (name string, key *ecdsa.PublicKey, err error) {
 	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
 		return "", nil, fmt.Errorf("%w: the connection has no certificate of a node", errRequest)
 	}
@@ -402,7 +447,7 @@ func (s *Service) holder(r *http.Request) (name string, key *ecdsa.PublicKey, er
 	if err != nil {
 		return "", nil, err
 	}
-	admitted, err := s.nodes.admitted(r.Context(), name, fingerprint, joining.Agent)
+	admitted, err := s.nodes.admitted(r.Context(), name, fingerprint, role)
 	if err != nil {
 		return "", nil, err
 	}
@@ -436,7 +481,7 @@ func (s *Service) identify(r *http.Request) (node, key string, err error) {
 	if err := s.verify(r); errors.Is(err, errCertificate) {
 		return "", "", err
 	}
-	node, public, err := s.holder(r)
+	node, public, err := s.holder(r, joining.Agent)
 	if err != nil {
 		return "", "", err
 	}

@@ -47,8 +47,8 @@ type Spec struct {
 // Validate reports everything that is wrong with s, joined.
 func (s Spec) Validate() error {
 	var errs []error
-	if s.Role != joining.Agent && s.Role != joining.Server {
-		errs = append(errs, errorkind.BadSetting("role", " %q is neither agent nor server", s.Role))
+	if !slices.Contains(joining.Roles, s.Role) {
+		errs = append(errs, errorkind.BadSetting("role", " %q is none of agent, server and witness", s.Role))
 	}
 	if s.TTL < time.Second || s.TTL > MaxTTL {
 		errs = append(errs, errorkind.BadSetting("ttl", " %s is not between 1s and %s", s.TTL, MaxTTL))
@@ -226,8 +226,8 @@ func (t *Tokens) lookup(ctx context.Context, id string, secret joining.Secret, r
 		return nil, err
 	case !t.now().Before(l.Expires):
 		return nil, ErrExpired
-	case l.Role != role:
-		return nil, fmt.Errorf("%w: it lets in machines with \"kedge %s\"", ErrRole, l.Role)
+	case !l.Role.Admits(role):
+		return nil, fmt.Errorf("%w: it lets in machines with %q", ErrRole, l.Role.Command())
 	case l.NodeName != "" && l.NodeName != nodeName:
 		return nil, fmt.Errorf("%w: %q; start this one with --node-name, or make another token", ErrName, l.NodeName)
 	}

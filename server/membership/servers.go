@@ -107,6 +107,15 @@ func (s *Servers) Admit(ctx context.Context, name string, peers []netip.AddrPort
 	return json.Marshal(a)
 }
 
+// AdmitWitness implements join.Servers.
+func (s *Servers) AdmitWitness(ctx context.Context, name string, peers []netip.AddrPort) (json.RawMessage, error) {
+	a, err := s.store.AdmitWitness(ctx, name, peers)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(a)
+}
+
 // Members returns the members of the store.
 func (s *Servers) Members(ctx context.Context) ([]datastore.Member, error) {
 	return s.store.Members(ctx)
@@ -120,6 +129,9 @@ func (s *Servers) Names(ctx context.Context) ([]string, error) {
 	}
 	var names []string
 	for _, m := range members {
+		if m.Witness { // is no server
+			continue
+		}
 		if m.Name == m.ID {
 			return nil, fmt.Errorf("the member %s has not started, and its name is not known", m.ID)
 		}
@@ -173,6 +185,13 @@ func (s *Servers) RemoveNode(ctx context.Context, name string) error {
 	all, _ := s.list.Servers()
 	if _, server := all[name]; server {
 		return fmt.Errorf("%w; remove it with \"kedge server remove %s\"", errIsServer, name)
+	}
+	members, err := s.store.Members(ctx)
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(members, func(m datastore.Member) bool { return m.Witness && m.Name == name }) {
+		return fmt.Errorf("%q is a witness and has no node; remove it with \"kedge server remove %s\"", name, name)
 	}
 	joined, err := s.nodes.Joined(ctx, name)
 	if err != nil {

@@ -49,6 +49,9 @@ func (r Recovery) Inspect(ctx context.Context) (survivor.State, error) {
 func (r Recovery) dir() string { return filepath.Join(r.DataDir, serverFolder) }
 
 func (r Recovery) lock() (release func(), err error) {
+	if err := refuseWitness(r.DataDir); err != nil {
+		return nil, err
+	}
 	if !identity.Exists(r.dir()) {
 		return nil, fmt.Errorf("%s is no server's data directory; choose another with --data-dir", r.DataDir)
 	}

@@ -80,12 +80,27 @@ type record struct {
 	Restored time.Time `json:"restored"`
 }
 
+// refuseWitness returns an error if dataDir belongs to a witness.
+func refuseWitness(dataDir string) error {
+	_, err := os.Stat(joining.StateFile(joining.Witness, filepath.Join(dataDir, "witness")))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = fmt.Errorf("%s is the data directory of a witness, which has a copy of the datastore and none of the cluster's keys; restore a snapshot on a server, or in an empty data directory", dataDir)
+	}
+	return err
+}
+
 // Run restores. After an error nothing has changed, unless the error says so.
 func (r Restore) Run(ctx context.Context) (Restored, error) {
 	if _, joined, err := joining.ReadState(joining.Agent, filepath.Join(r.DataDir, "agent")); err != nil || joined {
 		if err == nil {
 			err = fmt.Errorf("%s is the data directory of an agent; choose another with --data-dir, or remove the agent with \"kedge uninstall\"", r.DataDir)
 		}
+		return Restored{}, err
+	}
+	if err := refuseWitness(r.DataDir); err != nil {
 		return Restored{}, err
 	}
 	header, err := r.header()

@@ -199,11 +199,24 @@ func (f *Fleet) StartAgent(t *testing.T) *Node {
 // ServerToken makes a token for one server.
 func (n *Node) ServerToken(t *testing.T) string {
 	t.Helper()
-	fields := strings.Fields(n.Kedge(t, "token", "create", "--role=server"))
-	if len(fields) != 6 || fields[1] != "server" {
-		t.Fatalf("printed %q", fields)
+	return n.tokenFor(t, "server", "kedge server --server ")
+}
+
+// WitnessToken makes a token for one witness.
+func (n *Node) WitnessToken(t *testing.T) string {
+	t.Helper()
+	return n.tokenFor(t, "witness", "kedge server --witness --server ")
+}
+
+// tokenFor makes a token for one machine with a role, of which the printed command begins with begin.
+func (n *Node) tokenFor(t *testing.T, role, begin string) string {
+	t.Helper()
+	printed := strings.TrimSpace(n.Kedge(t, "token", "create", "--role="+role))
+	_, token, ok := strings.Cut(printed, " --token ")
+	if !ok || !strings.HasPrefix(printed, begin) {
+		t.Fatalf("printed %q", printed)
 	}
-	return fields[5]
+	return token
 }
 
 // AwaitEndpoints waits until the service "kubernetes" leads to these servers, asked of n.

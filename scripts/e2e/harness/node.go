@@ -37,6 +37,7 @@ type Node struct {
 	Machine    *machine.Machine    // on which it runs, with directories of its own; nil for this one
 	Program    string              // in place of [Binary], when not empty: a path on its machine
 	Agent      bool                // "kedge agent" in place of "kedge server": no API and no clients
+	Witness    bool                // of --witness: no API and no clients
 	APIPort    int                 // the kubelet's is the next one
 	Kubeconfig string              // the path of the administrator's
 
@@ -156,6 +157,11 @@ func (n *Node) Args() []string {
 		}
 		return append(args, n.Flags...)
 	}
+	if n.Witness {
+		return append([]string{
+			"--witness", "--config=" + filepath.Join(n.Dir, "config.yaml"), "--data-dir=" + n.DataDir(), "--run-dir=" + n.RunDir(), "--node-name=" + n.Name,
+		}, n.Flags...)
+	}
 	if n.Agent {
 		return append([]string{
 			"--config=" + filepath.Join(n.Dir, "config.yaml"), "--data-dir=" + n.DataDir(), "--run-dir=" + n.RunDir(),
@@ -245,7 +251,7 @@ func (n *Node) WaitReady(limit time.Duration) error {
 			return fmt.Errorf("not ready after %s:\n%s\n%s", Patient(limit), out, n.Tail(20))
 		}
 	}
-	if n.Agent {
+	if n.Agent || n.Witness {
 		return nil
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", n.Kubeconfig)
