@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.etcd.io/etcd/client/v3/kubernetes"
 
@@ -62,10 +63,17 @@ func storeFiles(t *testing.T, dir string) (names []string) {
 	return names
 }
 
-// copyStore copies a store without writing space that is allocated and not used.
+// copyStore copies a store.
 func copyStore(t *testing.T, from string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
+	mirror(t, from, dir)
+	return dir
+}
+
+// mirror copies a store without writing space that is allocated and not used, and without its reserve.
+func mirror(t *testing.T, from, dir string) {
+	t.Helper()
 	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -73,6 +81,9 @@ func copyStore(t *testing.T, from string) (dir string) {
 		name, _ := filepath.Rel(from, path)
 		if d.IsDir() {
 			return os.MkdirAll(filepath.Join(dir, name), 0o700)
+		}
+		if name == reserveFile {
+			return nil // a start makes another
 		}
 		content, err := os.ReadFile(path)
 		if err != nil {
@@ -84,7 +95,6 @@ func copyStore(t *testing.T, from string) (dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return dir
 }
 
 // outcome opens the store and returns the error, or the number of keys with the right value and with a wrong one.
@@ -227,6 +237,42 @@ func TestStoreIsGone(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestNewestLogFileIsGone: a crash leaves writes in the newest file of the log that the database does not hold. Without that
+// file the store does not open as if there had been none.
+func TestNewestLogFileIsGone(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	first := newestLogFile(t, s)
+	for i := 0; newestLogFile(t, s) == first; i++ {
+		put := fmt.Sprintf("/large/%d", i)
+		if _, err := newClient(t, s).Put(t.Context(), put, strings.Repeat("x", 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fill(t, newClient(t, s), "/k/", 3, "x")
+	for deadline := time.Now().Add(20 * time.Second); s.book.Get().Log != newestLogFile(t, s); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the store knows of %s only", s.book.Get().Log)
+		}
+	}
+	dir := copyStore(t, s.cfg.Dir) // as a crash leaves it: nothing is written meanwhile
+	newest := filepath.Join(dir, memberDir, "wal", newestLogFile(t, s))
+	if err := os.Remove(newest); err != nil {
+		t.Fatal(err)
+	}
+	if err, _, _ := outcome(t, dir, "x"); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), newest+" is missing") {
+		t.Errorf("without its newest file: %v", err)
+	}
+}
+
+func newestLogFile(t *testing.T, s *Store) string {
+	t.Helper()
+	name, err := integrity.NewestLogFile(s.cfg.Dir)
+	if err != nil || name == "" {
+		t.Fatalf("%q, %v", name, err)
+	}
+	return name
 }
 
 // TestSealOfEarlierStop: an older kedge, which knows no seals, leaves an outdated one behind.

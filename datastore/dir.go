@@ -151,8 +151,13 @@ const remedyOfWitness = "remove this witness with \"kedge server remove\" on a s
 
 // remedy says what to do when the store in dir is damaged or lost.
 func remedy(dir string) string {
-	return fmt.Sprintf("restore a snapshot with \"kedge snapshot restore\", or, if the cluster has other servers, set %s aside with "+
-		"\"kedge server reset\" and join this server anew, with --server and a token that \"kedge token create --role server\" makes there", dir)
+	return "restore a snapshot with \"kedge snapshot restore\", or, if the cluster has other servers, " + joinAnew(dir)
+}
+
+// joinAnew says how a server of several gets the data of the others in the place of its own.
+func joinAnew(dir string) string {
+	return fmt.Sprintf("set %s aside with \"kedge server reset\" and join this server anew, with --server and a token that "+
+		"\"kedge token create --role server\" makes there", dir)
 }
 
 // damage returns the error for a store whose files are damaged.

@@ -3,6 +3,8 @@ package datastore
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
+	"strings"
 	"sync"
 
 	"go.uber.org/zap/zapcore"
@@ -17,15 +19,23 @@ import (
 // failed one may succeed without having written anything. So the goroutine is parked, the component returns ErrFailed, and
 // the rest of the process stops in order.
 type failStop struct {
+	dir    string // of the store
 	once   sync.Once
 	failed chan struct{} // closed by the first failure
 	err    error         // valid once failed is closed
 }
 
-func newFailStop() *failStop { return &failStop{failed: make(chan struct{})} }
+func newFailStop(dir string) *failStop { return &failStop{dir: dir, failed: make(chan struct{})} }
+
+// lostEntries is a part of raft's message when the leader knows that this member has acknowledged entries which it does not have.
+// The check of the log cannot find this out where the last entries look as if a power cut had torn them.
+const lostEntries = "Was the raft log corrupted, truncated, or lost?"
 
 func (f *failStop) fail(err error) {
 	f.once.Do(func() {
+		if strings.Contains(err.Error(), lostEntries) {
+			err = damage(f.dir, fmt.Sprintf("%s has lost entries that this member has acknowledged to the others (%v)", filepath.Join(f.dir, memberDir, "wal"), err))
+		}
 		f.err = fmt.Errorf("%w: %w", ErrFailed, err)
 		close(f.failed)
 	})

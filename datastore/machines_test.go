@@ -2,6 +2,7 @@ package datastore
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -59,6 +61,9 @@ func runMember() int {
 func (s *Store) runCommand(words []string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
+	if answer, known, err := s.runClientCommand(ctx, words); known {
+		return answer, err
+	}
 	switch words[0] {
 	case "check":
 		return "ok", s.Check(ctx)
@@ -111,11 +116,17 @@ type machine struct {
 
 	command *exec.Cmd
 	in      io.WriteCloser
-	lines   chan string
+
+	asking sync.Mutex // held from a command to its answer, and while the process is started
+	lines  chan string
+	said   bytes.Buffer // on stderr since the last start; complete when the process has ended
 }
 
 func (m *machine) start() {
 	m.t.Helper()
+	m.asking.Lock()
+	defer m.asking.Unlock()
+	m.said.Reset()
 	data, err := json.Marshal(m.cfg)
 	if err != nil {
 		m.t.Fatal(err)
@@ -125,7 +136,7 @@ func (m *machine) start() {
 	}
 	m.command = exec.Command(os.Args[0])
 	m.command.Env = append(os.Environ(), childRole+"="+roleMember, childDir+"="+m.dir)
-	m.command.Stderr = testWriter{m.t}
+	m.command.Stderr = io.MultiWriter(testWriter{m.t}, &m.said)
 	if m.in, err = m.command.StdinPipe(); err != nil {
 		m.t.Fatal(err)
 	}
@@ -138,13 +149,13 @@ func (m *machine) start() {
 	}
 	lines := make(chan string, 10)
 	m.lines = lines
+	m.t.Cleanup(m.kill)
 	go func() {
 		defer close(lines)
 		for s := bufio.NewScanner(stdout); s.Scan(); {
 			lines <- s.Text()
 		}
 	}()
-	m.t.Cleanup(m.kill)
 }
 
 func (m *machine) kill() {
@@ -156,14 +167,32 @@ func (m *machine) kill() {
 	m.command = nil
 }
 
+// stop ends the process in order.
+func (m *machine) stop() {
+	m.t.Helper()
+	_ = m.in.Close()
+	if err := m.command.Wait(); err != nil {
+		m.t.Errorf("%s: %v", m.cfg.MemberName, err)
+	}
+	m.command = nil
+}
+
+// errEnded means that the process of a machine has ended.
+var errEnded = errors.New("the process has ended")
+
 func (m *machine) ask(line string) (string, error) {
+	m.asking.Lock()
+	defer m.asking.Unlock()
+	if m.lines == nil {
+		return "", errEnded
+	}
 	if _, err := fmt.Fprintln(m.in, line); err != nil {
 		return "", err
 	}
 	select {
 	case answer, ok := <-m.lines:
 		if !ok {
-			return "", errors.New("the process has ended")
+			return "", errEnded
 		}
 		if why, failed := strings.CutPrefix(answer, "error "); failed {
 			return "", errors.New(why)
@@ -208,6 +237,12 @@ func (m *machine) renumber(to netip.Prefix, tell bool) {
 // machines makes a LAN of hosts with these addresses, and a cluster of their members.
 func machines(t *testing.T, addresses ...string) []*machine {
 	t.Helper()
+	return machinesWith(t, func(*Config) {}, addresses...)
+}
+
+// machinesWith makes machines whose members have other settings.
+func machinesWith(t *testing.T, set func(*Config), addresses ...string) []*machine {
+	t.Helper()
 	host.RequireRoot(t)
 	lan, err := host.NewLAN()
 	if err != nil {
@@ -233,15 +268,13 @@ func machines(t *testing.T, addresses ...string) []*machine {
 		m.cfg.Peer = c.peerConfig(name)
 		m.cfg.Peer.Port = 2380
 		m.cfg.Peer.Addresses = []netip.Addr{at.Addr()}
+		set(&m.cfg)
 		if i > 0 {
 			answer, err := all[0].ask(fmt.Sprintf("admit %s %v", name, netip.AddrPortFrom(at.Addr(), 2380)))
 			if err != nil {
 				t.Fatal(err)
 			}
-			m.cfg.Join = new(Admission)
-			if err := json.Unmarshal([]byte(answer), m.cfg.Join); err != nil {
-				t.Fatal(err)
-			}
+			m.cfg.Join = admission(t, answer)
 		}
 		m.start()
 		m.await("check", "ok")
@@ -249,6 +282,16 @@ func machines(t *testing.T, addresses ...string) []*machine {
 	}
 	all[0].await("voters", fmt.Sprint(len(all)))
 	return all
+}
+
+// admission decodes the answer of the command "admit".
+func admission(t *testing.T, answer string) *Admission {
+	t.Helper()
+	a := new(Admission)
+	if err := json.Unmarshal([]byte(answer), a); err != nil {
+		t.Fatal(err)
+	}
+	return a
 }
 
 func leaderOf(t *testing.T, all []*machine) *machine {

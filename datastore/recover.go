@@ -51,7 +51,14 @@ func ReadState(dir string, visit func(key, value []byte)) (State, error) {
 		return State{}, err
 	}
 	defer release()
-	found, err := integrity.ReadState(dir, walSegment, visit)
+	book, err := peers.OpenAddressBook(dir, "")
+	if errors.Is(err, peers.ErrBookDamaged) {
+		book, err = peers.NewAddressBook(dir, ""), nil
+	}
+	if err != nil {
+		return State{}, err
+	}
+	found, err := integrity.ReadState(dir, knownBy(book), visit)
 	if err != nil {
 		return State{}, damagedAt(dir, dir, err)
 	}
@@ -162,7 +169,7 @@ func RecoverSnapshot(ctx context.Context, dir, work, memberName string, log *slo
 	if err != nil {
 		return Snapshot{}, err
 	}
-	if _, err := integrity.Check(copied, book.Get().Seal, walSegment); err != nil {
+	if _, err := integrity.Check(copied, knownBy(book)); err != nil {
 		return Snapshot{}, damagedAt(dir, copied, err)
 	}
 	cfg := DefaultConfig()

@@ -20,6 +20,7 @@ import (
 
 	"kedge/datastore/integrity"
 	"kedge/datastore/peers"
+	"kedge/internal/errorkind"
 	"kedge/internal/logging"
 )
 
@@ -68,12 +69,14 @@ const (
 	handOverTimeout = 2 * time.Second
 	// joinRetryInterval is the interval at which a member that cannot join the others retries.
 	joinRetryInterval = time.Second
+	// logWatchInterval is the interval at which the store looks for a new file of its log.
+	logWatchInterval = time.Second
 )
 
 // New returns a store that is not yet open. It only stores its arguments; cfg must be valid.
 func New(cfg Config, log *slog.Logger) *Store {
 	s := &Store{
-		cfg: cfg, log: log, failStop: newFailStop(), net: peers.KernelNetwork{}, leadership: newLeadership(),
+		cfg: cfg, log: log, failStop: newFailStop(cfg.Dir), net: peers.KernelNetwork{}, leadership: newLeadership(),
 		addresses: cfg.Peer.Addresses, disk: newDiskSpace(cfg.Dir, log),
 	}
 	s.zap = logging.Zap(log).WithOptions(zap.WrapCore(newFilterCore), zap.WithFatalHook(s.failStop), zap.WithPanicHook(s.failStop))
@@ -208,7 +211,7 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 		return book, err
 	}
 	began := time.Now()
-	found, err := integrity.Check(s.cfg.Dir, book.Get().Seal, walSegment)
+	found, err := integrity.Check(s.cfg.Dir, knownBy(book))
 	var bad *integrity.Damage
 	if errors.As(err, &bad) {
 		return nil, s.damage(bad.Error())
@@ -235,6 +238,26 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 		return peers.NewAddressBook(s.cfg.Dir, s.cfg.MemberName), nil
 	}
 	return book, nil
+}
+
+// knownBy returns what the address book knows of the files of the store. A new one, in the place of a damaged one, knows nothing.
+func knownBy(book *peers.AddressBook) integrity.Known {
+	c := book.Get()
+	return integrity.Known{Seal: c.Seal, Newest: c.Log, Opened: c.Cluster != "" && !c.Opening, Segment: walSegment}
+}
+
+// watchLog records the newest file of the log, until ctx ends. Nothing else would show that it is missing.
+func (s *Store) watchLog(ctx context.Context) {
+	for ctx.Err() == nil {
+		name, err := integrity.NewestLogFile(s.cfg.Dir)
+		if err == nil {
+			err = s.book.SetLog(name)
+		}
+		if err != nil {
+			s.log.Warn("cannot record the newest file of the datastore's log", "err", err)
+		}
+		sleep(ctx, logWatchInterval)
+	}
 }
 
 // seal records that the store was closed in order, with the checksums of its files. An error only makes the next start
@@ -309,6 +332,11 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 			return nil, err
 		}
 	}
+	if holds {
+		if err := s.book.SetOpening(); err != nil {
+			return nil, err
+		}
+	}
 	server, err := s.openOrJoin(ctx, o)
 	if server == nil || err != nil {
 		return nil, err
@@ -372,7 +400,7 @@ func (s *Store) compareData(server *etcdserver.EtcdServer) error {
 	select {
 	case err := <-compared:
 		if err != nil {
-			return fmt.Errorf("%w: %w; remove this server from the cluster and join it again", ErrCorrupt, err)
+			return errorkind.Permanent(fmt.Errorf("%w: %w; %s", ErrCorrupt, err, joinAnew(s.cfg.Dir)))
 		}
 		return nil
 	case <-s.failStop.failed:
@@ -488,6 +516,7 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	if s.cfg.Witness {
 		wg.Go(func() { s.yield(ctx, server) })
 	}
+	wg.Go(func() { s.watchLog(ctx) })
 	leadCtx, stopLeading := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLeading()
 	wg.Go(func() { s.watchLeadership(leadCtx, server, t) })

@@ -102,10 +102,10 @@ func TestSealAndCheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r, err := Check(dir, sum, segment); err != nil || !r.Sealed || r.SealInvalid {
+	if r, err := Check(dir, Known{Seal: sum, Segment: segment, Opened: true}); err != nil || !r.Sealed || r.SealInvalid {
 		t.Errorf("%+v, %v", r, err)
 	}
-	if r, err := Check(dir, sum, segment); err != nil || r.Sealed || len(r.Members) != 1 {
+	if r, err := Check(dir, Known{Seal: sum, Segment: segment, Opened: true}); err != nil || r.Sealed || len(r.Members) != 1 {
 		t.Errorf("the seal was not removed: %+v, %v", r, err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, SealFile)); !errors.Is(err, fs.ErrNotExist) {
@@ -114,14 +114,14 @@ func TestSealAndCheck(t *testing.T) {
 	if sum, err = Seal(dir); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := Check(dir, "another", segment); err != nil || r.Sealed || !r.SealInvalid {
+	if r, err := Check(dir, Known{Seal: "another", Segment: segment, Opened: true}); err != nil || r.Sealed || !r.SealInvalid {
 		t.Errorf("the seal of another stop was accepted: %+v, %v", r, err)
 	}
 	if sum, err = Seal(dir); err != nil {
 		t.Fatal(err)
 	}
 	flip(t, filepath.Join(dir, SealFile), 50)
-	if r, err := Check(dir, sum, segment); err != nil || r.Sealed || !r.SealInvalid {
+	if r, err := Check(dir, Known{Seal: sum, Segment: segment, Opened: true}); err != nil || r.Sealed || !r.SealInvalid {
 		t.Errorf("a damaged seal was accepted: %+v, %v", r, err)
 	}
 }
@@ -230,6 +230,9 @@ func TestTornLog(t *testing.T) {
 	state := lastRecord(t, content)
 	entry := lastRecord(t, append(bytes.Clone(content[:state]), make([]byte, 8)...))
 	sectorAfter := (entry/sector + 1) * sector
+	stateBefore := lastRecord(t, append(bytes.Clone(content[:entry]), make([]byte, 8)...))
+	entryBefore := lastRecord(t, append(bytes.Clone(content[:stateBefore]), make([]byte, 8)...))
+	sectorBefore := (entryBefore/sector + 1) * sector
 	for _, tc := range []struct {
 		name   string
 		damage func(b []byte) []byte
@@ -239,12 +242,13 @@ func TestTornLog(t *testing.T) {
 		{"a sector is missing", func(b []byte) []byte { clear(b[sectorAfter : sectorAfter+sector]); return b }, "torn"},
 		{"all from a sector on is missing", func(b []byte) []byte { clear(b[sectorAfter:]); return b }, "torn"},
 		{"a bit of the entry", func(b []byte) []byte { b[entry+100] ^= 1; return b }, "crc mismatch"},
-		{"a longer length", func(b []byte) []byte { b[entry+1] ^= 0x40; return b }, "ends at entry"},
+		{"a longer length", func(b []byte) []byte { b[entry+1] ^= 0x40; return b }, "is damaged at byte"},
 		{"a length beyond the file", func(b []byte) []byte { b[entry+3] ^= 0x7f; return b }, "is damaged at byte"},
 		{"no length", func(b []byte) []byte { clear(b[entry : entry+8]); return b }, "is damaged at byte"},
-		{"no length of an early entry", func(b []byte) []byte { clear(b[4096:4608]); return b }, "ends at entry"},
+		{"no length of an early entry", func(b []byte) []byte { clear(b[4096:4608]); return b }, "is damaged at byte"},
+		{"a sector of the last entry but one", func(b []byte) []byte { clear(b[sectorBefore : sectorBefore+sector]); return b }, "is damaged at byte"},
 		{"the file ends in the entry", func(b []byte) []byte { return b[:entry+700] }, "is damaged at byte"},
-		{"the file ends before the entry", func(b []byte) []byte { return b[:entry] }, "ends at entry"},
+		{"the file ends before the entry", func(b []byte) []byte { return b[:entry] }, "ends at byte"},
 		{"empty", func([]byte) []byte { return nil }, "is empty"},
 		{"a bit of the first record", func(b []byte) []byte { b[0] ^= 1; return b }, "damaged"},
 	} {
@@ -264,7 +268,7 @@ func TestTornLog(t *testing.T) {
 				newDatabase(t, filepath.Join(dir, databaseFile), 19, []byte("v"))
 			}
 			before, _ := os.ReadFile(path)
-			r, err := Check(dir, "", segment)
+			r, err := Check(dir, Known{Segment: segment, Opened: true})
 			if after, _ := os.ReadFile(path); err != nil && !bytes.Equal(before, after) {
 				t.Error("Check changed a file in which it found damage")
 			}
@@ -274,7 +278,7 @@ func TestTornLog(t *testing.T) {
 				if err != nil || (r.Torn != "") != (tc.want == "torn") {
 					t.Fatalf("%+v, %v", r, err)
 				}
-				if r, err := Check(dir, "", segment); err != nil || r.Torn != "" {
+				if r, err := Check(dir, Known{Segment: segment, Opened: true}); err != nil || r.Torn != "" {
 					t.Errorf("second check: %+v, %v", r, err)
 				}
 				if st, err := os.Stat(path); err != nil || st.Size() != segment {
@@ -284,6 +288,31 @@ func TestTornLog(t *testing.T) {
 				t.Errorf("%v, want one with %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestLogIsCutShort: the last file of the log is as long as it was allocated, unless etcd was interrupted while it opened the
+// file; and the newest file that was seen is there.
+func TestLogIsCutShort(t *testing.T) {
+	dir := newStore(t, 20, []byte("v"))
+	path := filepath.Join(dir, logDir, "0000000000000000-0000000000000000.wal")
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, int64(len(bytes.TrimRight(content, "\x00"))+7)&^7); err != nil {
+		t.Fatal(err)
+	}
+	var bad *Damage
+	if _, err := Check(dir, Known{Segment: segment, Opened: true}); !errors.As(err, &bad) || bad.File != path {
+		t.Errorf("a file that was cut off behind a record: %v", err)
+	}
+	const next = "0000000000000001-0000000000000015.wal"
+	if _, err := Check(dir, Known{Segment: segment, Newest: next}); !errors.As(err, &bad) || filepath.Base(bad.File) != next {
+		t.Errorf("without its newest file: %v", err)
+	}
+	if _, err := Check(dir, Known{Segment: segment, Newest: filepath.Base(path)}); err != nil {
+		t.Errorf("as after an interrupted start: %v", err)
 	}
 }
 
@@ -332,14 +361,14 @@ func BenchmarkCheck(b *testing.B) {
 				b.Fatal(err)
 			}
 			b.StartTimer()
-			if _, err := Check(dir, sum, segment); err != nil {
+			if _, err := Check(dir, Known{Seal: sum, Segment: segment, Opened: true}); err != nil {
 				b.Fatal(err)
 			}
 		}
 	})
 	b.Run("unsealed", func(b *testing.B) {
 		for b.Loop() {
-			if _, err := Check(dir, "", segment); err != nil {
+			if _, err := Check(dir, Known{Segment: segment, Opened: true}); err != nil {
 				b.Fatal(err)
 			}
 		}

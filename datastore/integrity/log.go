@@ -83,6 +83,15 @@ func (l *log) clear() error {
 // Identity names the cluster and the member to which a log belongs.
 type Identity struct{ Cluster, Member uint64 }
 
+// NewestLogFile returns the name of the newest file of the log of the store in dir, or nothing if there is none.
+func NewestLogFile(dir string) (string, error) {
+	files, err := logFiles(filepath.Join(dir, logDir))
+	if err != nil || len(files) == 0 {
+		return "", err
+	}
+	return filepath.Base(files[len(files)-1].path), nil
+}
+
 // ReadIdentity returns the identity in the log of the store in dir.
 func ReadIdentity(dir string) (id Identity, err error) {
 	files, err := logFiles(filepath.Join(dir, logDir))
@@ -128,15 +137,18 @@ func (l *log) setIdentity(data []byte) bool {
 // etcd truncates the log at the first record that it cannot decode. So a damaged length makes etcd drop all records after
 // it, acknowledged or not. Here the end counts as torn only if a whole sector is missing, as it is if the disk has not
 // written it.
-func readLog(dir string, segment int64) (*log, error) {
+func readLog(dir string, known Known) (*log, error) {
 	files, err := logFiles(dir)
 	if err != nil {
 		return nil, err
 	}
+	if n := len(files); n > 0 && filepath.Base(files[n-1].path) < known.Newest {
+		return nil, damaged(filepath.Join(dir, known.Newest), "is missing")
+	}
 	l := &log{}
 	crc := uint32(0)
 	for i, f := range files {
-		if crc, err = l.readFile(f.path, crc, i == 0, i == len(files)-1, segment); err != nil {
+		if crc, err = l.readFile(f.path, crc, i == 0, i == len(files)-1, known); err != nil {
 			return nil, err
 		}
 	}
@@ -144,7 +156,7 @@ func readLog(dir string, segment int64) (*log, error) {
 }
 
 // readFile reads one file of the log. crc is the checksum of all files before it.
-func (l *log) readFile(path string, crc uint32, first, last bool, segment int64) (uint32, error) {
+func (l *log) readFile(path string, crc uint32, first, last bool, known Known) (uint32, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
@@ -188,9 +200,12 @@ func (l *log) readFile(path string, crc uint32, first, last bool, segment int64)
 		return 0, err
 	}
 	if len(tail) == 0 || allZero(tail) {
+		if last && known.Opened && st.Size() < known.Segment {
+			return 0, damaged(path, "ends at byte %d, and was allocated with %d bytes: entries at its end may be missing", st.Size(), known.Segment)
+		}
 		return d.LastCRC(), nil
 	}
-	if !last || !isTorn(tail, at, segment) {
+	if !last || !isTorn(tail, at, known.Segment) {
 		return 0, damaged(path, "is damaged at byte %d: the entries after it cannot be read", at)
 	}
 	l.torn, l.tornAt = path, at
@@ -237,34 +252,54 @@ func (l *log) check(record *walpb.Record) (what string) {
 const (
 	sector      = 512
 	frameLength = 8
+	// maxHeader is the greatest length of what a record has before its data: type, checksum, and the length of the data.
+	maxHeader = 2 + 6 + 6
 )
+
+// frame decodes the beginning of a record: its own length, and the length with the frame and the padding.
+func frame(b []byte) (record, size int64) {
+	for i := range 7 {
+		record |= int64(b[i]) << (8 * i)
+	}
+	size = frameLength + record
+	if b[7]&0x80 != 0 {
+		size += int64(b[7] & 7)
+	}
+	return record, size
+}
 
 // isTorn reports whether the end of the log, tail, which begins at offset at, is what a power cut or a full disk leaves of
 // unacknowledged writes: some sectors were written, and others were not. A file that ends within a record is torn only if
 // it has grown beyond the size of a segment, which is allocated in advance, or could not grow beyond it.
 func isTorn(tail []byte, at, segment int64) bool {
-	if len(tail) < frameLength {
+	if len(tail) < frameLength || flushedSince(tail) {
 		return false
 	}
-	record := int64(0)
-	for i := range 7 {
-		record |= int64(tail[i]) << (8 * i)
+	// piece returns the end of the sector that has byte i of the tail, and whether the disk has not written it.
+	piece := func(i int64) (end int64, missing bool) {
+		begin := max(0, i-(at+i)%sector)
+		end = min(i+sector-(at+i)%sector, int64(len(tail)))
+		return end, allZero(tail[begin:end])
 	}
-	length := record
-	if tail[7]&0x80 != 0 {
-		length += int64(tail[7] & 7)
+	record, end := frame(tail)
+	if _, missing := piece(0); missing {
+		return true // the length is in a sector that is missing
 	}
-	end := frameLength + length
-	if length == 0 {
-		end = 1 // if it is torn, the sector of the length itself is missing
-	} else if end > int64(len(tail)) {
+	if headerEnd := int64(frameLength + maxHeader - 1); headerEnd < int64(len(tail)) {
+		_, first := piece(frameLength)
+		_, last := piece(headerEnd)
+		if !first && !last && !recordIs(tail[frameLength:], record) {
+			return false // the length is damaged
+		}
+	}
+	if end > int64(len(tail)) {
 		// A full disk cuts a record off at the end of the segment, since only the segment is allocated.
 		size := at + int64(len(tail))
 		return size > segment || size == segment && recordIs(tail[frameLength:], record)
 	}
 	for from := int64(0); from < end; {
-		to := min(from+sector-(at+from)%sector, int64(len(tail)))
-		if allZero(tail[from:to]) {
+		to, missing := piece(from)
+		if missing {
 			return true
 		}
 		from = to
@@ -272,22 +307,68 @@ func isTorn(tail []byte, at, segment int64) bool {
 	return false
 }
 
+// flushedSince reports whether the log was flushed after the record with which tail begins was written: then the record was
+// whole, and may have been acknowledged, whatever it lacks now.
+//
+// etcd flushes the log whenever it has written entries, and the hard state behind them. So what is not flushed is any number of
+// hard states, entries, and one more hard state. A record after that was written after a flush. Records are found by their form,
+// since the checksum of each depends on all before it.
+func flushedSince(tail []byte) bool {
+	entries, state := false, false
+	for len(tail) >= frameLength {
+		record, size := frame(tail)
+		kind, ok := int64(0), false
+		if record > 0 && size <= int64(len(tail)) {
+			kind, ok = recordType(tail[frameLength:], record)
+		}
+		if !ok {
+			tail = tail[frameLength:] // to which records are aligned
+			continue
+		}
+		switch {
+		case entries && state:
+			return true
+		case kind == wal.EntryType:
+			entries = true
+		case kind == wal.StateType:
+			state = entries
+		}
+		tail = tail[size:]
+	}
+	return false
+}
+
 // recordIs reports whether a record (walpb.Record) that begins with begin has the given length by its own fields. A damaged
 // length of its frame does not match.
 func recordIs(begin []byte, length int64) bool {
-	const dataField = 3
+	_, ok := recordType(begin, length)
+	return ok
+}
+
+// recordType returns the type of a record that begins with begin. ok is false if it does not have the given length by its own
+// fields.
+func recordType(begin []byte, length int64) (kind int64, ok bool) {
+	const typeField, dataField = 1, 3
 	for rest := begin; ; {
-		number, kind, n := protowire.ConsumeTag(rest)
+		number, wire, n := protowire.ConsumeTag(rest)
 		if n < 0 {
-			return false
+			return 0, false
 		}
 		rest = rest[n:]
-		if number == dataField && kind == protowire.BytesType {
+		switch {
+		case number == typeField && wire == protowire.VarintType:
+			value, n := protowire.ConsumeVarint(rest)
+			if n < 0 {
+				return 0, false
+			}
+			kind, rest = int64(value), rest[n:]
+			continue
+		case number == dataField && wire == protowire.BytesType:
 			size, n := protowire.ConsumeVarint(rest)
-			return n > 0 && int64(len(begin)-len(rest)+n)+int64(size) == length
+			return kind, n > 0 && int64(len(begin)-len(rest)+n)+int64(size) == length
 		}
-		if n = protowire.ConsumeFieldValue(number, kind, rest); n < 0 {
-			return false
+		if n = protowire.ConsumeFieldValue(number, wire, rest); n < 0 {
+			return 0, false
 		}
 		rest = rest[n:]
 	}

@@ -100,14 +100,27 @@ type Report struct {
 	Members []string
 }
 
+// Known is what the caller knows of a store besides its files. The zero value is for a caller that knows nothing.
+type Known struct {
+	// Seal is the result of the last Seal. An older kedge, which knows no seals and may have run since, drops it.
+	Seal string
+	// Newest is the name of the newest file of the log that was seen; empty if none was. A file that is missing at the end of the
+	// log cannot be told from one that never was.
+	Newest string
+	// Opened means that the store was completely opened whenever etcd has begun to open it. Until then the last file of the
+	// log may be shorter than it was allocated: etcd cuts it off behind the last record, and allocates the rest anew.
+	Opened bool
+	// Segment is the size with which the files of the log are allocated.
+	Segment int64
+}
+
 // Check checks the files of the store in dir, which is closed, and removes the seal, so that the store may be opened. An
-// error that is a *[Damage] names the damaged file. segment is the size with which log files are allocated. sum is the
-// result of the last Seal: an older kedge, which knows no seals and may have run since, drops it.
-func Check(dir, sum string, segment int64) (Report, error) {
+// error that is a *[Damage] names the damaged file.
+func Check(dir string, known Known) (Report, error) {
 	var r Report
 	s, err := readSeal(dir)
 	switch {
-	case errors.Is(err, errSealDamaged), err == nil && s.Sum != sum:
+	case errors.Is(err, errSealDamaged), err == nil && s.Sum != known.Seal:
 		r.SealInvalid = true
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -118,7 +131,7 @@ func Check(dir, sum string, segment int64) (Report, error) {
 	if r.Sealed {
 		err = s.check(dir)
 	} else {
-		err = r.read(dir, segment)
+		err = r.read(dir, known)
 	}
 	if err != nil {
 		return r, err
@@ -185,7 +198,7 @@ func (s seal) check(dir string) error {
 }
 
 // read checks all files without a seal.
-func (r *Report) read(dir string, segment int64) error {
+func (r *Report) read(dir string, known Known) error {
 	path := filepath.Join(dir, databaseFile)
 	c, err := readContents(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -194,7 +207,7 @@ func (r *Report) read(dir string, segment int64) error {
 	if err != nil {
 		return err
 	}
-	l, err := readLog(filepath.Join(dir, logDir), segment)
+	l, err := readLog(filepath.Join(dir, logDir), known)
 	if err != nil {
 		return err
 	}

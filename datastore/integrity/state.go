@@ -26,12 +26,12 @@ type Member struct {
 // ReadState reads the files of the store in dir, which is closed, checks them, and changes nothing. An error that is a
 // *[Damage] names the damaged file. visit is called with every write to a key that is in the database, in order, with bytes that are valid
 // until it returns; it may be nil.
-func ReadState(dir string, segment int64, visit func(key, value []byte)) (State, error) {
+func ReadState(dir string, known Known, visit func(key, value []byte)) (State, error) {
 	c := &contents{path: filepath.Join(dir, databaseFile), buckets: map[string]int{}, visit: visit}
 	if err := c.read(); err != nil {
 		return State{}, err
 	}
-	l, err := readLog(filepath.Join(dir, logDir), segment)
+	l, err := readLog(filepath.Join(dir, logDir), known)
 	if err != nil {
 		return State{}, err
 	}
