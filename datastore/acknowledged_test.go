@@ -14,6 +14,7 @@ type acknowledged struct {
 	count    int
 	revision int64                  // the highest seen
 	last     map[int]acknowledgment // by writer
+	watched  *watched               // what the child's watch was told
 }
 
 type acknowledgment struct {
@@ -21,11 +22,19 @@ type acknowledgment struct {
 	revision int64
 }
 
-func newAcknowledged() *acknowledged { return &acknowledged{last: map[int]acknowledgment{}} }
+func newAcknowledged() *acknowledged { return &acknowledged{last: map[int]acknowledgment{}, watched: newWatched(0)} }
 
 // note records a line of a child's output, and checks that revisions increase.
 func (a *acknowledged) note(t *testing.T, line string) {
 	t.Helper()
+	var e change
+	// The dot shows that the line was not cut short.
+	if n, _ := fmt.Sscanf(line, "event %d %d %s", &e.revision, &e.version, &e.key); n == 3 && strings.HasSuffix(e.key, ".") {
+		e.key = strings.TrimSuffix(e.key, ".")
+		a.watched.add(e)
+		a.revision = max(a.revision, e.revision) // it was handed out
+		return
+	}
 	var writer int
 	var ack acknowledgment
 	// A line that the kill has cut short is no acknowledgment.

@@ -49,6 +49,7 @@ func TestGrowAndShrink(t *testing.T) {
 	a := c.node("a").start()
 	var p pool
 	p.add(a)
+	watches := observe(t, "/h/", p.pick)
 	h := record(p.pick, 5, 3)
 
 	grow := func(via *testNode, first, second string, all ...string) (*testNode, *testNode) {
@@ -90,6 +91,7 @@ func TestGrowAndShrink(t *testing.T) {
 	c.awaitVoters(d, "d")
 	put(t, d, "/end", "1")
 	h.End(t)
+	watches.end(t, d)
 
 	// After its next start the store, which is alone again, does not listen.
 	d.stop()

@@ -8,11 +8,13 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sys/unix"
 )
 
@@ -58,6 +60,7 @@ func runChild(role string) int {
 		out.printf("ready\n")
 		switch role {
 		case roleWriter:
+			go childWatch(s, out)
 			for w := range writers {
 				go childWrite(s, w, 1000, out)
 			}
@@ -100,6 +103,29 @@ func childWrite(s *Store, writer, size int, out *syncedPrinter) {
 			return
 		}
 		out.printf("ack %d %d %d\n", writer, i, resp.Header.Revision)
+	}
+}
+
+// childFrom is the revision from which roleWriter watches.
+const childFrom = "KEDGE_DATASTORE_TEST_FROM"
+
+// childWatch reports what a watch of all writes is told.
+func childWatch(s *Store, out *syncedPrinter) {
+	c, err := s.NewClient()
+	if err != nil {
+		panic(err)
+	}
+	from, err := strconv.ParseInt(os.Getenv(childFrom), 10, 64)
+	if err != nil {
+		return // nobody wants to know
+	}
+	for resp := range c.Watch(context.Background(), "/w/", clientv3.WithPrefix(), clientv3.WithRev(from)) {
+		if err := resp.Err(); err != nil {
+			out.printf("error of a watch from %d: %v\n", from, err)
+		}
+		for _, e := range resp.Events {
+			out.printf("event %v.\n", changeOf(e))
+		}
 	}
 }
 
@@ -203,6 +229,7 @@ func TestKill(t *testing.T) {
 	dir := t.TempDir()
 	acked := newAcknowledged()
 	for round := range rounds {
+		t.Setenv(childFrom, fmt.Sprint(acked.watched.last+1))
 		command, lines := startChild(t, roleWriter, dir)
 		// In a third of the rounds the kill comes while the store opens. In the others there is time to write.
 		if round%3 != 0 {
@@ -229,7 +256,28 @@ func TestKill(t *testing.T) {
 	if acked.count == 0 {
 		t.Error("nothing was written")
 	}
-	t.Logf("%d kills, %d writes", rounds, acked.count)
+	for _, problem := range acked.watched.problems {
+		t.Error("watches: " + problem)
+	}
+	s, _ := start(t, testConfig(dir))
+	c := newClient(t, s)
+	got, err := c.Client.Get(t.Context(), "/w/", clientv3.WithPrefix())
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := int64(0)
+	for _, kv := range got.Kvs {
+		last = max(last, kv.ModRevision)
+	}
+	if err := acked.watched.follow(t.Context(), c, "/w/", last); err != nil {
+		t.Error(err)
+	}
+	for _, kv := range got.Kvs {
+		if told := acked.watched.versions[string(kv.Key)]; told != kv.Version {
+			t.Errorf("watches were told of %d writes of %s, and it has %d", told, kv.Key, kv.Version)
+		}
+	}
+	t.Logf("%d kills, %d writes, %d events", rounds, acked.count, acked.watched.count)
 }
 
 // TestKillDuringCreation kills stores in their first moments. By itself, etcd does not survive all of these kills.

@@ -24,6 +24,7 @@ func TestPartition(t *testing.T) {
 			nodes := c.grow("a", "b", "c")
 			var p pool
 			p.add(nodes...)
+			watches := observe(t, "/h/", p.pick)
 			h := record(p.pick, 6, 3)
 
 			cut := c.leader(nodes...)
@@ -83,6 +84,7 @@ func TestPartition(t *testing.T) {
 				t.Errorf("a new watch got %+v", resp)
 			}
 			h.End(t)
+			watches.end(t, cut)
 		})
 	}
 }
@@ -113,6 +115,9 @@ func TestRollingRestart(t *testing.T) {
 	requireLong(t)
 	c := newTestCluster(t)
 	nodes := c.grow("a", "b", "c")
+	var p pool
+	p.add(nodes...)
+	watches := observe(t, "/r", p.pick)
 	stop := make(chan struct{})
 	errs := make(chan error, 1)
 	writes := 0
@@ -156,6 +161,7 @@ func TestRollingRestart(t *testing.T) {
 	if err := <-errs; err != nil {
 		t.Errorf("a write failed twice: %v", err)
 	}
+	watches.end(t, nodes[0])
 	t.Logf("%d writes", writes)
 }
 

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/kubernetes"
 	"golang.org/x/sys/unix"
@@ -50,7 +51,9 @@ func poweredConfig(dir string) Config {
 	return c
 }
 
-func powerKey(writer int) string { return fmt.Sprintf("/registry/p/%d", writer) }
+const powerPrefix = "/registry/p/"
+
+func powerKey(writer int) string { return fmt.Sprintf("%s%d", powerPrefix, writer) }
 
 // runPowered is a child that writes to a disk that is recorded, and says with each acknowledged write how many flushes there
 // were: the write must be in every state of the disk after so many.
@@ -63,6 +66,7 @@ func runPowered() int {
 	out := &syncedPrinter{}
 	err = s.Run(context.Background(), func() {
 		out.printf("ready\n")
+		powerWatch(s, flushes, out)
 		for w := range powerWriters {
 			go powerWrite(s, w, flushes, out)
 		}
@@ -144,6 +148,31 @@ func powerHealth(s *Store, out *syncedPrinter) {
 	}
 }
 
+// powerWatch says what is in the store, and what a watch of it is told from then on, with the number of flushes until then.
+func powerWatch(s *Store, flushes *blockrecorder.Counter, out *syncedPrinter) {
+	c, err := s.NewClient()
+	if err != nil {
+		panic(err)
+	}
+	got, err := c.Client.Get(context.Background(), powerPrefix, clientv3.WithPrefix())
+	if err != nil {
+		panic(err)
+	}
+	for _, kv := range got.Kvs {
+		out.printf("key %d %v\n", flushes.Load(), change{got.Header.Revision, kv.Version, string(kv.Key)})
+	}
+	go func() {
+		for resp := range c.Watch(context.Background(), powerPrefix, clientv3.WithPrefix(), clientv3.WithRev(got.Header.Revision+1)) {
+			if err := resp.Err(); err != nil {
+				out.printf("error of a watch: %v\n", err)
+			}
+			for _, e := range resp.Events {
+				out.printf("event %d %v\n", flushes.Load(), changeOf(e))
+			}
+		}
+	}()
+}
+
 func sequenceOf(value []byte) int {
 	text, _, _ := strings.Cut(string(value), " ")
 	n, _ := strconv.Atoi(text) // 0 for a key that is not there
@@ -157,11 +186,34 @@ type poweredWrite struct {
 	flushes          int
 }
 
+// poweredEvent is what a watch was told; known is a key that was there before.
+type poweredEvent struct {
+	change
+	known   bool
+	flushes int
+}
+
 // powered is what was recorded of a store, and what its clients were told.
 type powered struct {
-	rec   blockrecorder.Recording
-	acks  []poweredWrite
-	first int // number of flushes when the store began
+	rec    blockrecorder.Recording
+	acks   []poweredWrite
+	events []poweredEvent
+	first  int // number of flushes when the store began
+}
+
+// watchedUntil returns what the watch was told before a flush.
+func (p powered) watchedUntil(flushes int) *watched {
+	w := newWatched(0)
+	for _, e := range p.events {
+		switch {
+		case e.flushes > flushes:
+		case e.known:
+			w.last, w.versions[e.key] = e.revision, e.version
+		default:
+			w.add(e.change)
+		}
+	}
+	return w
 }
 
 // poweredStore is a store in a child, on a disk that is recorded.
@@ -251,6 +303,12 @@ func (s *poweredStore) hear(line string) {
 			s.Fatal(line, err)
 		}
 		s.acks = append(s.acks, a)
+	case "key", "event":
+		e := poweredEvent{known: kind == "key"}
+		if _, err := fmt.Sscanf(rest, "%d %d %d %s", &e.flushes, &e.revision, &e.version, &e.key); err != nil {
+			s.Fatal(line, err)
+		}
+		s.events = append(s.events, e)
 	default:
 		s.Logf("the store says %q", line)
 	}
@@ -290,13 +348,16 @@ func recordPowered(t *testing.T, content []byte, options string) powered {
 
 // cutResult is what a store was after a power cut.
 type cutResult struct {
-	failed  error // it has not started, or does not take writes
-	lost    int   // acknowledged writes that are not there
-	reverts bool  // its revision is lower than one that was handed out
+	failed  error    // it has not started, or does not take writes
+	lost    int      // acknowledged writes that are not there
+	reverts bool     // its revision is lower than one that was handed out
+	watches []string // what is wrong with the events of a watch that goes on where it was at the cut
 	ready   time.Duration
 }
 
-func (r cutResult) bad() bool { return r.failed != nil || r.lost > 0 || r.reverts }
+func (r cutResult) bad() bool {
+	return r.failed != nil || r.lost > 0 || r.reverts || len(r.watches) > 0
+}
 
 // after returns what the store is on a disk after a power cut between two flushes.
 func (p powered) after(t *testing.T, image blockrecorder.Image, flushes int) (r cutResult) {
@@ -308,6 +369,8 @@ func (p powered) after(t *testing.T, image blockrecorder.Image, flushes int) (r 
 			newest[a.writer], revision = max(newest[a.writer], a.sequence), max(revision, a.revision)
 		}
 	}
+	watches := p.watchedUntil(flushes)
+	revision = max(revision, watches.last)
 	err := onDisk(t, image, func(dir string) error {
 		begin := time.Now()
 		s := New(poweredConfig(filepath.Join(dir, "store")), slog.New(slog.DiscardHandler))
@@ -338,6 +401,9 @@ func (p powered) after(t *testing.T, image blockrecorder.Image, flushes int) (r 
 			}
 		}
 		r.reverts = now < revision
+		if r.watches, err = resumeWatch(ctx, c, watches); err != nil {
+			return err
+		}
 		if _, err := c.Client.Put(ctx, "/after", "the cut"); err != nil {
 			return err
 		}
@@ -346,6 +412,28 @@ func (p powered) after(t *testing.T, image blockrecorder.Image, flushes int) (r 
 	})
 	r.failed = err
 	return r
+}
+
+// resumeWatch lets a watch go on until it has been told of all changes, and returns what is wrong with its events.
+func resumeWatch(ctx context.Context, c *kubernetes.Client, w *watched) ([]string, error) {
+	got, err := c.Client.Get(ctx, powerPrefix, clientv3.WithPrefix())
+	if err != nil {
+		return nil, err
+	}
+	last := int64(0)
+	for _, kv := range got.Kvs {
+		last = max(last, kv.ModRevision)
+	}
+	err = w.follow(ctx, c, powerPrefix, last)
+	if errors.Is(err, rpctypes.ErrCompacted) {
+		return w.problems, nil // its client lists anew
+	}
+	for _, kv := range got.Kvs {
+		if told := w.versions[string(kv.Key)]; told != kv.Version {
+			w.problem("%s has version %d, and the watch was told of %d", kv.Key, kv.Version, told)
+		}
+	}
+	return w.problems, err
 }
 
 // onDisk calls f with the file system of an image mounted.
@@ -384,21 +472,14 @@ func requireRecorder(t *testing.T) {
 // the disk. No acknowledged write is lost, and the store always starts.
 func TestPowerCut(t *testing.T) {
 	requireRecorder(t)
-	cuts, seed := shortCuts, rand.Uint64()
+	cuts := shortCuts
 	if long() {
 		cuts = longCuts
 	}
-	for name, set := range map[string]func(uint64){tortureVar: func(n uint64) { cuts = int(n) }, seedVar: func(n uint64) { seed = n }} {
-		if text := os.Getenv(name); text != "" {
-			n, err := strconv.ParseUint(text, 10, 64)
-			if err != nil {
-				t.Fatal(name, err)
-			}
-			set(n)
-		}
+	if n, ok := number(t, tortureVar); ok {
+		cuts = int(n)
 	}
-	t.Logf("%d cuts, %s=%d", cuts, seedVar, seed)
-	random := rand.New(rand.NewPCG(seed, 0))
+	random := seedFor(t)
 	var content []byte // of the disk; each round goes on from a state after a cut of the one before
 	var table powerTable
 	for done := 0; done < cuts; {
@@ -413,8 +494,8 @@ func TestPowerCut(t *testing.T) {
 			r := p.after(t, image, flushes)
 			if table.add(tail, r); r.bad() {
 				kept := filepath.Join(t.ArtifactDir(), fmt.Sprintf("disk-%d-%s.ext4", flushes, tail))
-				t.Errorf("cut after %d of %d flushes, tail %s: %d writes lost, revision reverts: %v, %v; the disk is %s, %v",
-					flushes, p.rec.Flushes(), tail, r.lost, r.reverts, r.failed, kept, image.WriteFile(kept))
+				t.Errorf("cut after %d of %d flushes, tail %s: %d writes lost, revision reverts: %v, watches %v, %v; the disk is %s, %v",
+					flushes, p.rec.Flushes(), tail, r.lost, r.reverts, r.watches, r.failed, kept, image.WriteFile(kept))
 			}
 		}
 		done += n
