@@ -66,7 +66,11 @@ func runPowered() int {
 	out := &syncedPrinter{}
 	err = s.Run(context.Background(), func() {
 		out.printf("ready\n")
+		out.printf("identity %d %s\n", flushes.Load(), identity(s))
 		powerWatch(s, flushes, out)
+		if operation := os.Getenv(operationVar); operation != "" && operation != firstBoot {
+			go powerOperation(s, operation, flushes, out)
+		}
 		for w := range powerWriters {
 			go powerWrite(s, w, flushes, out)
 		}
@@ -199,6 +203,12 @@ type powered struct {
 	acks   []poweredWrite
 	events []poweredEvent
 	first  int // number of flushes when the store began
+
+	identity   string // of the store, as it was said after so many flushes
+	identified int
+	operation  string // see powercutoperations_test.go
+	operations []poweredOperation
+	over       bool // there are no more operations
 }
 
 // watchedUntil returns what the watch was told before a flush.
@@ -303,6 +313,20 @@ func (s *poweredStore) hear(line string) {
 			s.Fatal(line, err)
 		}
 		s.acks = append(s.acks, a)
+	case "identity":
+		if _, err := fmt.Sscanf(rest, "%d %s", &s.identified, &s.identity); err != nil {
+			s.Fatal(line, err)
+		}
+	case "begin":
+		begin, _ := strconv.Atoi(rest)
+		s.operations = append(s.operations, poweredOperation{begin: begin})
+	case "did":
+		o := &s.operations[len(s.operations)-1]
+		if _, err := fmt.Sscanf(rest, "%d %d %d", &o.end, &o.n, &o.revision); err != nil {
+			s.Fatal(line, err)
+		}
+	case "operations":
+		s.over = true
 	case "key", "event":
 		e := poweredEvent{known: kind == "key"}
 		if _, err := fmt.Sscanf(rest, "%d %d %d %s", &e.flushes, &e.revision, &e.version, &e.key); err != nil {
@@ -373,45 +397,55 @@ func (p powered) after(t *testing.T, image blockrecorder.Image, flushes int) (r 
 	revision = max(revision, watches.last)
 	err := onDisk(t, image, func(dir string) error {
 		begin := time.Now()
-		s := New(poweredConfig(filepath.Join(dir, "store")), slog.New(slog.DiscardHandler))
-		ctx, cancel := context.WithCancel(t.Context())
-		ready, done := make(chan struct{}), make(chan error, 1)
-		go func() { done <- s.Run(ctx, func() { close(ready) }) }()
-		defer cancel()
-		select {
-		case <-ready:
-		case err := <-done:
-			return err
-		}
-		r.ready = time.Since(begin)
-		c, err := s.NewClient()
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		var now int64
-		for w := range powerWriters {
-			got, err := c.Get(ctx, powerKey(w), kubernetes.GetOptions{})
-			if err != nil {
-				return err
+		is := ""
+		err := serveOnce(poweredConfig(filepath.Join(dir, "store")), func(s *Store) error {
+			r.ready = time.Since(begin)
+			if is = identity(s); p.identified <= flushes && is != p.identity {
+				return fmt.Errorf("the store is %s, and was %s", is, p.identity)
 			}
-			now = got.Revision
-			if is := sequenceOf(got.KV.GetValue()); is < newest[w] {
-				r.lost += newest[w] - is
+			return p.compare(t.Context(), s, newest, revision, watches, &r)
+		})
+		if err != nil || p.operation == "" {
+			return err
+		}
+		if err := p.products(dir, flushes); err != nil {
+			return err
+		}
+		return serveOnce(poweredConfig(filepath.Join(dir, "store")), func(s *Store) error {
+			if again := identity(s); again != is {
+				return fmt.Errorf("the store was %s at its first start after the cut, and is %s", is, again)
 			}
-		}
-		r.reverts = now < revision
-		if r.watches, err = resumeWatch(ctx, c, watches); err != nil {
-			return err
-		}
-		if _, err := c.Client.Put(ctx, "/after", "the cut"); err != nil {
-			return err
-		}
-		cancel()
-		return <-done
+			return nil
+		})
 	})
 	r.failed = err
 	return r
+}
+
+// compare compares a store with what its clients knew, and writes to it.
+func (p powered) compare(ctx context.Context, s *Store, newest map[int]int, revision int64, watches *watched, r *cutResult) error {
+	c, err := s.NewClient()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	var now int64
+	for w := range powerWriters {
+		got, err := c.Get(ctx, powerKey(w), kubernetes.GetOptions{})
+		if err != nil {
+			return err
+		}
+		now = got.Revision
+		if is := sequenceOf(got.KV.GetValue()); is < newest[w] {
+			r.lost += newest[w] - is
+		}
+	}
+	r.reverts = now < revision
+	if r.watches, err = resumeWatch(ctx, c, watches); err != nil {
+		return err
+	}
+	_, err = c.Client.Put(ctx, "/after", "the cut")
+	return err
 }
 
 // resumeWatch lets a watch go on until it has been told of all changes, and returns what is wrong with its events.
@@ -489,14 +523,7 @@ func TestPowerCut(t *testing.T) {
 		for range n {
 			flushes := p.first + random.IntN(p.rec.Flushes()-p.first+1)
 			tail := blockrecorder.Tails[random.IntN(len(blockrecorder.Tails))]
-			image := p.rec.Image(flushes, tail, random)
-			content = image.Content()
-			r := p.after(t, image, flushes)
-			if table.add(tail, r); r.bad() {
-				kept := filepath.Join(t.ArtifactDir(), fmt.Sprintf("disk-%d-%s.ext4", flushes, tail))
-				t.Errorf("cut after %d of %d flushes, tail %s: %d writes lost, revision reverts: %v, watches %v, %v; the disk is %s, %v",
-					flushes, p.rec.Flushes(), tail, r.lost, r.reverts, r.watches, r.failed, kept, image.WriteFile(kept))
-			}
+			content = table.cut(t, p, flushes, tail, random)
 		}
 		done += n
 	}
@@ -576,6 +603,20 @@ func (b *powerTable) recorded(p powered) {
 	b.writes += len(p.acks)
 	b.flushes += p.rec.Flushes()
 	b.bytes += p.rec.Size()
+}
+
+// cut cuts the power of a recorded store, and returns the content of the disk after it. A disk with a bad store is kept.
+func (b *powerTable) cut(t *testing.T, p powered, flushes int, tail blockrecorder.Tail, random *rand.Rand) []byte {
+	t.Helper()
+	image := p.rec.Image(flushes, tail, random)
+	content := image.Content()
+	r := p.after(t, image, flushes)
+	if b.add(tail, r); r.bad() {
+		kept := filepath.Join(t.ArtifactDir(), fmt.Sprintf("disk-%d-%s.ext4", flushes, tail))
+		t.Errorf("cut after %d of %d flushes, tail %s: %d writes lost, revision reverts: %v, watches %v, %v; the disk is %s, %v",
+			flushes, p.rec.Flushes(), tail, r.lost, r.reverts, r.watches, r.failed, kept, image.WriteFile(kept))
+	}
+	return content
 }
 
 func (b *powerTable) add(tail blockrecorder.Tail, r cutResult) {
