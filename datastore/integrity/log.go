@@ -182,6 +182,9 @@ func (l *log) readFile(path string, crc uint32, first, last bool, known Known) (
 			}
 			d.UpdateCRC(record.GetCrc())
 		}
+		if records == 0 && record.GetType() != wal.CrcType || records == 1 && record.GetType() != wal.MetadataType {
+			return 0, damaged(path, "does not begin with the header of a log file")
+		}
 		if what := l.check(&record); what != "" {
 			return 0, damaged(path, "%s at byte %d", what, d.LastOffset())
 		}
@@ -212,7 +215,8 @@ func (l *log) readFile(path string, crc uint32, first, last bool, known Known) (
 	return d.LastCRC(), nil
 }
 
-// check adds a record to the summary of the log, and returns its damage, if any.
+// check adds a record to the summary of the log, and returns its damage, if any. The checksum of a record does not cover its type,
+// so the record must be one that etcd writes with this type.
 func (l *log) check(record *walpb.Record) (what string) {
 	switch record.GetType() {
 	case wal.CrcType:
@@ -222,7 +226,7 @@ func (l *log) check(record *walpb.Record) (what string) {
 		}
 	case wal.EntryType:
 		var e raftpb.Entry
-		if proto.Unmarshal(record.Data, &e) != nil {
+		if proto.Unmarshal(record.Data, &e) != nil || hasUnknown(&e) || e.GetType() != raftpb.EntryNormal && len(e.GetData()) == 0 {
 			return "has an entry that cannot be decoded"
 		}
 		if l.known && e.GetIndex() > l.last+1 {
@@ -231,13 +235,13 @@ func (l *log) check(record *walpb.Record) (what string) {
 		l.last, l.lastTerm, l.known = e.GetIndex(), e.GetTerm(), true
 	case wal.StateType:
 		var s raftpb.HardState
-		if proto.Unmarshal(record.Data, &s) != nil {
+		if proto.Unmarshal(record.Data, &s) != nil || hasUnknown(&s) {
 			return "has a hard state that cannot be decoded"
 		}
 		l.commit, l.term = s.GetCommit(), s.GetTerm()
 	case wal.SnapshotType:
 		var s walpb.Snapshot
-		if proto.Unmarshal(record.Data, &s) != nil {
+		if proto.Unmarshal(record.Data, &s) != nil || hasUnknown(&s) {
 			return "has a snapshot that cannot be decoded"
 		}
 		if s.GetIndex() > l.last {
@@ -248,6 +252,9 @@ func (l *log) check(record *walpb.Record) (what string) {
 	}
 	return ""
 }
+
+// hasUnknown reports whether a message has fields that its type does not have.
+func hasUnknown(m proto.Message) bool { return len(m.ProtoReflect().GetUnknown()) > 0 }
 
 const (
 	sector      = 512
