@@ -22,7 +22,9 @@ type acknowledgment struct {
 	revision int64
 }
 
-func newAcknowledged() *acknowledged { return &acknowledged{last: map[int]acknowledgment{}, watched: newWatched(0)} }
+func newAcknowledged() *acknowledged {
+	return &acknowledged{last: map[int]acknowledgment{}, watched: newWatched(0)}
+}
 
 // note records a line of a child's output, and checks that revisions increase.
 func (a *acknowledged) note(t *testing.T, line string) {

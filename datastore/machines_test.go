@@ -24,7 +24,8 @@ import (
 )
 
 // In these tests each member is a process of its own on a host of its own, with the kernel's network between them. The
-// process is this test binary. It reads commands from stdin, one per line, and answers each with a line on stdout.
+// process is this test binary. It reads commands from stdin, one per line, and answers each with a line on stdout, when it has the
+// answer. Both begin with the number of the command.
 
 const memberConfig = "config.json"
 
@@ -43,11 +44,14 @@ func runMember() int {
 	out := &syncedPrinter{}
 	go func() {
 		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-			answer, err := s.runCommand(strings.Fields(lines.Text()))
-			if err != nil {
-				answer = "error " + strings.ReplaceAll(err.Error(), "\n", "; ")
-			}
-			out.printf("%s\n", answer)
+			words := strings.Fields(lines.Text())
+			go func() {
+				answer, err := s.runCommand(words[1:])
+				if err != nil {
+					answer = "error " + strings.ReplaceAll(err.Error(), "\n", "; ")
+				}
+				out.printf("%s %s\n", words[0], answer)
+			}()
 		}
 		cancel() // the test has ended, or wants this process to
 	}()
@@ -70,6 +74,9 @@ func (s *Store) runCommand(words []string) (string, error) {
 	case "leads":
 		now, _ := s.Leadership()
 		return fmt.Sprint(now.Leading), nil
+	case "leadership": // the leader and the term, by what this member knows
+		now, _ := s.Leadership()
+		return fmt.Sprintf("%s %d", now.Leader, now.Term), nil
 	case "admit":
 		a, err := s.Admit(ctx, words[1], []netip.AddrPort{netip.MustParseAddrPort(words[2])})
 		if err != nil {
@@ -100,8 +107,11 @@ func (s *Store) runCommand(words []string) (string, error) {
 		return "ok", err
 	}
 	got, err := c.Kubernetes.Get(ctx, words[1], kubernetes.GetOptions{})
-	if err != nil || got.KV == nil {
-		return "", errors.Join(err, errors.New("no such key"))
+	if err != nil {
+		return "", err
+	}
+	if got.KV == nil {
+		return "", errors.New("no such key")
 	}
 	return string(got.KV.Value), nil
 }
@@ -116,16 +126,17 @@ type machine struct {
 
 	command *exec.Cmd
 	in      io.WriteCloser
+	readers sync.WaitGroup // of its answers
 
-	asking sync.Mutex // held from a command to its answer, and while the process is started
-	lines  chan string
-	said   bytes.Buffer // on stderr since the last start; complete when the process has ended
+	mu      sync.Mutex // guards the fields below
+	asked   int
+	answers map[string]chan string // of the commands that wait for one; nil once the process has ended
+
+	said bytes.Buffer // on stderr since the last start; complete when the process has ended
 }
 
 func (m *machine) start() {
 	m.t.Helper()
-	m.asking.Lock()
-	defer m.asking.Unlock()
 	m.said.Reset()
 	data, err := json.Marshal(m.cfg)
 	if err != nil {
@@ -147,15 +158,26 @@ func (m *machine) start() {
 	if err := m.host.Start(m.command); err != nil {
 		m.t.Fatal(err)
 	}
-	lines := make(chan string, 10)
-	m.lines = lines
+	m.mu.Lock()
+	m.answers = map[string]chan string{}
+	m.mu.Unlock()
 	m.t.Cleanup(m.kill)
-	go func() {
-		defer close(lines)
+	m.readers.Go(func() {
 		for s := bufio.NewScanner(stdout); s.Scan(); {
-			lines <- s.Text()
+			number, answer, _ := strings.Cut(s.Text(), " ")
+			m.mu.Lock()
+			if to := m.answers[number]; to != nil {
+				to <- answer
+			}
+			m.mu.Unlock()
 		}
-	}()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for _, to := range m.answers {
+			close(to)
+		}
+		m.answers = nil
+	})
 }
 
 func (m *machine) kill() {
@@ -163,6 +185,7 @@ func (m *machine) kill() {
 		return
 	}
 	_ = m.command.Process.Kill()
+	m.readers.Wait()
 	_ = m.command.Wait()
 	m.command = nil
 }
@@ -171,6 +194,7 @@ func (m *machine) kill() {
 func (m *machine) stop() {
 	m.t.Helper()
 	_ = m.in.Close()
+	m.readers.Wait()
 	if err := m.command.Wait(); err != nil {
 		m.t.Errorf("%s: %v", m.cfg.MemberName, err)
 	}
@@ -181,16 +205,26 @@ func (m *machine) stop() {
 var errEnded = errors.New("the process has ended")
 
 func (m *machine) ask(line string) (string, error) {
-	m.asking.Lock()
-	defer m.asking.Unlock()
-	if m.lines == nil {
+	m.mu.Lock()
+	if m.answers == nil {
+		m.mu.Unlock()
 		return "", errEnded
 	}
-	if _, err := fmt.Fprintln(m.in, line); err != nil {
-		return "", err
+	m.asked++
+	number, answers := fmt.Sprint(m.asked), make(chan string, 1)
+	m.answers[number] = answers
+	_, err := fmt.Fprintln(m.in, number+" "+line)
+	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.answers, number)
+	}()
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errEnded, err)
 	}
 	select {
-	case answer, ok := <-m.lines:
+	case answer, ok := <-answers:
 		if !ok {
 			return "", errEnded
 		}
@@ -292,6 +326,26 @@ func admission(t *testing.T, answer string) *Admission {
 		t.Fatal(err)
 	}
 	return a
+}
+
+// agree checks that all members hold the same.
+func agree(t *testing.T, about string, all []*machine) {
+	t.Helper()
+	revision, err := all[0].ask("revision")
+	if err != nil {
+		t.Fatalf("%s: %v", about, err)
+	}
+	digests := map[string][]string{}
+	for _, m := range all {
+		digest, err := m.ask("digest " + revision)
+		if err != nil {
+			t.Fatalf("%s: %s: %v", about, m.cfg.MemberName, err)
+		}
+		digests[digest] = append(digests[digest], m.cfg.MemberName)
+	}
+	if len(digests) > 1 {
+		t.Errorf("%s: the members differ at revision %s: %v", about, revision, digests)
+	}
 }
 
 func leaderOf(t *testing.T, all []*machine) *machine {
