@@ -7,7 +7,6 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -202,17 +201,7 @@ func (d *damaged) others() (out []*machine) {
 // awaitWrites waits until clients have written some more.
 func (d *damaged) awaitWrites(n int) {
 	d.Helper()
-	count := func() int {
-		d.ledger.mu.Lock()
-		defer d.ledger.mu.Unlock()
-		return d.ledger.writes
-	}
-	until := count() + n
-	for deadline := time.Now().Add(time.Minute); count() < until; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			d.Fatal("the clients do not write")
-		}
-	}
+	d.ledger.await(d.T, n)
 }
 
 // group ends the victim, in order or by a kill, and damages one part of its files in the given ways. Between them the files are
@@ -401,25 +390,10 @@ func (d *damaged) followTheMessage() {
 	if kept, err := SetAside(d.victim.cfg.Dir, time.Now()); err != nil || kept == "" {
 		d.Fatalf("set aside: %q, %v", kept, err)
 	}
-	d.victim.join(d.others()[0])
+	d.victim.admit(d.others()[0])
+	d.victim.start()
+	d.victim.await("check", "ok")
 	d.verify("after a new join")
-}
-
-// join admits the machine by way of another one, and starts it.
-func (m *machine) join(via *machine) {
-	m.t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
-		answer, err := via.ask(fmt.Sprintf("admit %s %v", m.cfg.MemberName, netip.AddrPortFrom(m.at.Addr(), m.cfg.Peer.Port)))
-		if err == nil {
-			m.cfg.Join = admission(m.t, answer)
-			break
-		}
-		if time.Now().After(deadline) {
-			m.t.Fatal(err)
-		}
-	}
-	m.start()
-	m.await("check", "ok")
 }
 
 // print prints the results as a table.

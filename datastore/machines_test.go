@@ -124,6 +124,7 @@ type machine struct {
 	dir  string
 	cfg  Config
 
+	environ []string // for the process, besides this one's
 	command *exec.Cmd
 	in      io.WriteCloser
 	readers sync.WaitGroup // of its answers
@@ -147,6 +148,7 @@ func (m *machine) start() {
 	}
 	m.command = exec.Command(os.Args[0])
 	m.command.Env = append(os.Environ(), childRole+"="+roleMember, childDir+"="+m.dir)
+	m.command.Env = append(m.command.Env, m.environ...)
 	m.command.Stderr = io.MultiWriter(testWriter{m.t}, &m.said)
 	if m.in, err = m.command.StdinPipe(); err != nil {
 		m.t.Fatal(err)
@@ -304,11 +306,7 @@ func machinesWith(t *testing.T, set func(*Config), addresses ...string) []*machi
 		m.cfg.Peer.Addresses = []netip.Addr{at.Addr()}
 		set(&m.cfg)
 		if i > 0 {
-			answer, err := all[0].ask(fmt.Sprintf("admit %s %v", name, netip.AddrPortFrom(at.Addr(), 2380)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			m.cfg.Join = admission(t, answer)
+			m.admit(all[0])
 		}
 		m.start()
 		m.await("check", "ok")
@@ -316,6 +314,21 @@ func machinesWith(t *testing.T, set func(*Config), addresses ...string) []*machi
 	}
 	all[0].await("voters", fmt.Sprint(len(all)))
 	return all
+}
+
+// admit has a member of the cluster admit the machine. It retries, because a busy machine may take its time.
+func (m *machine) admit(via *machine) {
+	m.t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+		answer, err := via.ask(fmt.Sprintf("admit %s %v", m.cfg.MemberName, netip.AddrPortFrom(m.at.Addr(), m.cfg.Peer.Port)))
+		if err == nil {
+			m.cfg.Join = admission(m.t, answer)
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Fatal(err)
+		}
+	}
 }
 
 // admission decodes the answer of the command "admit".

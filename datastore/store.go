@@ -333,8 +333,8 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 		}
 	}
 	if holds {
-		if err := s.book.SetOpening(); err != nil {
-			return nil, err
+		if err := s.book.SetOpening(); err != nil { // as on a full disk, on which the store opens all the same
+			s.log.Warn("cannot record that the datastore is being opened: if kedge is killed in this moment, the next start may take the log for damaged", "err", err)
 		}
 	}
 	server, err := s.openOrJoin(ctx, o)

@@ -51,7 +51,7 @@ func tortured() bool { return os.Getenv(tortureVar) != "" }
 // those of the API server do: a write without an answer that is done later cannot undo the next one.
 func (s *Store) runClientCommand(ctx context.Context, words []string) (answer string, known bool, err error) {
 	switch words[0] {
-	case "create", "read", "digest", "revision", "snapshot":
+	case "create", "read", "digest", "revision", "snapshot", "failpoints", "failpoint", "occupy", "bulk", "size":
 	default:
 		return "", false, nil
 	}
@@ -89,6 +89,17 @@ func (s *Store) runClientCommand(ctx context.Context, words []string) (answer st
 			return "", true, err
 		}
 		return fmt.Sprint(got.Header.Revision), true, nil
+	case "failpoints", "failpoint", "occupy":
+		answer, err := runFailpointCommand(ctx, c, words)
+		return strings.ReplaceAll(answer, "\n", " "), true, err
+	case "bulk":
+		return "ok", true, writeAndDelete(ctx, c)
+	case "size": // of the database file
+		t := s.transport.Load()
+		if t == nil {
+			return "", true, ErrNotServing
+		}
+		return fmt.Sprint(t.server.Backend().Size()), true, nil
 	case "snapshot":
 		_, err := s.SaveSnapshot(ctx, words[1])
 		return "ok", true, err
@@ -99,6 +110,25 @@ func (s *Store) runClientCommand(ctx context.Context, words []string) (answer st
 	}
 	answer, err = digestAt(ctx, c, revision)
 	return answer, true, err
+}
+
+// bulkBytes is what the command "bulk" leaves unused in the database.
+const bulkBytes = 20 << 20
+
+// writeAndDelete makes the database large, and most of it free.
+func writeAndDelete(ctx context.Context, c *kubernetes.Client) error {
+	const each = 500 << 10
+	for i := range bulkBytes / each {
+		if _, err := c.Client.Put(ctx, fmt.Sprintf("/bulk/%d", i), strings.Repeat("x", each)); err != nil {
+			return err
+		}
+	}
+	deleted, err := c.Client.Delete(ctx, "/bulk/", clientv3.WithPrefix())
+	if err != nil {
+		return err
+	}
+	_, err = c.Client.Compact(ctx, deleted.Header.Revision)
+	return err
 }
 
 // digestAt returns a text that tells all keys of a member at a revision, by its own database.
@@ -260,4 +290,20 @@ func (l *ledger) keepWriting(clients int, pick func(client int) asker) (stop fun
 		close(ended)
 		all.Wait()
 	})
+}
+
+// await waits until so many more writes are acknowledged.
+func (l *ledger) await(t *testing.T, n int) {
+	t.Helper()
+	count := func() int {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.writes
+	}
+	until := count() + n
+	for deadline := time.Now().Add(time.Minute); count() < until; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the clients do not write")
+		}
+	}
 }

@@ -20,6 +20,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -59,8 +60,10 @@ type Disk struct {
 	mu       sync.Mutex // guards the fields below
 	content  []byte
 	rec      Recording
-	failNext bool          // the next flush fails
-	stalled  chan struct{} // closed when the disk goes on; nil while it does
+	failNext bool                 // the next flush fails
+	failData bool                 // the next write fails
+	delay    func() time.Duration // of each flush; nil for none
+	stalled  chan struct{}        // closed when the disk goes on; nil while it does
 }
 
 // New makes a disk in dir with the given content, whose length is its size in bytes. The content is the disk's from now on.
@@ -109,6 +112,20 @@ func (d *Disk) FailFlush() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.failNext = true
+}
+
+// FailWrite makes the next write fail, and nothing of it reach the disk.
+func (d *Disk) FailWrite() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.failData = true
+}
+
+// Slow makes each flush take as long as delay says; nil makes the disk fast again.
+func (d *Disk) Slow(delay func() time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.delay = delay
 }
 
 // Stall makes writes and flushes wait until resume is called, which must be before [Disk.Close].
@@ -208,6 +225,10 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, offset int
 	if offset+int64(len(data)) > int64(len(f.disk.content)) {
 		return 0, syscall.ENOSPC
 	}
+	if f.disk.failData {
+		f.disk.failData = false
+		return 0, syscall.EIO
+	}
 	copy(f.disk.content[offset:], data)
 	f.disk.rec.write(offset, data)
 	return uint32(len(data)), 0
@@ -215,6 +236,12 @@ func (f *file) Write(_ context.Context, _ fs.FileHandle, data []byte, offset int
 
 // Fsync implements fs.NodeFsyncer: it is a flush of the device.
 func (f *file) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
+	f.disk.lock()
+	delay := f.disk.delay
+	f.disk.mu.Unlock()
+	if delay != nil {
+		time.Sleep(delay())
+	}
 	f.disk.lock()
 	defer f.disk.mu.Unlock()
 	if f.disk.failNext {
