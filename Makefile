@@ -129,9 +129,17 @@ build-conformance: deps payload ## build Kubernetes' own end-to-end suite and it
 test-datastore: ## the datastore's members under faults, which takes minutes; some need root
 	KEDGE_TEST_LONG=1 go test -count=1 -timeout 20m ./datastore
 
+# The tests of the datastore under faults that take as long as they are told to.
+TORTURES := TestPowerCut|TestPowerCutDuring|TestDamages|TestDiskErrors|TestOneOfThreeHasABadDisk|TestLeaderIsPaused|TestOneWayAndFlappingLinks|TestBadNetwork|TestDefragmentUnderLoad
+
 .PHONY: torture
-torture: ## cut the power of the datastore CUTS=2000 times, on a disk that is recorded, and print what became of it; needs root
-	KEDGE_TORTURE=$(or $(CUTS),2000) go test -count=1 -timeout 4h -v -artifacts -run 'TestPowerCut$$' ./datastore
+torture: ## cut the power of the datastore CUTS=2000 times on a disk that is recorded, damage each of its files, give it bad disks and networks, and let it panic at every failpoint, which takes hours; prints what became of it; KEDGE_TORTURE_SEED=N repeats the choices of a run; needs root
+	KEDGE_TEST_LONG=1 KEDGE_TORTURE=$(or $(CUTS),2000) go test -count=1 -timeout 8h -v -artifacts -run '^($(TORTURES))$$' ./datastore
+	@$(MAKE) --no-print-directory test-failpoints
+
+.PHONY: test-failpoints
+test-failpoints: deps ## let the datastore panic once at each failpoint of etcd, alone and as one of three, in a build of its own; needs root
+	@scripts/failpoints.sh
 
 .PHONY: test-long
 test-long: build build-e2e ## tests that take too long for make test: five servers, a minute of each network backend, 50 clusters created and killed, every file with every damage, the upgrade of running clusters, another key for Secrets of three servers, installations beside Docker and without a trace, on emulated machines, a bundle of 3 GB, 50 upgrades that are killed, upgrades on a full disk, from a release, of drained nodes, and 8 with power cuts
