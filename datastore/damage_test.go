@@ -138,6 +138,9 @@ func TestDamage(t *testing.T) {
 	}
 	flips := 6
 	if long() {
+		flips = 40
+	}
+	if tortured() {
 		flips = 200
 	}
 	damages := map[string]func(name string, content []byte) []byte{

@@ -205,7 +205,7 @@ func (l *loaded) awaitFull(m *machine) (ended bool) {
 func TestDiskErrors(t *testing.T) {
 	requireRecorder(t)
 	requireLong(t)
-	rounds := 4
+	rounds := 2
 	if n, ok := number(t, tortureVar); ok {
 		rounds = max(rounds, int(n)/20)
 	}

@@ -28,7 +28,7 @@ const (
 )
 
 const (
-	shortOperationCuts = 6  // of each operation, by make test-datastore; a few more for the first boot
+	shortOperationCuts = 4  // of each operation, by make test-datastore; a few more for the first boot
 	operations         = 12 // in a recording
 )
 
