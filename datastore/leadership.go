@@ -12,8 +12,8 @@ import (
 	"kedge/internal/logging"
 )
 
-// leadership publishes the leader.
-type leadership struct {
+// Leaders publishes the leader of a datastore, [Store] or another. Use [NewLeaders].
+type Leaders struct {
 	// interrupted is called with true when the leader is lost, and with false when there is one again.
 	interrupted func(bool)
 
@@ -25,19 +25,22 @@ type leadership struct {
 
 // Leadership returns the leader of the store, and a channel that is closed when it has changed. It may be called at any
 // time. A store that is not open has no leader.
-func (s *Store) Leadership() (Leadership, <-chan struct{}) { return s.leadership.get() }
+func (s *Store) Leadership() (Leadership, <-chan struct{}) { return s.leadership.Get() }
 
-func newLeadership() *leadership {
-	return &leadership{interrupted: logging.Interrupted, changed: make(chan struct{})}
+// NewLeaders returns a Leaders without a leader, which tells the log of outages.
+func NewLeaders() *Leaders {
+	return &Leaders{interrupted: logging.Interrupted, changed: make(chan struct{})}
 }
 
-func (l *leadership) get() (Leadership, <-chan struct{}) {
+// Get returns the leader, and a channel that is closed when it has changed.
+func (l *Leaders) Get() (Leadership, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.now, l.changed
 }
 
-func (l *leadership) set(now Leadership) {
+// Set publishes the leader.
+func (l *Leaders) Set(now Leadership) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.now == now {
@@ -98,7 +101,7 @@ func (s *Store) watchLeadership(ctx context.Context, server *etcdserver.EtcdServ
 		if uint64(id) != raft.None {
 			now.Leader = s.nameOf(server, id)
 		}
-		s.leadership.set(now)
+		s.leadership.Set(now)
 		if id == self && confirmed == 0 {
 			sleep(ctx, leaderPollInterval)
 			continue

@@ -7,7 +7,7 @@ import (
 
 // The log learns of the loss of a leader and of each change of leader, but not of the first leader.
 func TestLeadershipInterrupted(t *testing.T) {
-	l := newLeadership()
+	l := NewLeaders()
 	var calls []bool
 	l.interrupted = func(is bool) { calls = append(calls, is) }
 	for _, step := range []struct {
@@ -22,7 +22,7 @@ func TestLeadershipInterrupted(t *testing.T) {
 		{Leadership{Leader: "b", Term: 4}, []bool{false}},
 	} {
 		calls = nil
-		l.set(step.now)
+		l.Set(step.now)
 		if !slices.Equal(calls, step.want) {
 			t.Errorf("after %+v: %v, want %v", step.now, calls, step.want)
 		}

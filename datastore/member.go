@@ -26,6 +26,9 @@ type Admission struct {
 	ID      string `json:"id"`      // of the new member, hexadecimal
 	URL     string `json:"url"`     // of the new member, with its loopback address
 	Members []Peer `json:"members"` // the other members
+	// External says that the datastore is an etcd outside of kedge (package external): there is nothing else in the admission but
+	// the name.
+	External bool `json:"external,omitempty"`
 }
 
 // valid reports whether a member can start with the admission.

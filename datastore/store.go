@@ -39,7 +39,7 @@ type Store struct {
 	failStop *failStop
 	net      peers.Network
 
-	leadership *leadership
+	leadership *Leaders
 	disk       *diskSpace
 
 	onCreated func() error // see OnCreated; may be nil
@@ -76,7 +76,7 @@ const (
 // New returns a store that is not yet open. It only stores its arguments; cfg must be valid.
 func New(cfg Config, log *slog.Logger) *Store {
 	s := &Store{
-		cfg: cfg, log: log, failStop: newFailStop(cfg.Dir), net: peers.KernelNetwork{}, leadership: newLeadership(),
+		cfg: cfg, log: log, failStop: newFailStop(cfg.Dir), net: peers.KernelNetwork{}, leadership: NewLeaders(),
 		addresses: cfg.Peer.Addresses, disk: newDiskSpace(cfg.Dir, log),
 	}
 	s.zap = logging.Zap(log).WithOptions(zap.WrapCore(newFilterCore), zap.WithFatalHook(s.failStop), zap.WithPanicHook(s.failStop))
@@ -546,7 +546,7 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	case <-ended:
 	case <-s.failStop.failed:
 	}
-	s.leadership.set(Leadership{})
+	s.leadership.Set(Leadership{})
 	return err
 }
 

@@ -27,10 +27,15 @@ import (
 //go:linkname newETCD3Client k8s.io/apiserver/pkg/storage/storagebackend/factory.newETCD3Client
 var newETCD3Client func(storagebackend.TransportConfig) (*kubernetes.Client, error)
 
+// Store is a datastore of this process: kedge's own, or the external one.
+type Store interface {
+	NewClient() (*kubernetes.Client, error)
+}
+
 // Install makes the API server of this process use s where its configuration names datastore.Endpoint as its only etcd
 // server. Other etcd servers are dialled as usual. Install changes the whole process. Call it once, before any part of an
 // API server is built. Clients can be made once s is ready.
-func Install(s *datastore.Store) {
+func Install(s Store) {
 	dial := newETCD3Client
 	newETCD3Client = func(c storagebackend.TransportConfig) (*kubernetes.Client, error) {
 		if slices.Equal(c.ServerList, []string{datastore.Endpoint}) {

@@ -51,7 +51,18 @@ type Description struct {
 	// Joined says that the directory's server has joined other servers, and so has their settings in a file: without
 	// the file it must not go on with settings of its own.
 	Joined bool `json:"joined,omitempty"`
+	// External is the directory's part in an external datastore, in place of one of its own.
+	External External `json:"external,omitempty"`
 }
+
+// External is a server's part in an external datastore.
+type External string
+
+// The parts. The empty External means none.
+const (
+	ExternalUsed    External = "used"    // the cluster's objects are there
+	ExternalRemoved External = "removed" // the server was removed from the cluster
+)
 
 // Dir is an open data directory with its run directory. Close it when all users of both have
 // stopped.
@@ -230,6 +241,13 @@ func NodeName(path string) (string, error) {
 	return d.desc.NodeName, err
 }
 
+// Read returns the description of a data directory; the zero Description if it is nobody's yet.
+func Read(path string) (Description, error) {
+	d := &Dir{path: path}
+	err := d.read()
+	return d.desc, err
+}
+
 // LastSeen returns the latest time that was ever seen on this node; zero at first boot.
 func (d *Dir) LastSeen() time.Time { return d.desc.LastSeen }
 
@@ -246,6 +264,23 @@ func (d *Dir) NoteStore() error { return d.setStore(true) }
 func (d *Dir) ForgetStore() error { return d.setStore(false) }
 
 func (d *Dir) setStore(has bool) error { return d.set(&d.desc.Store, has) }
+
+// External returns the directory's part in an external datastore.
+func (d *Dir) External() External { return d.desc.External }
+
+// SetExternal records the directory's part in an external datastore.
+func (d *Dir) SetExternal(to External) error {
+	from := d.desc.External
+	if from == to {
+		return nil
+	}
+	d.desc.External = to
+	if err := d.save(); err != nil {
+		d.desc.External = from
+		return Unwritable(d.path, err)
+	}
+	return nil
+}
 
 // HasJoined reports whether the directory's server has joined other servers.
 func (d *Dir) HasJoined() bool { return d.desc.Joined }

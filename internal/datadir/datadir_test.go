@@ -166,3 +166,31 @@ func TestDescriptionOfNobody(t *testing.T) {
 		}
 	}
 }
+
+// TestExternalIsRemembered: a server's part in an external datastore is known to the next start, and to commands before it.
+func TestExternalIsRemembered(t *testing.T) {
+	path := t.TempDir()
+	for _, to := range []External{ExternalUsed, ExternalRemoved, ExternalUsed} {
+		d, err := Open(path, t.TempDir(), "n", "v1", now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.SetExternal(to); err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+		if d, err = Open(path, t.TempDir(), "n", "v1", now); err != nil {
+			t.Fatal(err)
+		}
+		if got := d.External(); got != to {
+			t.Errorf("it is %q, want %q", got, to)
+		}
+		d.Close()
+		if desc, err := Read(path); err != nil || desc.External != to || desc.NodeName != "n" {
+			t.Errorf("read %+v, %v", desc, err)
+		}
+	}
+	if desc, err := Read(t.TempDir()); err != nil || desc != (Description{}) {
+		t.Errorf("nobody's: %+v, %v", desc, err)
+	}
+}

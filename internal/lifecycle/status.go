@@ -50,7 +50,7 @@ func (d Duration) String() string { return time.Duration(d).Round(time.Milliseco
 const CheckLimit = 2 * time.Second
 
 // Status returns the components in the order in which they were added. With a context that is
-// not nil it also calls each ready [Checker], whose error it reports, and each [Describer]. The
+// not nil it also calls each ready [Checker], whose error it reports, and each [Describer] that is ready or starting. The
 // checkers run at the same time, so that a hanging one does not affect the others; a checker
 // that does not answer within [CheckLimit] is abandoned.
 func (g *Group) Status(ctx context.Context) []Status {
@@ -88,11 +88,14 @@ func (g *Group) Status(ctx context.Context) []Status {
 	}
 	var checks sync.WaitGroup
 	for i, m := range g.members { // members do not change after Run
-		if out[i].State != Ready {
+		if out[i].State != Ready && out[i].State != Starting {
 			continue
 		}
 		if d, ok := m.c.(Describer); ok {
-			out[i].Detail = d.Describe()
+			out[i].Detail = d.Describe() // while it starts, what it waits for
+		}
+		if out[i].State != Ready {
+			continue
 		}
 		if c, ok := m.c.(Checker); ok {
 			checks.Go(func() {

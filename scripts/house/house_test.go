@@ -89,6 +89,7 @@ var rooms = map[string][]string{
 	"agent/uplink":                 {"internal"},
 	"agent/watches":                {"internal/informertrim"},
 	"datastore/blockrecorder":      {},
+	"datastore/external":           {"datastore", "internal"},
 	"datastore/hook":               {"datastore", "internal"},
 	"datastore/integrity":          {"internal/atomicfile"},
 	"datastore/peers":              {"internal/atomicfile", "internal/beacon", "internal/lifecycle"},
