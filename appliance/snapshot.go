@@ -46,6 +46,10 @@ func (s *Staged) saveSnapshot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("no snapshot of the datastore could be saved, so the upgrade has not begun: %w", err)
 	}
+	if saved.Path == "" {
+		s.machine.Say("the datastore is not saved before this upgrade, because it is an external etcd; save it with etcd's own tools")
+		return nil
+	}
 	s.details.Snapshot = &saved
 	s.machine.Say(fmt.Sprintf("the datastore is saved in %s (%d MiB, revision %d)", saved.Path, (saved.Size+1<<20-1)>>20, saved.Revision))
 	return nil

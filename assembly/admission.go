@@ -20,7 +20,7 @@ func newJoin(cfg server.Config, id *identity.Identity, servers *membership.Serve
 	s := join.New(join.Config{
 		ServerCA: id.ServerCA, ClientCA: id.ClientCA, KubeletCA: id.KubeletCA, PeerCA: id.PeerCA, PeerName: datastore.PeerServerName,
 		Preshared: map[joining.Role]joining.Secret{joining.Agent: cfg.Token, joining.Server: cfg.ServerToken}, Cluster: cfg.Cluster, NetworkGroup: bootstrap.NetworkGroup,
-		OwnAddresses: addresses, Life: cfg.AgentCertificateLife, Servers: servers,
+		OwnAddresses: addresses, Life: cfg.AgentCertificateLife, Servers: servers, External: cfg.ExternalDatastore,
 	}, servers.API(), log)
 	servers.SetNodes(s.Nodes())
 	return s

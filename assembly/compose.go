@@ -12,6 +12,7 @@ import (
 	"kedge/agent"
 	"kedge/assembly/parts"
 	"kedge/datastore"
+	"kedge/datastore/external"
 	"kedge/dns"
 	"kedge/internal/addresspool"
 	"kedge/internal/errorkind"
@@ -53,11 +54,15 @@ type Config struct {
 	Preflight       preflight.Config
 
 	datastore datastore.Config
-	server    server.Config
-	runtime   runtime.Config
-	network   network.Config
-	backend   backend.Config
-	agent     agent.Config
+	etcd      *external.Config // the external datastore, in place of datastore; nil for none
+	// joined means that this server has joined other servers, and joinedExternal that their datastore is an external one.
+	joined, joinedExternal bool
+
+	server  server.Config
+	runtime runtime.Config
+	network network.Config
+	backend backend.Config
+	agent   agent.Config
 
 	snapshots snapshots.Config
 
@@ -108,8 +113,12 @@ func composeServer(in Input, answer *membership.Joined) (Config, error) {
 	c.cluster = c.Values.Cluster()
 	if answer != nil {
 		c.fail(c.Values.Contradictions(answer.Cluster)...)
-		c.cluster, c.datastore.Join = answer.Cluster, answer.Admission
+		c.cluster, c.joined = answer.Cluster, true
+		if c.joinedExternal = answer.Admission != nil && answer.Admission.External; !c.joinedExternal {
+			c.datastore.Join = answer.Admission
+		}
 	}
+	c.externalStore()
 	c.parts = parts.Of(c.role, c.cluster)
 	if absent := c.Values.Absent(); len(absent) > 0 {
 		c.warnings = append(c.warnings, "kedge has no "+strings.Join(absent, ", ")+"; nothing to disable")
@@ -415,7 +424,7 @@ func (c *composer) finish() (Config, error) {
 	p.PodRanges, p.DNS = c.cluster.ClusterCIDRs, c.cluster.ClusterDNS
 	p.Ranges, p.OwnLinks = slices.Concat(c.cluster.ClusterCIDRs, c.cluster.ServiceCIDRs), cni.LinkPrefix(c.NodeName)
 	// A first server may stay the only node, which needs no VXLAN.
-	p.VXLAN = !c.parts.Witness && c.backend.Mode == backend.VXLAN && (c.role == parts.Agent || settings.JoinServer.In(c.Values) != "" || c.datastore.Join != nil)
+	p.VXLAN = !c.parts.Witness && c.backend.Mode == backend.VXLAN && (c.role == parts.Agent || settings.JoinServer.In(c.Values) != "" || c.datastore.Join != nil || c.joinedExternal)
 	p.Snapshotter, p.SnapshotterFile = c.runtime.Snapshotter, c.runtime.SnapshotterFile()
 	p.BuildDate = c.Build.Time
 	p.Ports = nil
@@ -442,7 +451,12 @@ func (c *Config) validate() error {
 		return c.datastore.Validate()
 	}
 	if c.parts.ControlPlane {
-		errs = append(errs, c.server.Validate(), c.datastore.Validate())
+		errs = append(errs, c.server.Validate())
+		if c.etcd != nil {
+			errs = append(errs, c.etcd.Validate())
+		} else {
+			errs = append(errs, c.datastore.Validate())
+		}
 	}
 	if !c.parts.Node {
 		return errors.Join(errs...)

@@ -42,7 +42,8 @@ import (
 type controlPlane struct {
 	id        *identity.Identity
 	loopback  *loopback.Loopback
-	store     *datastore.Store
+	store     store
+	own       *datastore.Store // the same, nil if it is an external etcd
 	leads     membership.Leading
 	members   *membership.Servers
 	hostAddrs *kernelnet.AddressFollower
@@ -54,7 +55,7 @@ type controlPlane struct {
 
 	keeper     *secretsencryption.Keeper // of the keys of Secrets
 	peers      *secretsencryption.Client
-	encryption *secretsencryption.Administration
+	encryption *secretsencryption.Administration // nil with an external etcd
 
 	// Nil on a server without a node.
 	kubelet    *agent.Kubelet
@@ -65,8 +66,8 @@ type controlPlane struct {
 
 // newControlPlane makes the components of a server. The kubelet is among them, since the hub of tunnels needs its address.
 func newControlPlane(build Build, s Config, id *identity.Identity, owned *datadir.Dir, log *slog.Logger) (*controlPlane, error) {
-	p := &controlPlane{id: id, loopback: loopback.New(), store: datastore.New(s.datastore, component(log, "datastore"))}
-	p.store.OnCreated(owned.NoteStore)
+	p := &controlPlane{id: id, loopback: loopback.New()}
+	p.store, p.own = newStore(s, id, owned, log)
 	p.leads = membership.Leading{Store: p.store}
 	advertised := netip.AddrPortFrom(s.server.AdvertiseAddress, uint16(s.server.HTTPSPort))
 	var err error
@@ -92,12 +93,14 @@ func newControlPlane(build Build, s Config, id *identity.Identity, owned *datadi
 	p.hub = newHub(s.server, p.joins, p.gate, kubelet, component(log, "tunnels"))
 	p.newEncryption(s, log)
 	if p.api, err = server.NewAPIServer(s.server, server.APIServerDependencies{
-		Identity: id, Loopback: p.loopback, Store: p.store, Joins: p.joins, Hub: p.hub, Gate: p.gate, Users: p.users, Encryption: p.keeper, Members: p.memberNames,
+		Identity: id, Loopback: p.loopback, Leadership: p.store.Leadership, Joins: p.joins, Hub: p.hub, Gate: p.gate, Users: p.users, Encryption: p.keeper, Members: p.memberNames,
 	}); err != nil {
 		return nil, err
 	}
-	p.store.GuardPuts(p.api.SecretsPrefix(), p.keeper.Guard)
-	p.encryption = secretsencryption.NewAdministration(p.keeper, p.peers, p.servers())
+	if p.own != nil {
+		p.own.GuardPuts(p.api.SecretsPrefix(), p.keeper.Guard)
+		p.encryption = secretsencryption.NewAdministration(p.keeper, p.peers, p.servers())
+	}
 	return p, nil
 }
 
@@ -176,9 +179,11 @@ func singletons(s Config, p *controlPlane, log *slog.Logger) []singleton {
 		{"endpoints", func() (lifecycle.Component, error) {
 			return p.members.NewEndpoints(leader, p.id, component(log, "endpoints"))
 		}},
-		{"encryption", func() (lifecycle.Component, error) {
+	}
+	if p.own != nil {
+		list = append(list, singleton{"encryption", func() (lifecycle.Component, error) {
 			return secretsencryption.NewController(p.keeper, p.peers, p.servers(), p.api.SecretsPrefix(), component(log, "encryption")), nil
-		}},
+		}})
 	}
 	if s.parts.Balancer {
 		list = append(list, singleton{"servicelb", func() (lifecycle.Component, error) {

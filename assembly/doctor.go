@@ -2,6 +2,7 @@ package assembly
 
 import (
 	"context"
+	"errors"
 
 	"kedge/appliance/doctor"
 	"kedge/internal/cgroup"
@@ -27,7 +28,7 @@ func doctorConfig(in Input) doctor.Config {
 	}
 	s, err := composeAny(in)
 	if err == nil {
-		err = s.checkArgs()
+		err = errors.Join(s.checkArgs(), s.sameDatastore())
 	}
 	c := doctor.Config{
 		Version: in.Build.Version, DataDir: absolute(settings.DataDir.In(in.Values)), RunDir: absolute(settings.RunDir.In(in.Values)),
@@ -43,7 +44,7 @@ func doctorConfig(in Input) doctor.Config {
 	c.Overhead, c.ForeignNetwork = s.network.Overhead, s.backend.Mode == backend.None
 	flags := map[int]string{s.agent.KubeletPort: "--" + settings.KubeletPort.Name}
 	if s.parts.ControlPlane {
-		c.Store, c.Kubeconfig = true, s.server.Kubeconfig
+		c.Store, c.Kubeconfig = s.etcd == nil, s.server.Kubeconfig
 		flags[s.server.HTTPSPort] = "--" + settings.HTTPSPort.Name
 	}
 	for _, p := range s.Preflight.Ports {
@@ -53,7 +54,7 @@ func doctorConfig(in Input) doctor.Config {
 	if s.Preflight.VXLAN {
 		c.Ports = append(c.Ports, c.Backend)
 	}
-	if s.parts.ControlPlane || s.parts.Witness {
+	if c.Store || s.parts.Witness {
 		c.Peer = doctor.Port{Port: preflight.Port{Number: int(s.datastore.Peer.Port), Protocol: "tcp", Purpose: "datastores of the servers"}, Flag: "--" + settings.PeerPort.Name}
 	}
 	if s.parts.Node {

@@ -104,7 +104,7 @@ func Check(ctx context.Context, in Input) (results []preflight.Result, findings 
 	if err != nil {
 		return nil, false, err
 	}
-	if err := s.checkArgs(); err != nil {
+	if err := errors.Join(s.checkArgs(), s.sameDatastore()); err != nil {
 		return nil, false, err
 	}
 	// The ports and routes of a running kedge are not findings.

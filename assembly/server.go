@@ -42,12 +42,12 @@ func composeServerStart(in Input) (s Config, joiner membership.Joiner, joinedBef
 		answer = &before
 	}
 	if s, err = composeServer(in, answer); err == nil {
-		err = s.checkArgs()
+		err = errors.Join(s.checkArgs(), s.sameDatastore())
 	}
 	if err != nil {
 		return s, joiner, joinedBefore, err
 	}
-	joiner = membership.Joiner{Dir: dir, StoreDir: s.datastore.Dir, Server: settings.JoinServer.In(v), Token: in.Token, NodeName: s.NodeName, Peers: s.peers()}
+	joiner = membership.Joiner{Dir: dir, StoreDir: s.datastore.Dir, Server: settings.JoinServer.In(v), Token: in.Token, NodeName: s.NodeName, Peers: s.peers(), External: s.etcd != nil}
 	if joiner.Server != "" {
 		err = joiner.Validate()
 	}
@@ -75,7 +75,7 @@ func RunServer(ctx context.Context, in Input) error {
 			}
 			lost, err := storeLost(owned, s.datastore.Dir, false)
 			if joiner.Server != "" && err == nil {
-				joiner.StoreLost, joiner.Forget = lost != nil, owned.ForgetStore
+				joiner.StoreLost, joiner.Forget = lost != nil || owned.External() == datadir.ExternalRemoved, owned.ForgetStore
 				others, joined, err := joiner.Join(ctx, component(log, "join"))
 				if err != nil {
 					return s, err
@@ -93,6 +93,7 @@ func RunServer(ctx context.Context, in Input) error {
 			if cfg.Established, err = datastore.HoldsStore(s.datastore.Dir); err != nil {
 				return err
 			}
+			cfg.Established = cfg.Established || owned.External() != ""
 			id, err := identity.Prepare(cfg, time.Now())
 			if err != nil {
 				return err

@@ -82,6 +82,9 @@ func OpenBucket(ctx context.Context, in Input) (*s3.Bucket, error) {
 
 // wireSnapshots adds what takes snapshots of the cluster, and answers its commands.
 func wireSnapshots(group *lifecycle.Group, requests *control.Server, s Config, p *controlPlane, api lifecycle.Handle, log *slog.Logger) error {
+	if p.own == nil {
+		return nil
+	}
 	client, err := kubernetes.NewForConfig(p.loopback.Admin())
 	if err != nil {
 		return fmt.Errorf("make the client of the recovery key: %w", err)
@@ -99,7 +102,7 @@ func wireSnapshots(group *lifecycle.Group, requests *control.Server, s Config, p
 	}
 	list := objects.New(listed, untyped, log)
 	s.snapshots.Changed = list.Changed
-	saver = snapshots.NewSaver(s.snapshots, s.cluster, p.store, keys, log)
+	saver = snapshots.NewSaver(s.snapshots, s.cluster, p.own, keys, log)
 	answerArchives(requests, saver)
 	group.AddRestarted(saver, api)
 	group.AddRestarted(list, api)
@@ -164,6 +167,9 @@ func Restore(ctx context.Context, in Input, file string, lock archive.Lock, forc
 
 // stoppedNode returns the data directory of a node that does not run, and its name.
 func stoppedNode(in Input) (dataDir, node string, err error) {
+	if err := refuseExternal(in); err != nil {
+		return "", "", err
+	}
 	dataDir = absolute(settings.DataDir.In(in.Values))
 	if node, err = datadir.NodeName(dataDir); err == nil && node == "" {
 		node, err = in.Host.nodeName(in.Values)
@@ -208,6 +214,9 @@ func recovery(in Input) (snapshots.Recovery, error) {
 // ResetServer sets the datastore of a stopped server aside, so that the server joins its cluster anew. It returns where the old
 // datastore is kept.
 func ResetServer(in Input) (kept string, err error) {
+	if err := refuseExternal(in); err != nil {
+		return "", err
+	}
 	dataDir := absolute(settings.DataDir.In(in.Values))
 	dir := serverDir(dataDir)
 	if !identity.Exists(dir) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"kedge/appliance/doctor"
@@ -33,6 +34,11 @@ func SupportBundle(ctx context.Context, in Input, version string, w io.Writer) (
 	for _, s := range in.Values.Written() {
 		if s.Name != "output" { // of the command
 			c.Settings = append(c.Settings, support.Setting(s))
+		}
+	}
+	for _, e := range settings.DatastoreEndpoints.In(in.Values) { // no etcd's has a password, but a database's, which is refused
+		if _, rest, ok := strings.Cut(e, "://"); ok && strings.Contains(rest, "@") {
+			c.Secrets = append(c.Secrets, rest[:strings.LastIndex(rest, "@")])
 		}
 	}
 	c.Secrets = append(c.Secrets, settings.Token.In(in.Values), settings.ServerToken.In(in.Values))

@@ -10,11 +10,11 @@ import (
 
 // vital is the datastore, whose failure must end the process at once: requests that it has not answered would
 // block the stop of the components that use it.
-type vital struct{ *datastore.Store }
+type vital struct{ store }
 
 // Run implements lifecycle.Component.
 func (v vital) Run(ctx context.Context, ready func()) error {
-	err := v.Store.Run(ctx, ready)
+	err := v.store.Run(ctx, ready)
 	if errors.Is(err, datastore.ErrFailed) {
 		return lifecycle.AtOnce(err)
 	}

@@ -65,8 +65,12 @@ func wireServer(build Build, group *lifecycle.Group, s Config, id *identity.Iden
 	answerKubeconfigs(requests, p.users, p.joins, id)
 	answerServers(requests, p.members)
 	answerConnect(requests, p.hub)
-	answerSnapshots(requests, p.store, s.DataDir)
-	answerEncryption(requests, p.encryption)
+	if p.own == nil {
+		refuseOwnStore(requests, id.EncryptionConfig)
+	} else {
+		answerSnapshots(requests, p.own, s.DataDir)
+		answerEncryption(requests, p.encryption)
+	}
 
 	group.Add(requests)
 	group.AddRestarted(p.hostAddrs)

@@ -36,6 +36,9 @@ type Config struct {
 
 	NodePortRange string // "30000-32767"
 
+	// ExternalDatastore says that the objects are in an etcd outside of kedge.
+	ExternalDatastore bool
+
 	Kubeconfig     string // path of the administrator's kubeconfig
 	KubeconfigMode uint32
 	KubeconfigName string         // of the cluster, the context and the user in it

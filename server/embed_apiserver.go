@@ -67,7 +67,8 @@ type APIServer struct {
 type APIServerDependencies struct {
 	Identity *identity.Identity
 	Loopback *loopback.Loopback // is given the API's handler
-	Store    *datastore.Store   // its client factory must be installed before Run
+	// Leadership returns the leader of the datastore, whose client factory must be installed before Run.
+	Leadership func() (datastore.Leadership, <-chan struct{})
 	// Joins and Hub answer on the API's port, behind Gate.
 	Joins *join.Service
 	Hub   *tunnels.Hub
@@ -86,7 +87,7 @@ func NewAPIServer(cfg Config, deps APIServerDependencies) (*APIServer, error) {
 	}
 	s := &APIServer{cfg: cfg, deps: deps, metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}), opts: options.NewServerRunOptions()}
 	s.cut = cutoff.New(func() (bool, <-chan struct{}) {
-		now, changed := deps.Store.Leadership()
+		now, changed := deps.Leadership()
 		return now.Leader != "", changed
 	})
 	fs := pflag.NewFlagSet("kube-apiserver", pflag.ContinueOnError)
@@ -107,7 +108,7 @@ func NewAPIServer(cfg Config, deps APIServerDependencies) (*APIServer, error) {
 	if s.managed = s.managesEncryption(); s.managed {
 		s.opts.Etcd.EncryptionProviderConfigAutomaticReload = true // but see attachEncryption
 	} else {
-		deps.Encryption.SetForeign()
+		deps.Encryption.SetForeign(s.whyForeign())
 	}
 	return s, componentflags.ApplyVerbosity(s.opts.Logs, arguments.FromAPIServer)
 }

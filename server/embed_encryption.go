@@ -21,8 +21,16 @@ const reloadHook = "start-encryption-provider-config-automatic-reload"
 func (s *APIServer) managesEncryption() bool {
 	etcd := s.opts.Etcd
 	elsewhere := slices.ContainsFunc(etcd.EtcdServersOverrides, func(o string) bool { return strings.HasPrefix(o, "/secrets#") })
-	return etcd.EncryptionProviderConfigFilepath == s.deps.Identity.EncryptionConfig && !etcd.EncryptionProviderConfigAutomaticReload &&
+	return !s.cfg.ExternalDatastore && etcd.EncryptionProviderConfigFilepath == s.deps.Identity.EncryptionConfig && !etcd.EncryptionProviderConfigAutomaticReload &&
 		!elsewhere && s.deps.Encryption.Managed() == nil
+}
+
+// whyForeign says why kedge may not replace the configuration.
+func (s *APIServer) whyForeign() string {
+	if s.cfg.ExternalDatastore {
+		return "the datastore is an external etcd, in which kedge does not change the encryption"
+	}
+	return "the API server of " + s.cfg.NodeName + " was given another one with --kube-apiserver-arg"
 }
 
 // SecretsPrefix returns the prefix of the keys of Secrets in the datastore.

@@ -21,7 +21,7 @@ var k3sFlags = []struct {
 	why   string
 	names []string
 }{
-	{"the datastore is embedded, and other servers join with --server; leave it out", []string{"datastore-endpoint", "datastore-cafile", "datastore-certfile", "datastore-keyfile", "kine-tls"}},
+	{"the only external datastore that kedge supports is etcd; leave it out", []string{"kine-tls"}},
 	{"other servers can always join the first server; leave it out", []string{"cluster-init"}},
 	{"use \"kedge snapshot restore\"; kedge has no command yet that resets a cluster of several servers to one", []string{"cluster-reset"}},
 	{"use \"kedge snapshot restore\" for a snapshot of kedge, and \"kedge import k3s\" for the objects in one of k3s", []string{"cluster-reset-restore-path"}},

@@ -125,6 +125,15 @@ var (
 	PeerPort = row(Port(Setting{Name: "peer-port", Category: API, Roles: Server, Default: "2380",
 		Help: "`PORT` for connections between the datastores of several servers"}))
 
+	DatastoreEndpoints = row(Texts(Setting{Name: "datastore-endpoint", Category: Datastore, Roles: Server,
+		Help: "`URL` of a member of an etcd that keeps the cluster's objects, in place of kedge's own datastore: https://HOST:2379, http://HOST:2379 or unix:///PATH (can be repeated)"}))
+	DatastoreCA = row(Text(Setting{Name: "datastore-cafile", Category: Datastore, Roles: Server,
+		Help: "`FILE` with the authority of that etcd's certificates (default: the system's authorities)"}))
+	DatastoreCert = row(Text(Setting{Name: "datastore-certfile", Category: Datastore, Roles: Server,
+		Help: "`FILE` with the certificate with which this server logs in to that etcd"}))
+	DatastoreKey = row(Text(Setting{Name: "datastore-keyfile", Category: Datastore, Roles: Server,
+		Help: "`FILE` with the key of that certificate"}))
+
 	JoinServer = row(Value(Setting{Name: "server", Short: "s", Category: Joining, Roles: Both,
 		Help: "`URL` of a server of the cluster to join, such as https://HOST:6443"}, serverURL))
 	Token = row(Text(Setting{Name: "token", Short: "t", Category: Joining, Roles: Both, File: "token-file",

@@ -16,6 +16,7 @@ const (
 	Joining   Category = "Joining"
 	Network   Category = "Network"
 	API       Category = "API"
+	Datastore Category = "External datastore"
 	Upstream  Category = "Upstream components"
 	Throwaway Category = "Cluster"
 	Snapshots Category = "Snapshots"

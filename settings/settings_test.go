@@ -359,7 +359,7 @@ func TestRows(t *testing.T) {
 			t.Errorf("%s is listed as a setting that only k3s has: %s", row.Name, why)
 		}
 	}
-	if want := []Category{General, Node, Network, API, Joining, Snapshots, Upstream}; !slices.Equal(categories, want) {
+	if want := []Category{General, Node, Network, API, Datastore, Joining, Snapshots, Upstream}; !slices.Equal(categories, want) {
 		t.Errorf("the categories come as %q, want %q: no row may need a variable of the package", categories, want)
 	}
 	for _, row := range For(Agent) {

@@ -75,7 +75,7 @@ type RecoveryKey struct {
 
 // SavedSnapshot is the answer at SaveSnapshotPath, whose parameter "name" is the name of the new file in SnapshotFolder.
 type SavedSnapshot struct {
-	Path     string `json:"path"`
+	Path     string `json:"path"`     // empty if the datastore is an external etcd
 	Size     int64  `json:"size"`     // in bytes
 	Revision int64  `json:"revision"` // of the datastore
 	Hash     string `json:"hash"`     // SHA-256 of the database in the file

@@ -33,6 +33,8 @@ type Client struct {
 	KeyFile  string // of the machine's key, which is made if it does not exist
 	// Peers are the addresses of a server's store for the other servers, best first.
 	Peers []netip.AddrPort
+	// External says that this server uses an external datastore.
+	External bool
 }
 
 // Validate returns all mistakes in the settings of the client, joined.
@@ -159,7 +161,7 @@ func (c Client) request(ctx context.Context, t Token, key *ecdsa.PrivateKey) (Ad
 	case Server:
 		var answer ServerAnswer
 		var credentials Credentials
-		answer, credentials, err = JoinServer(ctx, c.Server, ca, key, ServerRequest{Request: r, Peers: c.Peers})
+		answer, credentials, err = JoinServer(ctx, c.Server, ca, key, ServerRequest{Request: r, Peers: c.Peers, External: c.External})
 		a.State = State{Cluster: answer.Cluster, Admission: answer.Admission, Credentials: credentials}
 	case Witness:
 		a.Witness, err = JoinWitness(ctx, c.Server, ca, ServerRequest{Request: r, Peers: c.Peers})

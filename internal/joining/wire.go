@@ -53,6 +53,8 @@ type ServerRequest struct {
 	Request
 	// Peers are the addresses of this machine's store for the other servers, best first.
 	Peers []netip.AddrPort `json:"peers"`
+	// External says that this machine uses an external datastore.
+	External bool `json:"externalDatastore,omitempty"`
 }
 
 // ServerAnswer is the answer to a ServerRequest.

@@ -84,7 +84,7 @@ func Files() []File {
 
 func serverFiles() []File {
 	f := []File{
-		{Dir: Data, Path: "kedge.json", Holds: "the node that the directory belongs to, the last version of kedge, and whether there was a datastore", On: but(Again, Refused)},
+		{Dir: Data, Path: "kedge.json", Holds: "the node that the directory belongs to, the last version of kedge, and whether there was a datastore, of its own or external", On: but(Again, Refused)},
 		{Dir: Data, Path: "kedge.lock", Holds: "the lock of the process that uses the directory", On: all(Same)},
 		{Dir: Data, Path: "server/encryption-config.yaml", Holds: "the encryption key of Secrets in the datastore", On: all(Refused)},
 		{Dir: Data, Path: "server/known.json", Holds: "fingerprints of the cluster's essential keys", On: [damages]Outcome{Again, Again, Again, Again, Refused}},

@@ -44,6 +44,7 @@ type cluster struct {
 	asks atomic.Int32 // requests to PathJoin that arrived
 	dir  string
 
+	external bool          // the servers that ask have an external datastore
 	admitted []string      // names of servers
 	full     error         // why the store takes no other
 	busy     chan struct{} // a value for each server that a full store has not admitted; may be nil
@@ -92,7 +93,7 @@ func (c *cluster) server(t *testing.T, dir, name, tok string) (joining.ServerAns
 	}
 	return joining.JoinServer(context.Background(), c.url, c.cfg.ServerCA.Cert, key, joining.ServerRequest{
 		Request: joining.Request{TokenID: parsed.ID, Secret: string(parsed.Secret), NodeName: name, CSR: string(csr)},
-		Peers:   []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:2380")},
+		Peers:   []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:2380")}, External: c.external,
 	})
 }
 
@@ -452,6 +453,28 @@ func TestServersGetTheKeysOnlyOnTheirToken(t *testing.T) {
 	c.full = nil
 	if _, _, err = c.server(t, again, "s4", tok); err != nil {
 		t.Errorf("the second try: %v", err)
+	}
+}
+
+// TestServersHaveOneDatastore: a machine with another datastore is refused before its token is used.
+func TestServersHaveOneDatastore(t *testing.T) {
+	for _, external := range []bool{false, true} {
+		c := newCluster(t, func(cfg *Config) { cfg.External = external })
+		made, err := c.Tokens().Create(t.Context(), c.CAHash(), Spec{Role: joining.Server, TTL: time.Hour, Uses: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		c.external = !external
+		_, _, err = c.server(t, dir, "s2", made.Reveal())
+		var refused *joining.Refused
+		if !errors.As(err, &refused) || !strings.Contains(err.Error(), "same datastore") || strings.Contains(err.Error(), "kedge's own") == external || len(c.admitted) > 0 {
+			t.Errorf("external %v: %v, admitted %v", external, err, c.admitted)
+		}
+		c.external = external
+		if _, _, err := c.server(t, dir, "s2", made.Reveal()); err != nil {
+			t.Errorf("external %v, with the same: %v", external, err)
+		}
 	}
 }
 

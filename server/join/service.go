@@ -47,7 +47,9 @@ type Config struct {
 	OwnAddresses func() []netip.Addr
 	// Servers admits servers.
 	Servers Servers
-	Life    time.Duration // of what is signed; see [Life]
+	// External says that the servers use an external datastore.
+	External bool
+	Life     time.Duration // of what is signed; see [Life]
 }
 
 // Servers is what the service needs of the control plane to admit another server.
@@ -244,7 +246,7 @@ func statusOf(err error) int {
 		{http.StatusBadRequest, []error{errRequest, ErrBadName, pki.ErrRequest}},
 		{http.StatusUnauthorized, []error{ErrUnknownToken, errCertificate}},
 		{http.StatusForbidden, []error{ErrExpired, ErrUsedUp, ErrRole, ErrName, ErrUnknownNode}},
-		{http.StatusConflict, []error{ErrNameTaken}},
+		{http.StatusConflict, []error{ErrNameTaken, errDatastore}},
 		{http.StatusTooManyRequests, []error{errTooMany}},
 		{http.StatusServiceUnavailable, []error{errAdmission}},
 	} {
@@ -315,6 +317,9 @@ func (s *Service) admitMember(r *http.Request, role joining.Role, make func(cont
 	if len(q.Peers) == 0 || len(q.Peers) > maxPeers {
 		return "", nil, nil, fmt.Errorf("%w: a %s has between 1 and %d addresses", errRequest, role, maxPeers)
 	}
+	if err := s.sameDatastore(q, role); err != nil {
+		return "", nil, nil, err
+	}
 	if key, err = s.admit(r, q.Request, role); err != nil {
 		return "", nil, nil, err
 	}
@@ -355,6 +360,23 @@ func (s *Service) signWitness(name string, key *ecdsa.PublicKey) (joining.Witnes
 		return joining.WitnessAnswer{}, fmt.Errorf("sign for witness %s: %w", name, err)
 	}
 	return joining.WitnessAnswer{Cluster: s.Cluster(), Certificate: string(signed), Peers: string(s.cfg.PeerCA.PEM())}, nil
+}
+
+// errDatastore is wrapped when a server has another datastore than the cluster.
+var errDatastore = errors.New("the servers of a cluster have the same datastore")
+
+// sameDatastore returns an error if a machine that is to be a server has another datastore than this one. It is told before its
+// token is used.
+func (s *Service) sameDatastore(q joining.ServerRequest, role joining.Role) error {
+	switch {
+	case s.cfg.External && role == joining.Witness:
+		return fmt.Errorf("%w, which is an external etcd here, and has no witness", errDatastore)
+	case q.External == s.cfg.External:
+		return nil
+	case s.cfg.External:
+		return fmt.Errorf("%w, which is an external etcd here: start this one with --datastore-endpoint and the other settings of the etcd too", errDatastore)
+	}
+	return fmt.Errorf("%w, which is kedge's own here: leave --datastore-endpoint out", errDatastore)
 }
 
 // errAdmission is wrapped when the store has no room for a server at the moment.

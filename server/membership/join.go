@@ -29,6 +29,7 @@ type Joiner struct {
 	Token    string // for servers; empty if the machine has joined before
 	NodeName string
 	Peers    []netip.AddrPort // addresses of this machine's store for the other servers
+	External bool             // the datastore is outside of kedge
 	// StoreLost says that the machine had a datastore and has none: it cannot go on as the member that it was.
 	StoreLost bool
 	// Forget is called when the machine begins to join, and has no datastore until it has joined.
@@ -146,7 +147,7 @@ func (j Joiner) Validate() error { return j.client().Validate() }
 
 func (j Joiner) client() joining.Client {
 	return joining.Client{
-		Role: joining.Server, Server: j.Server, Token: j.Token, NodeName: j.NodeName, KeyFile: identity.NodeKeyFile(j.Dir), Peers: j.Peers,
+		Role: joining.Server, Server: j.Server, Token: j.Token, NodeName: j.NodeName, KeyFile: identity.NodeKeyFile(j.Dir), Peers: j.Peers, External: j.External,
 	}
 }
 
@@ -182,6 +183,9 @@ func (j Joiner) mustJoin(c joining.Client) (bool, error) {
 // next start would make the other half.
 func (j Joiner) keep(a joining.Admission) (Joined, error) {
 	joined, err := joinedBy(a.State)
+	if err == nil && joined.Admission != nil && joined.Admission.External != j.External { // of an older server, which does not compare
+		err = errorkind.Permanent(fmt.Errorf("%s has another datastore than this server, with or without --datastore-endpoint", j.Server))
+	}
 	if err == nil {
 		err = checkCredentials(a.State.Credentials, a.CA.Raw)
 	}

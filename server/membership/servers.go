@@ -25,9 +25,19 @@ import (
 	"kedge/server/loopback"
 )
 
+// Store is the datastore of the servers.
+type Store interface {
+	// Leadership returns the leader, and a channel that is closed when it has changed.
+	Leadership() (datastore.Leadership, <-chan struct{})
+	Members(ctx context.Context) ([]datastore.Member, error)
+	Admit(ctx context.Context, name string, peers []netip.AddrPort) (datastore.Admission, error)
+	// Remove returns an error that is datastore.ErrNoMember for a server that is not a member.
+	Remove(ctx context.Context, name string) error
+}
+
 // Leading is the condition under which this server runs what must run once in a
 // cluster: its member leads the store, so nobody has to elect anybody else.
-type Leading struct{ Store *datastore.Store }
+type Leading struct{ Store Store }
 
 // Holds implements lifecycle.Condition.
 func (l Leading) Holds() (bool, <-chan struct{}) {
@@ -40,7 +50,7 @@ func (l Leading) Holds() (bool, <-chan struct{}) {
 type Servers struct {
 	name  string // of this server
 	dir   string // of this server
-	store *datastore.Store
+	store Store
 	list  *directory.Directory
 	nodes *join.Nodes // set by SetNodes before anything runs
 	api   kubernetes.Interface
@@ -52,7 +62,7 @@ var (
 )
 
 // New makes what the server called name knows of the others. dir is its directory, and api is where others reach it.
-func New(name, dir string, api netip.AddrPort, lb *loopback.Loopback, store *datastore.Store, log *slog.Logger) (*Servers, error) {
+func New(name, dir string, api netip.AddrPort, lb *loopback.Loopback, store Store, log *slog.Logger) (*Servers, error) {
 	c, err := kubernetes.NewForConfig(lb.Admin())
 	if err != nil {
 		return nil, fmt.Errorf("make the client of the servers' list: %w", err)

@@ -36,7 +36,7 @@ type Keeper struct {
 
 	mu      sync.Mutex // guards the fields below
 	api     API        // nil: none yet
-	foreign bool       // the API server uses another file
+	foreign string     // why kedge may not replace the API server's configuration; empty if it may
 	loaded  []keyID    // that the API server uses
 
 	writes  sync.RWMutex // held for reading during writes of Secrets
@@ -51,11 +51,11 @@ func NewKeeper(name, dir string, open Opener, fetch func(ctx context.Context, na
 	}}
 }
 
-// SetForeign notes that the API server uses a configuration that is not in this server's file. Every change is refused.
-func (k *Keeper) SetForeign() {
+// SetForeign notes why kedge may not replace the API server's configuration. Every change is refused.
+func (k *Keeper) SetForeign(why string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.foreign = true
+	k.foreign = why
 }
 
 // SetAPI sets the API server, whose configuration kedge may replace.
@@ -235,8 +235,8 @@ func (k *Keeper) state() state {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s.Loaded = k.loaded
-	if k.foreign && s.Foreign == "" {
-		s.Foreign = ErrForeign.Error() + ": the API server of " + k.name + " was given another one with --kube-apiserver-arg"
+	if k.foreign != "" && s.Foreign == "" {
+		s.Foreign = ErrForeign.Error() + ": " + k.foreign
 	}
 	return s
 }
