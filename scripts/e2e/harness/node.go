@@ -45,6 +45,7 @@ type Node struct {
 	Done chan struct{} // closed when the process has ended
 	Err  error         // how it ended; valid after done
 
+	etcd          *Etcd    // its datastore, if the run has external ones
 	networkBefore []string // traces of others in its network before it first started
 
 	// For the API, as the administrator; nil until the node was ready once, and always for an agent.
@@ -180,6 +181,9 @@ func (n *Node) Launch() error {
 	if err := os.MkdirAll(n.Dir, 0o755); err != nil {
 		return err
 	}
+	if err := n.giveEtcd(); err != nil {
+		return fmt.Errorf("start the etcd of %s: %w", n.Name, err)
+	}
 	config := filepath.Join(n.Dir, "config.yaml")
 	if _, err := os.Stat(config); errors.Is(err, os.ErrNotExist) {
 		if err := os.WriteFile(config, []byte("# of a test\n"), 0o600); err != nil {
@@ -295,6 +299,9 @@ func (n *Node) Destroy() error {
 		if out, err := n.Command("killall"); err != nil {
 			errs = append(errs, fmt.Errorf("killall: %v: %s", err, out))
 		}
+	}
+	if n.etcd != nil {
+		n.etcd.Kill()
 	}
 	errs = append(errs, n.networkLeftovers())
 	if n.Network != nil {
