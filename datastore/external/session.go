@@ -161,9 +161,6 @@ func (s *Store) take(ctx context.Context) error {
 		<-ended
 		s.leave(ctx)
 	}()
-	// The lease ends by itself while a renewal waits for an answer.
-	expiry := time.AfterFunc(s.times.ttl, s.expire)
-	defer expiry.Stop()
 	told := false
 	for {
 		err := s.step(ctx)
@@ -183,9 +180,6 @@ func (s *Store) take(ctx context.Context) error {
 		case told:
 			s.log.Info("the external etcd answers again")
 			told = false
-		}
-		if err == nil {
-			expiry.Reset(time.Until(s.until()))
 		}
 		select {
 		case <-ctx.Done():
@@ -277,6 +271,11 @@ func (s *Store) trust(lease clientv3.LeaseID, until time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lease, s.deadline = lease, until
+	if s.expiry != nil {
+		s.expiry.Stop()
+	}
+	// The lease ends by itself, also while a request waits for an answer.
+	s.expiry = time.AfterFunc(time.Until(until), s.expire)
 }
 
 // keepAlive renews a lease once and returns how long it lives, zero if it has ended. The client's own function does not wait between
@@ -364,6 +363,9 @@ func (s *Store) leave(ctx context.Context) {
 	s.mu.Lock()
 	lease := s.lease
 	s.lease, s.deadline = 0, time.Time{}
+	if s.expiry != nil {
+		s.expiry.Stop()
+	}
 	s.mu.Unlock()
 	s.leaders.Set(datastore.Leadership{})
 	if lease == 0 {

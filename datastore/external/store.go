@@ -53,6 +53,7 @@ type Store struct {
 	addresses []netip.Addr
 	lease     clientv3.LeaseID // zero: none
 	deadline  time.Time        // until when this server may trust its lease
+	expiry    *time.Timer      // calls expire then; nil before the first lease
 	seen      map[string]time.Time
 }
 

@@ -153,6 +153,9 @@ func TestServersOfOneEtcd(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The lease of a server that stops ends with it: s2 need not wait for its end.
+	if members, err = second.Members(t.Context()); err != nil || members[0].Reachable || members[0].Leader {
+		t.Errorf("the first has stopped: %+v, %v", members, err)
+	}
 	await.True(t, "the second server leads", second.leads)
 	members, err = second.Members(t.Context())
 	if err != nil || members[0].Reachable || members[0].LastSeen.IsZero() || !members[1].Leader {
