@@ -9,7 +9,7 @@
 //	/kedge/alive/NAME     a server that runs; ends with its lease
 //	/kedge/leader         the name of the server that leads; ends with its lease
 //
-// A server renews its lease every two seconds. It believes that it leads only until two seconds before the etcd can end the lease.
+// A server renews its lease every two seconds. It believes that it leads only until three seconds before the etcd can end the lease.
 //
 // The package neither runs nor backs up an etcd, and stores nothing on this machine. Packages assembly and datastore/hook may
 // import it.

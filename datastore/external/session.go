@@ -161,7 +161,7 @@ func (s *Store) take(ctx context.Context) error {
 		<-ended
 		s.leave(ctx)
 	}()
-	told := false
+	failed, told := 0, false
 	for {
 		err := s.step(ctx)
 		if ctx.Err() != nil {
@@ -173,13 +173,15 @@ func (s *Store) take(ctx context.Context) error {
 			return err
 		case err != nil:
 			pause = s.times.retry
-			if !told {
+			if failed++; failed == 2 { // one request may be late on a busy machine
 				s.log.Warn("the external etcd does not answer; trying again", "err", err)
 				told = true
 			}
 		case told:
 			s.log.Info("the external etcd answers again")
-			told = false
+		}
+		if err == nil {
+			failed, told = 0, false
 		}
 		select {
 		case <-ctx.Done():

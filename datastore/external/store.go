@@ -66,12 +66,18 @@ type times struct {
 	retry  time.Duration // after a failure
 }
 
-var defaultTimes = times{ttl: 10 * time.Second, margin: 2 * time.Second, renew: 2 * time.Second, answer: 2 * time.Second, retry: 500 * time.Millisecond}
+// defaultTimes are those of Kubernetes' own elections: a busy machine must not lose its leadership, and another leads soon enough.
+var defaultTimes = times{ttl: 15 * time.Second, margin: 3 * time.Second, renew: 2 * time.Second, answer: 3 * time.Second, retry: 500 * time.Millisecond}
+
+// checkWithin bounds a check; lifecycle.CheckLimit is hardly longer.
+const checkWithin = lifecycle.CheckLimit - 200*time.Millisecond
 
 // New returns a store that is not connected yet. It only stores its arguments; cfg must be valid.
 func New(cfg Config, self Server, addresses []netip.Addr, log *slog.Logger) *Store {
 	return &Store{
-		cfg: cfg, self: self, log: log, zap: logging.Zap(log), times: defaultTimes,
+		cfg: cfg, self: self, log: log, times: defaultTimes,
+		// The client warns of each try; the store says once that the etcd does not answer.
+		zap:     logging.Zap(log).WithOptions(zap.IncreaseLevel(zap.ErrorLevel)),
 		leaders: datastore.NewLeaders(), wake: lifecycle.NewWakeup(), addresses: addresses, seen: map[string]time.Time{},
 	}
 }
@@ -221,7 +227,7 @@ func (s *Store) Check(ctx context.Context) error {
 	if !s.serving.Load() {
 		return datastore.ErrNotServing
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.times.answer-s.times.answer/10) // the group waits no longer
+	ctx, cancel := context.WithTimeout(ctx, checkWithin)
 	defer cancel()
 	if _, err := s.client.Get(ctx, clusterKey, clientv3.WithCountOnly()); err != nil {
 		return fmt.Errorf("the external etcd does not answer at %s: %w", s.cfg, err)
