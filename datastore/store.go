@@ -231,7 +231,7 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 		return book, nil // the database may not hold this member yet
 	}
 	if len(found.Members) > 0 && !slices.Contains(found.Members, member) {
-		return nil, s.damage(filepath.Join(s.cfg.Dir, memberDir, "snap", "db")+" belongs to another cluster than the log beside it")
+		return nil, s.damage(filepath.Join(s.cfg.Dir, memberDir, "snap", "db") + " belongs to another cluster than the log beside it")
 	}
 	if c.Cluster != "" && c.Cluster != cluster || c.Self.ID != "" && c.Self.ID != member {
 		s.log.Warn("the address book belongs to another member, replacing it with a new one", "file", book.Path(), "of", c.Self.ID, "member", member)
