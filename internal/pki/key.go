@@ -52,17 +52,30 @@ func loadSigner(path string) (crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	block, _ := pem.Decode(data)
-	for rest := data; block != nil && block.Type == "EC PARAMETERS"; { // openssl writes them before the key
-		block, rest = pem.Decode(rest)
-	}
+	block, _ := nextKey(data)
 	if block == nil {
 		return nil, fmt.Errorf("%w: %s holds no PEM block; restore it from a backup", ErrDamaged, path)
 	}
+	return parseSigner(path, block)
+}
+
+// nextKey returns the next PEM block that is not a curve's name, which openssl writes before the key, and what follows.
+func nextKey(data []byte) (*pem.Block, []byte) {
+	block, rest := pem.Decode(data)
+	for block != nil && block.Type == "EC PARAMETERS" {
+		block, rest = pem.Decode(rest)
+	}
+	return block, rest
+}
+
+func parseSigner(path string, block *pem.Block) (crypto.Signer, error) {
 	if key, err := x509.ParseECPrivateKey(block.Bytes); err == nil {
 		return key, nil
 	}
-	var key any
+	var (
+		key any
+		err error
+	)
 	if key, err = x509.ParsePKCS1PrivateKey(block.Bytes); err != nil {
 		if key, err = x509.ParsePKCS8PrivateKey(block.Bytes); err != nil {
 			return nil, fmt.Errorf("%w: read key %s: %w; restore it from a backup", ErrDamaged, path, err)

@@ -1,7 +1,7 @@
 package identity
 
 import (
-	"crypto/ecdsa"
+	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"sigs.k8s.io/yaml"
 
 	"kedge/internal/atomicfile"
@@ -107,24 +108,37 @@ func readFingerprints(cfg Config, now time.Time) (found fingerprints, missing []
 		}
 		found[filepath.Join("tls", name+".crt")] = []string{ca.Hash()}
 	}
+	path := filepath.Join(cfg.tlsDir(), serviceAccountKey)
+	if absent(path) {
+		missing = append(missing, path)
+	} else {
+		keys, err := pki.LoadSigningKeys(path)
+		if err != nil && !cfg.Established { // an administrator has put it there
+			return nil, nil, errorkind.Permanent(fmt.Errorf("the key of service accounts' tokens cannot be used: %w", err))
+		}
+		if err != nil {
+			return nil, nil, errorkind.Permanent(fmt.Errorf("%w: %w", ErrLost, err))
+		}
+		if found[accountKeysName], err = accountKeyPrints(keys); err != nil {
+			return nil, nil, err
+		}
+	}
 	// The node's key belongs to this server only. It exists before the datastore, and another server knows its
 	// fingerprint.
-	for _, path := range []string{filepath.Join(cfg.tlsDir(), serviceAccountKey), NodeKeyFile(cfg.Dir)} {
-		if absent(path) {
-			missing = append(missing, path)
-			continue
-		}
+	if path = NodeKeyFile(cfg.Dir); absent(path) {
+		missing = append(missing, path)
+	} else {
 		key, err := pki.LoadKey(path)
 		if err != nil {
 			return nil, nil, errorkind.Permanent(fmt.Errorf("%w: %w", ErrLost, err))
 		}
-		print, err := fingerprint(key)
+		print, err := fingerprint(&key.PublicKey)
 		if err != nil {
 			return nil, nil, err
 		}
 		found[filepath.Join("tls", filepath.Base(path))] = []string{print}
 	}
-	path := filepath.Join(cfg.Dir, encryptionConfig)
+	path = filepath.Join(cfg.Dir, encryptionConfig)
 	if absent(path) {
 		return found, append(missing, path), nil
 	}
@@ -138,8 +152,21 @@ func readFingerprints(cfg Config, now time.Time) (found fingerprints, missing []
 	return found, missing, nil
 }
 
-func fingerprint(key *ecdsa.PrivateKey) (string, error) {
-	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+// accountKeyPrints returns the fingerprints of keys of service accounts' tokens.
+func accountKeyPrints(keys []pki.SigningKey) (prints []string, err error) {
+	for _, k := range keys {
+		print, err := fingerprint(k.Public())
+		if err != nil {
+			return nil, err
+		}
+		prints = append(prints, print)
+	}
+	slices.Sort(prints)
+	return prints, nil
+}
+
+func fingerprint(key crypto.PublicKey) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(key)
 	if err != nil {
 		return "", err
 	}
@@ -216,29 +243,65 @@ func ReplaceEncryption(dir string, content []byte) error {
 	if len(before) == 0 || len(after) == 0 {
 		both = nil // a file without keys has no fingerprint: nothing is known until the new one is there
 	}
-	if err := rememberKeys(dir, both); err != nil {
-		return fmt.Errorf("note the keys of Secrets: %w", err)
-	}
-	if err := atomicfile.Write(path, content, 0o600); err != nil {
+	return replaceKeys(dir, encryptionConfig, content, both, after)
+}
+
+// ReplaceAccountKeys is [ReplaceEncryption] for the keys of service accounts' tokens.
+func ReplaceAccountKeys(dir string, keys []pki.SigningKey) error {
+	had, err := pki.LoadSigningKeys(AccountKeysFile(dir))
+	if err != nil {
 		return err
 	}
-	if err := rememberKeys(dir, after); err != nil {
-		return fmt.Errorf("note the keys of Secrets: %w", err)
+	before, err := accountKeyPrints(had)
+	if err != nil {
+		return err
+	}
+	after, err := accountKeyPrints(keys)
+	if err != nil {
+		return err
+	}
+	content, err := pki.EncodeSigningKeys(keys)
+	if err != nil {
+		return err
+	}
+	return replaceKeys(dir, accountKeysName, content, slices.Concat(before, after), after)
+}
+
+// replaceKeys replaces a file with keys below dir, while the fingerprints of the old keys and the new ones are known.
+func replaceKeys(dir, name string, content []byte, both, after []string) error {
+	if err := rememberKeys(dir, name, both); err != nil {
+		return fmt.Errorf("note the keys in %s: %w", name, err)
+	}
+	if err := atomicfile.Write(filepath.Join(dir, name), content, 0o600); err != nil {
+		return err
+	}
+	if err := rememberKeys(dir, name, after); err != nil {
+		return fmt.Errorf("note the keys in %s: %w", name, err)
 	}
 	return nil
 }
 
-// rememberKeys replaces the fingerprints of the keys of Secrets; none: whichever file is there at the next start is accepted.
+// rememberKeys replaces the fingerprints of the keys in a file; none: whichever file is there at the next start is accepted.
 // Without a good file of fingerprints it does nothing: the next start writes it.
-func rememberKeys(dir string, prints []string) error {
+func rememberKeys(dir, name string, prints []string) error {
+	// Keys of two kinds can be replaced at the same time, and have their fingerprints in one file.
+	lock, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir, err)
+	}
 	all, err := readKnown(dir)
 	if err != nil || all == nil {
 		return err
 	}
-	delete(all, encryptionConfig)
+	delete(all, name)
 	if len(prints) > 0 {
+		prints = slices.Clone(prints)
 		slices.Sort(prints)
-		all[encryptionConfig] = slices.Compact(prints)
+		all[name] = slices.Compact(prints)
 	}
 	return writeKnown(dir, all)
 }

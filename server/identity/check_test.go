@@ -263,7 +263,7 @@ func TestReplaceEncryption(t *testing.T) {
 		if len(prints(before)) == 0 || len(prints(next)) == 0 {
 			both = nil
 		}
-		if err := rememberKeys(dir, both); err != nil {
+		if err := rememberKeys(dir, encryptionConfig, both); err != nil {
 			t.Fatal(err)
 		}
 		for _, file := range [][]byte{before, next} {

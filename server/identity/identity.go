@@ -44,7 +44,7 @@ type Identity struct {
 	NodeClient     pki.Pair // client certificate of this machine's node, with the kubelet's key, for the other servers
 	Peer           pki.Pair // certificate of this server's datastore for peer links
 
-	ServiceAccountKey string // signs service account tokens
+	ServiceAccountKey string // file of the keys of service accounts' tokens: the first signs
 	EncryptionConfig  string // configures the key that encrypts Secrets at rest
 	PodsCA            string // ca.crt in pods' service account volumes
 
@@ -90,7 +90,7 @@ func Prepare(cfg Config, now time.Time) (*Identity, error) {
 			return nil, err
 		}
 	}
-	if _, err := pki.EnsureKey(id.ServiceAccountKey); err != nil {
+	if _, err := pki.EnsureSigningKeys(id.ServiceAccountKey); err != nil {
 		return nil, err
 	}
 	if err := errors.Join(id.leaves(cfg, now), id.writePodsCA(cfg)); err != nil {
@@ -253,11 +253,17 @@ func SharedFiles() (files, optional []string) {
 	for _, ca := range authorities {
 		files = append(files, filepath.Join("tls", ca+".crt"), filepath.Join("tls", ca+".key"))
 	}
-	return append(files, filepath.Join("tls", serviceAccountKey), encryptionConfig), []string{tokenFile, serverTokenFile}
+	return append(files, accountKeysName, encryptionConfig), []string{tokenFile, serverTokenFile}
 }
 
 // EncryptionConfigFile is the path of the configuration of the keys of Secrets in dir, the server's directory.
 func EncryptionConfigFile(dir string) string { return filepath.Join(dir, encryptionConfig) }
+
+// accountKeysName is the path of the keys of service accounts' tokens in the server's directory.
+var accountKeysName = filepath.Join("tls", serviceAccountKey)
+
+// AccountKeysFile is the path of the keys of service accounts' tokens in dir, the server's directory.
+func AccountKeysFile(dir string) string { return filepath.Join(dir, accountKeysName) }
 
 // FixedTokens returns the configured secrets in dir, the server's directory, with which agents and servers may
 // join. A secret that is not configured is empty.
