@@ -26,6 +26,7 @@ import (
 	"kedge/internal/servers"
 	"kedge/launcher/bootguard"
 	"kedge/server"
+	"kedge/server/accountkeys"
 	"kedge/server/bootstrap"
 	"kedge/server/customkinds"
 	"kedge/server/identity"
@@ -33,6 +34,7 @@ import (
 	"kedge/server/kubeconfigs"
 	"kedge/server/loopback"
 	"kedge/server/membership"
+	"kedge/server/peerrequests"
 	"kedge/server/secretsencryption"
 	"kedge/server/servicelb"
 	"kedge/server/tunnels"
@@ -56,6 +58,11 @@ type controlPlane struct {
 	keeper     *secretsencryption.Keeper // of the keys of Secrets
 	peers      *secretsencryption.Client
 	encryption *secretsencryption.Administration // nil with an external etcd
+
+	accounts    *accountkeys.Keeper // of the keys of service accounts' tokens
+	accountKeys *server.AccountKeys // as they are used
+	accountPeer *accountkeys.Client
+	accountAdm  *accountkeys.Administration
 
 	// Nil on a server without a node.
 	kubelet    *agent.Kubelet
@@ -91,9 +98,10 @@ func newControlPlane(build Build, s Config, id *identity.Identity, owned *datadi
 		p.self = self(build, s, log)
 	}
 	p.hub = newHub(s.server, p.joins, p.gate, kubelet, component(log, "tunnels"))
-	p.newEncryption(s, log)
+	p.newKeepers(s, log)
 	if p.api, err = server.NewAPIServer(s.server, server.APIServerDependencies{
 		Identity: id, Loopback: p.loopback, Leadership: p.store.Leadership, Joins: p.joins, Hub: p.hub, Gate: p.gate, Users: p.users, Encryption: p.keeper, Members: p.memberNames,
+		Accounts: p.accounts, AccountKeys: p.accountKeys,
 	}); err != nil {
 		return nil, err
 	}
@@ -104,9 +112,10 @@ func newControlPlane(build Build, s Config, id *identity.Identity, owned *datadi
 	return p, nil
 }
 
-// newEncryption makes the keeper of the keys of Secrets, and its client of the other servers.
-func (p *controlPlane) newEncryption(s Config, log *slog.Logger) {
-	p.peers = secretsencryption.NewClient(p.id.ServerCA.Cert, servers.Host, p.id.Peer.CertFile, p.id.Peer.KeyFile)
+// newKeepers makes the keepers of the keys of Secrets and of service accounts' tokens, and their clients of the other servers.
+func (p *controlPlane) newKeepers(s Config, log *slog.Logger) {
+	ask := peerrequests.NewClient(p.id.ServerCA.Cert, servers.Host, p.id.Peer.CertFile, p.id.Peer.KeyFile)
+	p.peers = secretsencryption.NewClient(ask)
 	open := secretsencryption.Etcd(func() (*clientv3.Client, error) {
 		c, err := p.store.NewClient()
 		if err != nil {
@@ -115,6 +124,10 @@ func (p *controlPlane) newEncryption(s Config, log *slog.Logger) {
 		return c.Client, nil
 	})
 	p.keeper = secretsencryption.NewKeeper(s.NodeName, s.server.Dir, open, p.peers.File, component(log, "encryption"))
+	p.accountKeys, p.accountPeer = server.NewAccountKeys(), accountkeys.NewClient(ask)
+	opened := func() (accountkeys.Store, error) { return open() }
+	p.accounts = accountkeys.NewKeeper(s.NodeName, s.server.Dir, opened, p.accountKeys, p.accountPeer, p.members.Names, component(log, "account-keys"))
+	p.accountAdm = accountkeys.NewAdministration(p.accounts, p.accountPeer, accountkeys.Cluster(p.servers()), p.members.API())
 }
 
 // memberNames returns the names of the servers, without witnesses. That of one that was admitted and has not started is its ID.
@@ -132,7 +145,7 @@ func (p *controlPlane) memberNames(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
-// servers is what the encryption of Secrets knows of the servers.
+// servers is what the changes of keys know of the servers.
 func (p *controlPlane) servers() secretsencryption.Cluster {
 	return secretsencryption.Cluster{
 		Members: p.members.Names,
@@ -174,10 +187,15 @@ func singletons(s Config, p *controlPlane, log *slog.Logger) []singleton {
 	}
 	leader := p.loopback.While(p.leads)
 	list := []singleton{
-		{"controllers", func() (lifecycle.Component, error) { return server.NewControllers(s.server, p.id, leader, guard) }},
+		{"controllers", func() (lifecycle.Component, error) {
+			return server.NewControllers(s.server, p.id, p.accountKeys, leader, guard)
+		}},
 		{"scheduler", func() (lifecycle.Component, error) { return server.NewScheduler(s.server, leader) }},
 		{"endpoints", func() (lifecycle.Component, error) {
 			return p.members.NewEndpoints(leader, p.id, component(log, "endpoints"))
+		}},
+		{"account-keys", func() (lifecycle.Component, error) {
+			return accountkeys.NewController(p.accounts, p.accountPeer, accountkeys.Cluster(p.servers()), component(log, "account-keys")), nil
 		}},
 	}
 	if p.own != nil {

@@ -16,6 +16,7 @@ import (
 	"kedge/internal/control"
 	"kedge/internal/joining"
 	"kedge/network/trace"
+	"kedge/server/accountkeys"
 	"kedge/server/identity"
 	"kedge/server/join"
 	"kedge/server/kubeconfigs"
@@ -81,13 +82,14 @@ func refuseJoin(requests *control.Server, machine string) {
 	elsewhere := func(context.Context, url.Values) (any, error) {
 		return nil, fmt.Errorf("this machine is %s; run the command on a server", machine)
 	}
-	for _, path := range []string{control.TokensPath, control.KubeconfigsPath, control.RecoveryKeyPath, control.SecretsEncryptionPath} {
+	for _, path := range []string{control.TokensPath, control.KubeconfigsPath, control.RecoveryKeyPath, control.SecretsEncryptionPath, control.AccountKeysPath} {
 		requests.HandleGet(path, elsewhere)
 	}
 	for _, path := range []string{
 		control.CreateTokenPath, control.RemoveTokenPath, control.AllowNodePath, control.RemoveNodePath, control.RemoveServerPath,
 		control.ConnectNodePath, control.SaveSnapshotPath, control.CreateKubeconfigPath, control.RevokeKubeconfigPath,
 		control.SaveArchivePath, control.NewRecoveryKeyPath, control.ChangeSecretsEncryptionPath,
+		control.RotateAccountKeysPath, control.FinishAccountKeysPath,
 	} {
 		requests.HandlePost(path, elsewhere)
 	}
@@ -160,6 +162,21 @@ func answerEncryption(requests *control.Server, encryption *secretsencryption.Ad
 	requests.HandleGet(control.SecretsEncryptionPath, func(ctx context.Context, _ url.Values) (any, error) { return encryption.Status(ctx) })
 	requests.HandlePost(control.ChangeSecretsEncryptionPath, func(ctx context.Context, v url.Values) (any, error) {
 		return struct{}{}, encryption.Begin(ctx, secretsencryption.Operation(v.Get("change")))
+	})
+}
+
+// answerAccountKeys registers a server's handlers for "kedge service-account-key".
+func answerAccountKeys(requests *control.Server, accounts *accountkeys.Administration) {
+	requests.HandleGet(control.AccountKeysPath, func(ctx context.Context, _ url.Values) (any, error) { return accounts.Status(ctx) })
+	requests.HandlePost(control.RotateAccountKeysPath, func(ctx context.Context, v url.Values) (any, error) {
+		publish, err := time.ParseDuration(v.Get("publish"))
+		if err != nil {
+			return nil, err
+		}
+		return struct{}{}, accounts.Begin(ctx, publish)
+	})
+	requests.HandlePost(control.FinishAccountKeysPath, func(ctx context.Context, v url.Values) (any, error) {
+		return struct{}{}, accounts.Finish(ctx, v.Get("force") == "true")
 	})
 }
 

@@ -71,6 +71,7 @@ func wireServer(build Build, group *lifecycle.Group, s Config, id *identity.Iden
 		answerSnapshots(requests, p.own, s.DataDir)
 		answerEncryption(requests, p.encryption)
 	}
+	answerAccountKeys(requests, p.accountAdm)
 
 	group.Add(requests)
 	group.AddRestarted(p.hostAddrs)

@@ -147,6 +147,7 @@ func (p *Program) app(stdout, stderr io.Writer) *cli.App {
 			p.logsCommand(),
 			p.tokenCommand(),
 			p.secretsEncryptCommand(),
+			accountKeyCommand(),
 			p.nodeCommand(),
 			p.snapshotCommand(),
 			recoveryKeyCommand(),

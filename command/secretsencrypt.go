@@ -133,29 +133,34 @@ func changeCommand(name string, cmd cli.Command) *cli.Command {
 	})
 }
 
-// followChange prints how far a change is until it has ended.
+// followChange prints how far a change of the encryption is until it has ended.
 func followChange(c *call, runDir string) error {
-	told := ""
-	for {
+	return follow(c, "kedge secrets-encrypt status", func() (string, bool, error) {
 		var s control.SecretsEncryption
 		err := control.Get(c.ctx, runDir, control.SecretsEncryptionPath, nil, &s)
-		text := ""
+		return describeChange(s), s.Stage == "", err
+	})
+}
+
+// follow prints how far a change is, as ask says, until it is over. status is the command that shows it.
+func follow(c *call, status string, ask func() (text string, over bool, err error)) error {
+	told := ""
+	for {
+		text, over, err := ask()
 		switch {
 		case c.ctx.Err() != nil:
-			return errors.New("interrupted; the change goes on, and \"kedge secrets-encrypt status\" shows its progress")
+			return fmt.Errorf("interrupted; the change goes on, and %q shows its progress", status)
 		case errors.Is(err, control.ErrNotRunning):
 			return fmt.Errorf("%w; the change goes on when it runs again", err)
 		case err != nil: // there may be no majority of servers for a moment
-			text = err.Error()
-		case s.Stage == "":
-			fmt.Fprintln(c.out, describeChange(s))
-			return nil
-		default:
-			text = describeChange(s)
+			text, over = err.Error(), false
 		}
 		if text != told {
 			told = text
 			fmt.Fprintln(c.out, text)
+		}
+		if over {
+			return nil
 		}
 		select {
 		case <-c.ctx.Done():

@@ -37,6 +37,7 @@ import (
 	"kedge/internal/lastbytes"
 	"kedge/internal/pki"
 	"kedge/internal/tunnel"
+	"kedge/server/accountkeys"
 	"kedge/server/arguments"
 	"kedge/server/bootstrap"
 	"kedge/server/cutoff"
@@ -46,6 +47,7 @@ import (
 	"kedge/server/loopback"
 	"kedge/server/metricsplit"
 	"kedge/server/nodeauthz"
+	"kedge/server/peerrequests"
 	"kedge/server/secretsencryption"
 	"kedge/server/tunnels"
 )
@@ -77,6 +79,9 @@ type APIServerDependencies struct {
 	// Encryption has the keys of Secrets, and answers the other servers. Members returns the names of the servers.
 	Encryption *secretsencryption.Keeper
 	Members    func(context.Context) ([]string, error)
+	// Accounts has the keys of service accounts' tokens, which are used through AccountKeys.
+	Accounts    *accountkeys.Keeper
+	AccountKeys *AccountKeys
 }
 
 // NewAPIServer parses the component's flags and keeps the rest.
@@ -109,6 +114,9 @@ func NewAPIServer(cfg Config, deps APIServerDependencies) (*APIServer, error) {
 		s.opts.Etcd.EncryptionProviderConfigAutomaticReload = true // but see attachEncryption
 	} else {
 		deps.Encryption.SetForeign(s.whyForeign())
+	}
+	if s.signsElsewhere() {
+		deps.Accounts.SetForeign()
 	}
 	return s, componentflags.ApplyVerbosity(s.opts.Logs, arguments.FromAPIServer)
 }
@@ -227,6 +235,9 @@ func (s *APIServer) Run(ctx context.Context, ready func()) error {
 			return err
 		}
 	}
+	if s.deps.Accounts.Settle(ctx); ctx.Err() != nil {
+		return nil
+	}
 	server, err := s.assemble(ctx, requests, listener)
 	if err != nil {
 		return err
@@ -329,6 +340,9 @@ func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listene
 	if errs := completed.Validate(); len(errs) != 0 {
 		return nil, errorkind.BadSetting(arguments.FromAPIServer, ": %w", errors.Join(errs...))
 	}
+	if err := s.attachAccountKeys(completed); err != nil {
+		return nil, err
+	}
 	config, err := app.NewConfig(completed)
 	if err != nil {
 		return nil, fmt.Errorf("configure the API server: %w", err)
@@ -345,7 +359,7 @@ func (s *APIServer) assemble(ctx, requests context.Context, listener net.Listene
 	chainOf := config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc
 	config.Aggregator.GenericConfig.Config.BuildHandlerChainFunc = func(api http.Handler, c *genericapiserver.Config) http.Handler {
 		outside := s.deps.Joins.Handler(s.deps.Gate.Handler(lastbytes.Handler(chainOf(s.cut.Handler(s.ownMetrics(api), c.Serializer, ownRequest), c))))
-		return cancelWith(requests, s.nodesFirst(s.deps.Encryption.Handler(s.deps.Identity.PeerCA.Cert, s.deps.Members, outside)))
+		return cancelWith(requests, s.nodesFirst(s.serversFirst(outside)))
 	}
 	if err := errors.Join(throughTunnels(config, s.deps.Hub), s.attachEncryption(config)); err != nil {
 		return nil, err
@@ -413,6 +427,14 @@ func (s *APIServer) nodesFirst(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// serversFirst answers other servers' requests for what is theirs alone, and passes all others to next.
+func (s *APIServer) serversFirst(next http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	s.deps.Encryption.Answer(mux)
+	s.deps.Accounts.Answer(mux)
+	return peerrequests.Handler(s.cfg.NodeName, s.deps.Identity.PeerCA.Cert, s.deps.Members, mux, next)
 }
 
 // waitReady returns nil when /readyz is ok, an error if the server has ended, or ctx's error.

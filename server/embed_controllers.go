@@ -14,7 +14,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	v1core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/util/keyutil"
 	genericcontrollermanager "k8s.io/controller-manager/app"
 	"k8s.io/controller-manager/pkg/clientbuilder"
 	controllerhealthz "k8s.io/controller-manager/pkg/healthz"
@@ -41,6 +40,7 @@ type Controllers struct {
 	loopback *loopback.Loopback
 	opts     *options.KubeControllerManagerOptions
 	build    VolumesBuilder
+	accounts *AccountKeys
 }
 
 // VolumesBuilder calls build, which initialises the controllers' volume plugins, at a time when that does not
@@ -49,11 +49,11 @@ type VolumesBuilder func(ctx context.Context, build func() error) error
 
 // NewControllers parses the component's flags and keeps the rest. build may be nil
 // where the process has no kubelet.
-func NewControllers(cfg Config, id *identity.Identity, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
+func NewControllers(cfg Config, id *identity.Identity, accounts *AccountKeys, lb *loopback.Loopback, build VolumesBuilder) (*Controllers, error) {
 	if build == nil {
 		build = func(_ context.Context, build func() error) error { return build() }
 	}
-	c := &Controllers{cfg: cfg, id: id, loopback: lb, build: build}
+	c := &Controllers{cfg: cfg, id: id, loopback: lb, build: build, accounts: accounts}
 	var err error
 	c.opts, err = parseControllers(c.defaults(), cfg.ControllerArgs)
 	return c, err
@@ -219,21 +219,13 @@ func (c *Controllers) configure(ctx context.Context) (*config.Config, error) {
 // tokens returns the controller that fills secrets of type service-account-token. Upstream's descriptor accepts
 // a client only inside its package.
 func (c *Controllers) tokens(ctx context.Context, cc app.ControllerContext, clients controllerClients) (func(context.Context), error) {
-	key, err := keyutil.PrivateKeyFromFile(cc.ComponentConfig.SAController.ServiceAccountKeyFile)
-	if err != nil {
-		return nil, fmt.Errorf("read the service account key: %w", err)
-	}
-	generator, err := serviceaccount.JWTTokenGenerator(serviceaccount.LegacyIssuer, key)
-	if err != nil {
-		return nil, fmt.Errorf("create the token generator: %w", err)
-	}
 	client, err := clients.root().Client("tokens-controller")
 	if err != nil {
 		return nil, err
 	}
 	t, err := serviceaccountcontroller.NewTokensController(klog.FromContext(ctx),
 		cc.InformerFactory.Core().V1().ServiceAccounts(), cc.InformerFactory.Core().V1().Secrets(), client,
-		serviceaccountcontroller.TokensControllerOptions{TokenGenerator: generator, RootCA: c.id.ServerCA.PEM()})
+		serviceaccountcontroller.TokensControllerOptions{TokenGenerator: c.accounts.generator(serviceaccount.LegacyIssuer), RootCA: c.id.ServerCA.PEM()})
 	if err != nil {
 		return nil, fmt.Errorf("create the token controller: %w", err)
 	}

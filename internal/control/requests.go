@@ -29,6 +29,37 @@ const (
 	ChangeSecretsEncryptionPath = "/secrets-encryption/change" // its parameter "change": rotate, enable or disable
 )
 
+// Where the key of service accounts' tokens is replaced.
+const (
+	AccountKeysPath       = "/service-account-keys"
+	RotateAccountKeysPath = "/service-account-keys/rotate" // its parameter "publish": for how long before the new key signs
+	FinishAccountKeysPath = "/service-account-keys/finish" // its parameter "force": "true" or not
+)
+
+// AccountKeys is the answer at AccountKeysPath: the keys of service accounts' tokens, by their IDs ("kid" in tokens).
+type AccountKeys struct {
+	Foreign    string              `json:"foreign,omitempty"`   // why kedge does not manage them
+	Signs      string              `json:"signs"`               // the key that signs, or is to sign
+	Old        []string            `json:"old,omitempty"`       // that a change replaces
+	Stage      string              `json:"stage,omitempty"`     // of the change; empty if none is carried out
+	Waits      string              `json:"waits,omitempty"`     // why the stage is not over
+	Began      time.Time           `json:"began,omitzero"`      // of the last change
+	Switched   time.Time           `json:"switched,omitzero"`   // since when all servers sign with its key
+	FinishFrom time.Time           `json:"finishFrom,omitzero"` // from when on the change can be finished without force
+	Ended      time.Time           `json:"ended,omitzero"`      // of the last change
+	Secrets    []string            `json:"secrets,omitempty"`   // NAMESPACE/NAME of those with tokens of the old keys
+	Servers    []AccountKeysServer `json:"servers"`
+}
+
+// AccountKeysServer is what a server has of the keys of service accounts' tokens.
+type AccountKeysServer struct {
+	Name    string    `json:"name"`
+	Keys    []string  `json:"keys"`             // that its API server uses: the first signs
+	Current bool      `json:"current"`          // they are those that the present stage wants
+	OldUsed time.Time `json:"oldUsed,omitzero"` // when a token of an old key was last shown to it, since its start
+	Problem string    `json:"problem,omitempty"`
+}
+
 // CreatedToken is the answer at CreateTokenPath.
 type CreatedToken struct {
 	Token  string `json:"token"` // in full: it is shown this once

@@ -47,6 +47,7 @@ var floors = map[string]struct {
 // and those below them. docs/architecture.md has them too. All packages below server and agent
 // are listed, because their tests link everything that they import.
 var rooms = map[string][]string{
+	"server/accountkeys":           {"server/identity", "server/peerrequests", "internal"},
 	"server/arguments":             {"internal/componentflags", "internal/errorkind"},
 	"server/bootstrap":             {},
 	"server/claims":                {"internal/nodeaddr"},
@@ -63,7 +64,8 @@ var rooms = map[string][]string{
 	"server/metricsplit":           {},
 	"server/membership":            {"datastore", "server/directory", "server/identity", "server/join", "server/loopback", "internal"},
 	"server/nodeauthz":             {},
-	"server/secretsencryption":     {"server/identity", "internal"},
+	"server/peerrequests":          {},
+	"server/secretsencryption":     {"server/identity", "server/peerrequests", "internal"},
 	"server/servicelb":             {"internal"},
 	"server/witness":               {"datastore", "internal"},
 	"server/snapshots":             {"datastore", "server/identity", "server/snapshots", "internal"},

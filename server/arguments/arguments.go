@@ -42,7 +42,7 @@ var apiServer = componentflags.Decided{
 	"permit-address-sharing":        "kedge opens the API's port itself; leave it out",
 	"permit-port-sharing":           "kedge opens the API's port itself; leave it out",
 	"secure-port":                   "use --https-listen-port",
-	"service-account-signing-key-file": "all servers sign with DATA-DIR/server/tls/service-account.key; put an ECDSA key of your own there before the first start; " +
+	"service-account-signing-key-file": "all servers sign with DATA-DIR/server/tls/service-account.key; put an ECDSA or RSA key of your own there before the first start, or replace it with \"kedge service-account-key rotate\"; " +
 		"add keys whose tokens are to be accepted too with service-account-key-file",
 	"service-cluster-ip-range": "use --service-cidr",
 	"service-node-port-range":  "use --service-node-port-range",
@@ -61,7 +61,7 @@ var controllers = componentflags.Decided{
 	"leader-elect*":                    election,
 	"leader-migration-config":          election,
 	"root-ca-file":                     ownAuthority,
-	"service-account-private-key-file": "all servers sign with DATA-DIR/server/tls/service-account.key; put an ECDSA key of your own there before the first start",
+	"service-account-private-key-file": "all servers sign with DATA-DIR/server/tls/service-account.key; put an ECDSA or RSA key of your own there before the first start, or replace it with \"kedge service-account-key rotate\"",
 	"service-cluster-ip-range":         "use --service-cidr",
 	"use-service-account-credentials":  "each controller acts as its own service account; leave it out",
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"kedge/server/peerrequests"
 )
 
 // peers are the other servers, as the controller reaches them.
@@ -228,7 +230,7 @@ func (c *Controller) applyAll(ctx context.Context, r *record, offer []byte) erro
 // applyOthers has other servers apply what the record says, all at once, and notes their addresses in r.
 func (c *Controller) applyOthers(ctx context.Context, r *record, members []string, offer []byte) error {
 	apis := c.cluster.APIs()
-	r.Servers = addresses(apis)
+	r.Servers = peerrequests.Addresses(apis)
 	errs := make([]error, len(members))
 	var group sync.WaitGroup
 	for i, name := range members {
@@ -238,7 +240,7 @@ func (c *Controller) applyOthers(ctx context.Context, r *record, members []strin
 				errs[i] = errors.New("its API is not known yet")
 				return
 			}
-			s, err := c.peers.apply(ctx, address{name, api}, offer)
+			s, err := c.peers.apply(ctx, address{Name: name, API: api}, offer)
 			if err == nil && !slices.Equal(s.Loaded, r.wanted()) {
 				err = fmt.Errorf("it has %s", names(s.Loaded))
 			}
@@ -256,13 +258,4 @@ func (c *Controller) applyOthers(ctx context.Context, r *record, members []strin
 		return errors.New(strings.Join(all, "; "))
 	}
 	return nil
-}
-
-// addresses returns the addresses of servers, sorted.
-func addresses(apis map[string]string) (out []address) {
-	for name, api := range apis {
-		out = append(out, address{name, api})
-	}
-	slices.SortFunc(out, func(a, b address) int { return strings.Compare(a.Name, b.Name) })
-	return out
 }

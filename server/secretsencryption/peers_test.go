@@ -18,7 +18,12 @@ import (
 
 	"kedge/internal/pki"
 	"kedge/server/identity"
+	"kedge/server/peerrequests"
 )
+
+func newClient(authority *x509.Certificate, host, certFile, keyFile string) *Client {
+	return NewClient(peerrequests.NewClient(authority, host, certFile, keyFile))
+}
 
 // TestOnlyServersAreAnswered: the keys are for holders of a certificate of the links between the datastores whose name is a
 // server of the cluster. Requests for the API pass.
@@ -57,7 +62,9 @@ func TestOnlyServersAreAnswered(t *testing.T) {
 	k := NewKeeper("s1", home, func() (Store, error) { return nil, errors.New("no datastore") }, nil, slog.New(slog.DiscardHandler))
 	api := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "Unauthorized", http.StatusUnauthorized) })
 	members := func(context.Context) ([]string, error) { return []string{"s1", "s2"}, nil }
-	srv := httptest.NewUnstartedServer(k.Handler(peersCA.Cert, members, api))
+	mux := http.NewServeMux()
+	k.Answer(mux)
+	srv := httptest.NewUnstartedServer(peerrequests.Handler("s1", peersCA.Cert, members, mux, api))
 	cert, err := tls.LoadX509KeyPair(serving.CertFile, serving.KeyFile)
 	if err != nil {
 		t.Fatal(err)
@@ -68,9 +75,9 @@ func TestOnlyServersAreAnswered(t *testing.T) {
 	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
 	srv.StartTLS()
 	defer srv.Close()
-	at := address{"s1", strings.TrimPrefix(srv.URL, "https://")}
+	at := address{Name: "s1", API: strings.TrimPrefix(srv.URL, "https://")}
 
-	good := NewClient(servers.Cert, "api.test", peer.CertFile, peer.KeyFile)
+	good := newClient(servers.Cert, "api.test", peer.CertFile, peer.KeyFile)
 	if data, err := good.File(t.Context(), at.Name, at.API); err != nil || string(data) != string(text) {
 		t.Errorf("a server gets %q, %v", data, err)
 	}
@@ -80,15 +87,15 @@ func TestOnlyServersAreAnswered(t *testing.T) {
 	if _, err := good.apply(t.Context(), at, text); err == nil || err.Error() != "the API server is starting" {
 		t.Errorf("apply: %v", err)
 	}
-	if _, err := good.state(t.Context(), address{"s3", at.API}); err == nil || !strings.Contains(err.Error(), `answers the server "s1"`) {
+	if _, err := good.state(t.Context(), address{Name: "s3", API: at.API}); err == nil || !strings.Contains(err.Error(), `answers the server "s1"`) {
 		t.Errorf("another server at the address: %v", err)
 	}
 	for what, pair := range map[string]pki.Pair{"an administrator": admin, "a removed server": removed} {
-		if _, err := NewClient(servers.Cert, "api.test", pair.CertFile, pair.KeyFile).File(t.Context(), at.Name, at.API); err == nil || !strings.Contains(err.Error(), "server") {
+		if _, err := newClient(servers.Cert, "api.test", pair.CertFile, pair.KeyFile).File(t.Context(), at.Name, at.API); err == nil || !strings.Contains(err.Error(), "server") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, err := NewClient(clients.Cert, "api.test", peer.CertFile, peer.KeyFile).state(t.Context(), at); err == nil {
+	if _, err := newClient(clients.Cert, "api.test", peer.CertFile, peer.KeyFile).state(t.Context(), at); err == nil {
 		t.Error("a server with a certificate of another authority was believed")
 	}
 	plain := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
@@ -109,7 +116,7 @@ func TestOnlyServersAreAnswered(t *testing.T) {
 	old.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
 	old.StartTLS()
 	defer old.Close()
-	if _, err := good.state(t.Context(), address{"s1", strings.TrimPrefix(old.URL, "https://")}); err == nil || !strings.Contains(err.Error(), "upgrade it") {
+	if _, err := good.state(t.Context(), address{Name: "s1", API: strings.TrimPrefix(old.URL, "https://")}); err == nil || !strings.Contains(err.Error(), "upgrade it") {
 		t.Errorf("an older kedge: %v", err)
 	}
 	if left, err := filepath.Glob(filepath.Join(home, "*")); err != nil || len(left) != 1 {

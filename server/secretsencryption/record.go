@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"kedge/server/peerrequests"
 )
 
 // Operation is a change of how Secrets are encrypted.
@@ -50,10 +52,7 @@ type record struct {
 }
 
 // address is where a server's API can be reached.
-type address struct {
-	Name string `json:"name"`
-	API  string `json:"api"` // ADDRESS:PORT
-}
+type address = peerrequests.Address
 
 // wanted are the providers that every server must have in this stage.
 func (r *record) wanted() []keyID {

@@ -99,7 +99,7 @@ func (a *Administration) servers(ctx context.Context, own state, wanted []keyID)
 			if api, known := apis[name]; name != a.own.name && !known {
 				err = errors.New("its API is not known yet")
 			} else if name != a.own.name {
-				has, err = a.peers.state(ctx, address{name, api})
+				has, err = a.peers.state(ctx, address{Name: name, API: api})
 			}
 			out[i] = control.EncryptingServer{Name: name, Keys: []string{}}
 			if err != nil {

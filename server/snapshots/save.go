@@ -200,7 +200,7 @@ func (s *Saver) consistent(ctx context.Context, plain string) (datastore.Snapsho
 			return datastore.Snapshot{}, nil, err
 		}
 	}
-	return datastore.Snapshot{}, nil, errors.New("the cluster's keys are being replaced; save the snapshot again when that has ended (\"kedge secrets-encrypt status\")")
+	return datastore.Snapshot{}, nil, errors.New("the cluster's keys are being replaced; save the snapshot again when that has ended (\"kedge secrets-encrypt status\", \"kedge service-account-key status\")")
 }
 
 // files returns the files of an archive: what all servers have in common, the key of this server's node, and the cluster's
