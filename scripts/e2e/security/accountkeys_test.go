@@ -23,10 +23,11 @@ import (
 
 // TestServiceAccountKeyChange replaces the key of service accounts' tokens, which at first is an administrator's own RSA key,
 // while a pod runs and without a restart; then once more with kill -9 in the middle. Tokens of the old key are accepted until the
-// change is finished, and not after it. That is refused while a Secret has one.
+// change is finished, and not after it. That is refused while a Secret has one. A key that an administrator has given for others'
+// tokens stays.
 func TestServiceAccountKeyChange(t *testing.T) {
 	t.Parallel()
-	f := harness.NewPreparedFleet(t, func(n *harness.Node) { ownAccountKey(t, n) })
+	f := harness.NewPreparedFleet(t, func(n *harness.Node) { ownAccountKey(t, n) }, "--kube-apiserver-arg=service-account-key-file=/var/lib/kedge/others.pem")
 	ns := f.Namespace(t)
 	f.Apply(t, ns, harness.Shell("p", "exec sleep 3600", ""))
 	f.WaitPod(t, ns, "p", false)
@@ -51,7 +52,19 @@ func TestServiceAccountKeyChange(t *testing.T) {
 		})
 		return token
 	}
-	first := f.PublishedKeys(t)
+	if keys := f.PublishedKeys(t); len(keys) != 2 || !slices.Contains(keys, f.AccountKeys(t).Signs) {
+		t.Fatalf("published are %v", keys)
+	}
+	first := f.AccountKeys(t).Signs
+	others := slices.DeleteFunc(f.PublishedKeys(t), func(id string) bool { return id == first })[0]
+	published := func(own ...string) {
+		t.Helper()
+		want := append(own, others)
+		slices.Sort(want)
+		if keys := f.PublishedKeys(t); !slices.Equal(keys, want) {
+			t.Errorf("published are %v, want %v", keys, want)
+		}
+	}
 	old := map[string]string{"of a pod": inPod(), "requested": f.NewAccountToken(t, ns), "in a Secret": lasting("")}
 	accepted := func(tokens map[string]string, key string) {
 		t.Helper()
@@ -64,20 +77,18 @@ func TestServiceAccountKeyChange(t *testing.T) {
 			}
 		}
 	}
-	if len(first) != 1 {
-		t.Fatalf("published are %v", first)
-	}
-	accepted(old, first[0])
+	accepted(old, first)
 
 	process := f.Cmd.Process.Pid
 	out := f.Kedge(t, "service-account-key", "rotate")
 	t.Logf("rotate:\n%s", out)
 	second := f.AccountKeys(t).Signs
-	if keys := f.PublishedKeys(t); second == first[0] || len(keys) != 2 || !slices.Contains(keys, first[0]) || !slices.Contains(keys, second) {
-		t.Errorf("%s signs, published are %v", second, keys)
+	if second == first {
+		t.Errorf("%s still signs", second)
 	}
+	published(first, second)
 	fresh := map[string]string{"requested": f.NewAccountToken(t, ns)}
-	accepted(old, first[0])
+	accepted(old, first)
 	accepted(fresh, second)
 	finish := []string{"service-account-key", "finish"}
 	refused := func(want string, args ...string) {
@@ -93,9 +104,7 @@ func TestServiceAccountKeyChange(t *testing.T) {
 	fresh["in a Secret"] = lasting(old["in a Secret"])
 	refused("pods may have tokens of the old key until", finish...)
 	t.Logf("finish:\n%s", f.Kedge(t, append(finish, "--force")...))
-	if keys := f.PublishedKeys(t); !slices.Equal(keys, []string{second}) {
-		t.Errorf("published are %v, want %s", keys, second)
-	}
+	published(second)
 	for what, token := range old { // the API server remembers good tokens for ten seconds
 		harness.Eventually(t, 20*time.Second, func() error {
 			if err := f.AcceptsToken(token, ns); !apierrors.IsUnauthorized(err) {
@@ -122,10 +131,12 @@ func TestServiceAccountKeyChange(t *testing.T) {
 	})
 	accepted(fresh, second)
 	third := f.AccountKeys(t).Signs
+	published(second, third)
 	accepted(map[string]string{"after the crash": f.NewAccountToken(t, ns)}, third)
 }
 
-// ownAccountKey gives a server that has never started an RSA key for the tokens of service accounts.
+// ownAccountKey gives a server that has never started an RSA key for the tokens of service accounts, and the public key of others
+// in the file others.pem of its data directory.
 func ownAccountKey(t *testing.T, n *harness.Node) {
 	t.Helper()
 	dir := filepath.Join(n.DataDir(), "server", "tls")
@@ -139,6 +150,16 @@ func ownAccountKey(t *testing.T, n *harness.Node) {
 	}
 	if err == nil {
 		err = os.WriteFile(filepath.Join(dir, "service-account.key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if der, err = x509.MarshalPKIXPublicKey(&others.PublicKey); err == nil {
+		err = os.WriteFile(filepath.Join(n.DataDir(), "others.pem"), pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), 0o644)
 	}
 	if err != nil {
 		t.Fatal(err)
