@@ -10,6 +10,10 @@ const (
 	Witness Role = "witness"
 )
 
+// WitnessGroup is the organization in the certificate of a witness's datastore. That of a server has none: servers answer each
+// other more than they answer a witness, whatever the datastore says about its members.
+const WitnessGroup = "kedge:witnesses"
+
 // Roles are all roles.
 var Roles = []Role{Agent, Server, Witness}
 

@@ -64,7 +64,7 @@ var rooms = map[string][]string{
 	"server/metricsplit":           {},
 	"server/membership":            {"datastore", "server/directory", "server/identity", "server/join", "server/loopback", "internal"},
 	"server/nodeauthz":             {},
-	"server/peerrequests":          {},
+	"server/peerrequests":          {"internal/joining"},
 	"server/secretsencryption":     {"server/identity", "server/peerrequests", "internal"},
 	"server/servicelb":             {"internal"},
 	"server/witness":               {"datastore", "internal"},

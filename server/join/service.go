@@ -354,7 +354,7 @@ func (s *Service) renewWitness(r *http.Request) (joining.WitnessAnswer, error) {
 
 // signWitness makes the certificate of a witness's datastore.
 func (s *Service) signWitness(name string, key *ecdsa.PublicKey) (joining.WitnessAnswer, error) {
-	leaf := pki.Leaf{CommonName: name, DNSNames: []string{s.cfg.PeerName}, Client: true, Server: true}
+	leaf := pki.Leaf{CommonName: name, Organizations: []string{joining.WitnessGroup}, DNSNames: []string{s.cfg.PeerName}, Client: true, Server: true}
 	signed, err := s.cfg.PeerCA.Sign(key, leaf, pki.LeafLife, s.now())
 	if err != nil {
 		return joining.WitnessAnswer{}, fmt.Errorf("sign for witness %s: %w", name, err)

@@ -66,6 +66,9 @@ func TestWitnessGetsItsCertificateOnly(t *testing.T) {
 		if _, err := cert.Verify(x509.VerifyOptions{Roots: roots, DNSName: "peer.test", KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
+		if !slices.Equal(cert.Subject.Organization, []string{joining.WitnessGroup}) {
+			t.Errorf("%s: the certificate is like a server's: %s", what, cert.Subject)
+		}
 		if pub, ok := cert.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&key.PublicKey) {
 			t.Errorf("%s: the certificate is for another key", what)
 		}

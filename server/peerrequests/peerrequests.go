@@ -17,6 +17,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"kedge/internal/joining"
 )
 
 // Prefix is the beginning of the paths of these requests.
@@ -74,6 +76,9 @@ func isServer(r *http.Request, roots *x509.CertPool, members func(context.Contex
 	c := r.TLS.PeerCertificates[0]
 	if _, err := c.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
 		return errors.New("only servers of the cluster are answered here")
+	}
+	if slices.Contains(c.Subject.Organization, joining.WitnessGroup) {
+		return fmt.Errorf("%s is a witness, and only servers of the cluster are answered here", c.Subject.CommonName)
 	}
 	all, err := members(r.Context())
 	if err != nil {
