@@ -62,6 +62,14 @@ func TestSnapshotBeforeUpgrade(t *testing.T) {
 	}
 	stop()
 
+	stop = serve(func(string) (any, error) { return control.SavedSnapshot{}, nil })
+	s = staged("server")
+	saves(s, "because it is an external etcd")
+	if s.details.Snapshot != nil || s.discardSnapshot() != nil {
+		t.Errorf("a snapshot %+v of an external etcd", s.details.Snapshot)
+	}
+	stop()
+
 	stop = serve(func(string) (any, error) { return nil, errors.New("there is no space") })
 	if err := staged("server").Begin(t.Context()); err == nil || !strings.Contains(err.Error(), "so the upgrade has not begun: there is no space") {
 		t.Errorf("a snapshot that fails: %v", err)

@@ -386,6 +386,8 @@ type sick struct{ Component }
 
 func (sick) Check(context.Context) error { return errors.New("fever") }
 
+func (sick) Describe() string { return "in bed" }
+
 func TestStatusAsksCheckers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var j journal
@@ -398,6 +400,9 @@ func TestStatusAsksCheckers(t *testing.T) {
 		time.Sleep(2500 * time.Millisecond)
 		if err := g.Healthy(t.Context()); err == nil || err.Error() != "b is starting" {
 			t.Errorf("Healthy: %v, want b is starting", err)
+		}
+		if st := g.Status(t.Context())[1]; st.Detail != "in bed" || st.Error != "" {
+			t.Errorf("while it starts: %+v", st)
 		}
 		time.Sleep(time.Minute)
 		if err := g.Healthy(t.Context()); err == nil || err.Error() != "b: fever" {
