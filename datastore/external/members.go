@@ -43,6 +43,11 @@ func (s *Store) ask(ctx context.Context) (view, error) {
 	return s.look(ctx)
 }
 
+// AdmitWitness returns an error: the external etcd has members of its own.
+func (s *Store) AdmitWitness(_ context.Context, name string, _ []netip.AddrPort) (datastore.Admission, error) {
+	return datastore.Admission{}, fmt.Errorf("admit %s: a cluster with an external etcd has no witness", name)
+}
+
 // Admit lets another server take part in the etcd. Its addresses are known when it has started.
 func (s *Store) Admit(ctx context.Context, name string, _ []netip.AddrPort) (datastore.Admission, error) {
 	v, err := s.ask(ctx)

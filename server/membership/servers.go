@@ -31,6 +31,7 @@ type Store interface {
 	Leadership() (datastore.Leadership, <-chan struct{})
 	Members(ctx context.Context) ([]datastore.Member, error)
 	Admit(ctx context.Context, name string, peers []netip.AddrPort) (datastore.Admission, error)
+	AdmitWitness(ctx context.Context, name string, peers []netip.AddrPort) (datastore.Admission, error)
 	// Remove returns an error that is datastore.ErrNoMember for a server that is not a member.
 	Remove(ctx context.Context, name string) error
 }
