@@ -301,9 +301,10 @@ func TestForeign(t *testing.T) {
 	if err := w.administration().Begin(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "replace the key there") {
 		t.Error(err)
 	}
-	w.value = []byte(`{"keys":["elsewhere"]}`)
-	if err := w.leader.keeper.settle(t.Context()); err != nil || len(w.leader.loaded) != 1 {
-		t.Errorf("%v, %v", w.leader.loaded, err)
+	const before = `{"keys":["elsewhere"]}`
+	w.value = []byte(before)
+	if err := w.leader.keeper.settle(t.Context()); err != nil || len(w.leader.loaded) != 1 || string(w.value) != before {
+		t.Errorf("%v, %s, %v", w.leader.loaded, w.value, err)
 	}
 	if st, err := w.administration().Status(t.Context()); err != nil || st.Foreign == "" {
 		t.Errorf("%+v, %v", st, err)
