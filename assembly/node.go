@@ -150,6 +150,9 @@ func KillAll(ctx context.Context, in Input) error {
 		return err
 	}
 	defer dir.Close()
+	if !s.parts.Node && !s.parts.ControlPlane {
+		return nil // a witness has no containers
+	}
 	if err := runtime.KillAll(ctx, s.runtime, log); err != nil {
 		return err
 	}

@@ -124,8 +124,15 @@ func Remove(root string) error {
 	return errors.Join(errs...)
 }
 
+// errWholeMachine is the error for the groups that have the processes of the whole machine. An empty name, which a caller may have
+// by mistake, means them too.
+var errWholeMachine = errors.New("the root cgroup has the processes of the whole machine, and belongs to no node")
+
 // groupsOf returns the paths of root in each hierarchy.
 func groupsOf(root string) ([]string, error) {
+	if filepath.Clean("/"+root) == "/" {
+		return nil, errWholeMachine
+	}
 	if Unified() {
 		return []string{filepath.Join(mountPoint, root)}, nil
 	}

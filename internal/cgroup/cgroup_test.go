@@ -158,3 +158,13 @@ func TestClaim(t *testing.T) {
 	}
 	again()
 }
+
+// TestWholeMachine: no name of a group means the processes of the whole machine. The test asks for the paths only: to end what is
+// in them would end the machine if the test had to fail.
+func TestWholeMachine(t *testing.T) {
+	for _, root := range []string{"", "/", "//", "/x/.."} {
+		if groups, err := groupsOf(root); !errors.Is(err, errWholeMachine) {
+			t.Errorf("%q: %v, %v", root, groups, err)
+		}
+	}
+}
