@@ -110,7 +110,7 @@ func TestMistakesOfCommandLine(t *testing.T) {
 		"help servr":                          `unknown command "servr"; did you mean "server"?`,
 		"help server rmove":                   `unknown command "server rmove"; did you mean "server remove"?`,
 		"token create --uses=many":            `--uses: "many" is not a whole number`,
-		"token create --role=x --uses=0":      "--role \"x\" is neither agent nor server\n--uses 0 is not between 1 and 10000",
+		"token create --role=x --uses=0":      "--role \"x\" is none of agent, server and witness\n--uses 0 is not between 1 and 10000",
 		"install servr":                       `unknown command "install servr"; did you mean "install server"?`,
 		"install server now":                  `"kedge install server" takes flags only, not "now"`,
 		"install agent --disable=dns":         `unknown flag --disable; see "kedge help install agent"`,
