@@ -151,6 +151,9 @@ func (n *Node) RunDir() string {
 
 // Args are the flags that make this node independent of all others.
 func (n *Node) Args() []string {
+	if n.Witness && n.Machine != nil {
+		return append([]string{"--witness", "--node-name=" + n.Name}, n.Flags...)
+	}
 	if n.Machine != nil { // everything is where it usually is
 		args := []string{"--node-name=" + n.Name, fmt.Sprint("--kubelet-port=", n.APIPort+1)}
 		if !n.Agent {
