@@ -13,7 +13,8 @@ import (
 const (
 	// defragLockKey exists while a member defragments, bound to a lease.
 	defragLockKey = "/kedge/rewriting"
-	// defragLockTTL bounds a defragmentation, and the time for which a member that dies during one blocks the others.
+	// defragLockTTL bounds a defragmentation, and the time for which a member that dies during one and stays away blocks the
+	// others.
 	defragLockTTL = 10 * time.Minute
 	// defragUnlockTimeout bounds the release of the lock.
 	defragUnlockTimeout = 5 * time.Second
@@ -21,6 +22,30 @@ const (
 
 // errNotNow means that the member cannot defragment now, and will try again later.
 var errNotNow = errors.New("not now")
+
+// releaseOwnDefragLock releases the lock that this member took before it was killed during a defragmentation, if it did. It
+// retries until a majority has answered, or ctx ends.
+func (s *Store) releaseOwnDefragLock(ctx context.Context, t *transport) {
+	for ctx.Err() == nil {
+		err := s.tryReleaseOwnDefragLock(ctx, t)
+		if err == nil {
+			return
+		}
+		s.log.Debug("cannot look for a defrag lock from before this start; trying again", "err", err)
+		sleep(ctx, joinRetryInterval)
+	}
+}
+
+func (s *Store) tryReleaseOwnDefragLock(ctx context.Context, t *transport) error {
+	ctx, cancel := context.WithTimeout(ctx, defragUnlockTimeout)
+	defer cancel()
+	held, err := kvClient{t}.Range(ctx, &pb.RangeRequest{Key: []byte(defragLockKey)})
+	if err != nil || len(held.Kvs) == 0 || string(held.Kvs[0].Value) != s.cfg.MemberName {
+		return err
+	}
+	_, err = leaseClient{t}.LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: held.Kvs[0].Lease})
+	return err
+}
 
 // withDefragLock runs do, which makes this member unresponsive for a moment, while the others can do without it: all voters
 // answer, this member does not lead, and no other member holds the lock. The lock need not be strict: two members that

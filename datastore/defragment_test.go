@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // The space manager defragments one of three members after the other while clients write, and one is killed meanwhile. Nothing is
@@ -60,4 +63,37 @@ func sizeOf(t *testing.T, m *machine) int {
 			t.Fatal(errors.Join(err, numberErr))
 		}
 	}
+}
+
+// The lock of a member that was killed during a defragmentation is released when that member starts again, and by no other.
+func TestDefragLockOfKilledMember(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t)
+	nodes := c.grow("a", "b", "c")
+	via := nodes[0].transport.Load()
+	lease, err := leaseClient{via}.LeaseGrant(t.Context(), &pb.LeaseGrantRequest{TTL: int64(defragLockTTL.Seconds())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (kvClient{via}).Put(t.Context(), &pb.PutRequest{Key: []byte(defragLockKey), Value: []byte("b"), Lease: lease.ID}); err != nil {
+		t.Fatal(err)
+	}
+	take := func() error {
+		return nodes[0].withDefragLock(t.Context(), nodes[0].transport.Load().server, func() error { return nil })
+	}
+	restart := func(n *testNode) {
+		n.kill()
+		n.cfg.Join = nil
+		n.start()
+		c.leader(nodes...)
+	}
+	restart(nodes[2])
+	c.await("all answer", func() error {
+		if err := take(); err == nil || !strings.Contains(err.Error(), "another member is defragmenting") {
+			return fmt.Errorf("%w, want that b defragments", err)
+		}
+		return nil
+	})
+	restart(nodes[1])
+	c.await("the lock of b is released", take)
 }

@@ -18,6 +18,10 @@ const (
 	lockFile = "lock"
 	// newFile exists from before the creation of the store until the store was first ready.
 	newFile = "new"
+	// openedFile exists while the last file of the log has the size with which it was allocated: from when etcd has opened the
+	// store until it is about to open it again, when it cuts the file off behind the last record and allocates the rest anew.
+	// That may fail, as on a full disk, where a file can be removed, but not written.
+	openedFile = "opened"
 	// memberDir is the name that etcd gives its directory.
 	memberDir = "member"
 )
@@ -183,6 +187,32 @@ func markCreated(dir string) error {
 		return err
 	}
 	return atomicfile.SyncDir(dir)
+}
+
+// markOpening records that etcd is about to open the store, before it does.
+func markOpening(dir string) error {
+	err := os.Remove(filepath.Join(dir, openedFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return atomicfile.SyncDir(dir)
+}
+
+// markOpened records that etcd has opened the store completely.
+func markOpened(dir string) error {
+	if err := os.WriteFile(filepath.Join(dir, openedFile), nil, 0o600); err != nil {
+		return err
+	}
+	return atomicfile.SyncDir(dir)
+}
+
+// wasOpened reports whether etcd has opened the store completely when it last opened it.
+func wasOpened(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, openedFile))
+	return err == nil
 }
 
 // volume returns the size and the free space, in bytes, of the volume that holds dir.

@@ -58,7 +58,7 @@ func ReadState(dir string, visit func(key, value []byte)) (State, error) {
 	if err != nil {
 		return State{}, err
 	}
-	found, err := integrity.ReadState(dir, knownBy(book), visit)
+	found, err := integrity.ReadState(dir, known(dir, book), visit)
 	if err != nil {
 		return State{}, damagedAt(dir, dir, err)
 	}
@@ -169,7 +169,7 @@ func RecoverSnapshot(ctx context.Context, dir, work, memberName string, log *slo
 	if err != nil {
 		return Snapshot{}, err
 	}
-	if _, err := integrity.Check(copied, knownBy(book)); err != nil {
+	if _, err := integrity.Check(copied, known(dir, book)); err != nil {
 		return Snapshot{}, damagedAt(dir, copied, err)
 	}
 	cfg := DefaultConfig()

@@ -211,7 +211,7 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 		return book, err
 	}
 	began := time.Now()
-	found, err := integrity.Check(s.cfg.Dir, knownBy(book))
+	found, err := integrity.Check(s.cfg.Dir, known(s.cfg.Dir, book))
 	var bad *integrity.Damage
 	if errors.As(err, &bad) {
 		return nil, s.damage(bad.Error())
@@ -240,10 +240,10 @@ func (s *Store) inspect(book *peers.AddressBook) (*peers.AddressBook, error) {
 	return book, nil
 }
 
-// knownBy returns what the address book knows of the files of the store. A new one, in the place of a damaged one, knows nothing.
-func knownBy(book *peers.AddressBook) integrity.Known {
+// known returns what is known of the files of the store in dir. A new address book, in the place of a damaged one, knows nothing.
+func known(dir string, book *peers.AddressBook) integrity.Known {
 	c := book.Get()
-	return integrity.Known{Seal: c.Seal, Newest: c.Log, Opened: c.Cluster != "" && !c.Opening, Segment: walSegment}
+	return integrity.Known{Seal: c.Seal, Newest: c.Log, Opened: wasOpened(dir), Segment: walSegment}
 }
 
 // watchLog records the newest file of the log, until ctx ends. Nothing else would show that it is missing.
@@ -333,13 +333,16 @@ func (s *Store) prepare(ctx context.Context) (*etcdserver.EtcdServer, error) {
 		}
 	}
 	if holds {
-		if err := s.book.SetOpening(); err != nil { // as on a full disk, on which the store opens all the same
-			s.log.Warn("cannot record that the datastore is being opened: if kedge is killed in this moment, the next start may take the log for damaged", "err", err)
+		if err := markOpening(s.cfg.Dir); err != nil {
+			return nil, err
 		}
 	}
 	server, err := s.openOrJoin(ctx, o)
 	if server == nil || err != nil {
 		return nil, err
+	}
+	if err := markOpened(s.cfg.Dir); err != nil { // as on a full disk
+		s.log.Warn("cannot record that the datastore was opened; the next start checks the end of its log less closely", "err", err)
 	}
 	err = s.attachPeers(server)
 	if err == nil && holds && o.several {
@@ -509,6 +512,9 @@ func (s *Store) serve(ctx context.Context, server *etcdserver.EtcdServer, t *tra
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() {
+		if len(otherVoters(server)) > 0 {
+			s.releaseOwnDefragLock(ctx, t)
+		}
 		newSpaceManager(s.cfg.Defrag, s.log, &serverDatabase{store: s, server: server, transport: t, dir: s.cfg.Dir}).run(ctx)
 	})
 	wg.Go(func() { s.reconcileMembers(ctx, server) })

@@ -43,8 +43,6 @@ type BookContent struct {
 	Seal string `json:"seal,omitempty"`
 	// Log is the name of the newest file of the store's log that this member has seen; empty if it has seen none.
 	Log string `json:"log,omitempty"`
-	// Opening is true from before etcd opens the existing store until it has done so.
-	Opening bool `json:"opening,omitempty"`
 }
 
 // ErrBookDamaged means that the address book cannot be read. A store that exists does not need it, since it holds a copy.
@@ -99,15 +97,7 @@ func (b *AddressBook) Begin(cluster string, self Peer, others []Peer) error {
 func (b *AddressBook) Identify(cluster, id string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.content.Cluster, b.content.Self.ID, b.content.Seal, b.content.Opening = cluster, id, "", false
-	return b.save()
-}
-
-// SetOpening records that etcd is about to open the existing store.
-func (b *AddressBook) SetOpening() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.content.Opening = true
+	b.content.Cluster, b.content.Self.ID, b.content.Seal = cluster, id, ""
 	return b.save()
 }
 

@@ -98,6 +98,7 @@ func serverFiles() []File {
 		{Dir: Data, Path: "server/joining", Holds: "nothing; the file exists while the machine joins a cluster", On: all(Same), Passing: true},
 		{Dir: Data, Path: "server/store/lock", Holds: "nothing; the process that has opened the datastore locks it", On: all(Same)},
 		{Dir: Data, Path: "server/store/new", Holds: "nothing; the file exists until the datastore was ready once", On: all(Same), Passing: true},
+		{Dir: Data, Path: "server/store/opened", Holds: "nothing; the file exists while the last file of the log has its full size", On: all(Same)},
 		{Dir: Data, Path: "server/store/removed", Holds: "nothing; the file exists after this server was removed", On: all(Same), Passing: true},
 		{Dir: Data, Path: "server/store/reserve", Holds: "reserved space for essential writes when the disk is full", On: all(Again), Passing: true},
 		{Dir: Data, Path: "server/store/peers.json", Holds: "the peer addresses of the other servers' datastores", On: but(Again, Repaired)},
