@@ -162,7 +162,7 @@ func TestCompletion(t *testing.T) {
 			continue
 		}
 		for _, c := range []struct{ words, want string }{
-			{"kedge ser", "server"},
+			{"kedge serve", "server"},
 			{"kedge server --https-l", "--https-listen-port"},
 			{"kedge server --debug --data-dir /x --cluster-do", "--cluster-domain"},
 			{"kedge images ex", "export"},
