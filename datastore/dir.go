@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/datastore/peers"
 	"kedge/internal/atomicfile"
 	"kedge/internal/errorkind"
 )
@@ -129,7 +130,13 @@ func Lost(dir string) error {
 		}
 		what = filepath.Join(dir, below)
 	}
+	logFile := ""
+	if book, err := peers.OpenAddressBook(dir, ""); err == nil {
+		logFile = book.Get().Log
+	}
 	switch entries, err := os.ReadDir(what); {
+	case filepath.Base(what) == "wal" && logFile != "":
+		what = filepath.Join(what, logFile) + " is missing"
 	case err != nil:
 		what += " is missing"
 	case len(entries) == 0:
