@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/datastore/integrity"
 	"kedge/datastore/peers"
 	"kedge/internal/atomicfile"
 	"kedge/internal/errorkind"
@@ -208,8 +209,20 @@ func markOpening(dir string) error {
 	return atomicfile.SyncDir(dir)
 }
 
-// markOpened records that etcd has opened the store completely.
+// markOpened records that etcd has opened the store completely, unless the last file of the log is shorter than it was allocated:
+// so it stays until the next file, if etcd had to cut off a torn record.
 func markOpened(dir string) error {
+	name, err := integrity.NewestLogFile(dir)
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(filepath.Join(dir, memberDir, "wal", name))
+	if err != nil {
+		return err
+	}
+	if st.Size() < walSegment {
+		return nil
+	}
 	if err := os.WriteFile(filepath.Join(dir, openedFile), nil, 0o600); err != nil {
 		return err
 	}
