@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"kedge/server/peerrequests"
@@ -198,64 +196,21 @@ func (c *Controller) compact(ctx context.Context, s Store, r *record, revision i
 	return writeRecord(ctx, s, r, revision)
 }
 
-// applyAll has every server of the cluster apply what the record says. It returns nil if all have done so that are servers at its
-// end: a machine that joins later gets the file of one of them.
+// applyAll has every server of the cluster apply what the record says, and notes their addresses in r.
 func (c *Controller) applyAll(ctx context.Context, r *record, offer []byte) error {
-	applied := map[string]bool{}
-	for {
-		members, err := c.cluster.Members(ctx)
-		if err != nil {
-			return fmt.Errorf("the servers of the cluster are not known: %w", err)
-		}
-		members = slices.DeleteFunc(members, func(name string) bool { return applied[name] })
-		if len(members) == 0 {
-			return nil
-		}
-		if !applied[c.own.name] { // first: the others can do without a new key of which nobody else has heard, and this one cannot
-			if _, err := c.own.apply(ctx, offer); err != nil {
-				return fmt.Errorf("server %s: %w", c.own.name, err)
-			}
-			applied[c.own.name] = true
-			continue
-		}
-		if err := c.applyOthers(ctx, r, members, offer); err != nil {
+	return peerrequests.Everywhere{
+		Own: c.own.name, Members: c.cluster.Members, APIs: c.cluster.APIs,
+		Note: func(all []peerrequests.Address) { r.Servers = all },
+		ApplyOwn: func(ctx context.Context) error {
+			_, err := c.own.apply(ctx, offer)
 			return err
-		}
-		for _, name := range members {
-			applied[name] = true
-		}
-	}
-}
-
-// applyOthers has other servers apply what the record says, all at once, and notes their addresses in r.
-func (c *Controller) applyOthers(ctx context.Context, r *record, members []string, offer []byte) error {
-	apis := c.cluster.APIs()
-	r.Servers = peerrequests.Addresses(apis)
-	errs := make([]error, len(members))
-	var group sync.WaitGroup
-	for i, name := range members {
-		group.Go(func() {
-			api, known := apis[name]
-			if !known {
-				errs[i] = errors.New("its API is not known yet")
-				return
-			}
-			s, err := c.peers.apply(ctx, address{Name: name, API: api}, offer)
+		},
+		ApplyOther: func(ctx context.Context, to peerrequests.Address) error {
+			s, err := c.peers.apply(ctx, to, offer)
 			if err == nil && !slices.Equal(s.Loaded, r.wanted()) {
 				err = fmt.Errorf("it has %s", names(s.Loaded))
 			}
-			errs[i] = err
-		})
-	}
-	group.Wait()
-	var all []string
-	for i, err := range errs {
-		if err != nil {
-			all = append(all, fmt.Sprintf("server %s: %v", members[i], err))
-		}
-	}
-	if len(all) > 0 {
-		return errors.New(strings.Join(all, "; "))
-	}
-	return nil
+			return err
+		},
+	}.Run(ctx)
 }
